@@ -1,0 +1,104 @@
+"""The command `toolkit`: each verb is one call."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from toolkit.checkpoint.commands import app as checkpoint_app
+from toolkit.errors import ConfigError, ToolkitError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Train GPT and Llama on megatron-core × DeepSpeed."
+)
+data_app = typer.Typer(no_args_is_help=True, help="Text to tokens.")
+app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, each replacing one key of the YAML")]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="the run's YAML")],
+    overrides: Overrides = None,
+    num_procs: Annotated[int | None, typer.Option(help="processes on this machine; default: its GPUs, or 1")] = None,
+) -> None:
+    """Train on this machine through the deepspeed launcher."""
+    from toolkit.cluster.environment import gpu_count
+    from toolkit.cluster.launch import run_local
+    from toolkit.config.load import load_config
+    from toolkit.train.plan import plan
+
+    processes = (gpu_count() or 1) if num_procs is None else num_procs
+    plan(load_config(config, overrides or []), max(1, processes))  # what is wrong is said before any process starts
+    raise typer.Exit(run_local(config, overrides or [], num_procs=processes))
+
+
+@app.command()
+def estimate(
+    config: Annotated[Path | None, typer.Argument(help="the run's YAML")] = None,
+    overrides: Overrides = None,
+    hardware: Annotated[str | None, typer.Option(help="GPU:PER_NODExNODES, e.g. h100-80gb:8x4")] = None,
+    hardware_file: Annotated[Path | None, typer.Option(help="YAML with more GPUs")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
+    jsonl: Annotated[Path | None, typer.Option(help="published measurements to predict, instead of CONFIG")] = None,
+    out: Annotated[Path | None, typer.Option(help="where --jsonl writes its predictions")] = None,
+) -> None:
+    """Say how much memory a run needs and how long a step takes, without a GPU."""
+    if jsonl is not None:
+        from toolkit.plan.published import predict_file
+
+        if out is None:
+            raise ConfigError("--jsonl has no place to write to", fix="Set --out FILE.")
+        typer.echo(str(predict_file(jsonl, out)))
+        return
+    if config is None or hardware is None:
+        missing = "CONFIG" if config is None else "--hardware"
+        raise ConfigError(f"{missing} is missing", fix="For example: toolkit estimate run.yaml --hardware h100-80gb:8x4")
+    import json
+
+    from toolkit.config.load import load_config
+    from toolkit.plan.show import estimate_json, estimate_text
+
+    loaded = load_config(config, overrides or [])
+    if as_json:
+        typer.echo(json.dumps(estimate_json(loaded, hardware, hardware_file=hardware_file), indent=1))
+    else:
+        typer.echo(estimate_text(loaded, hardware, hardware_file=hardware_file), nl=False)
+
+
+@data_app.command("prepare")
+def prepare_data(
+    source: Annotated[str, typer.Argument(help="python-stdlib, a txt/jsonl/parquet file or folder, or a hub name")],
+    out: Annotated[Path, typer.Option(help="prefix to write: OUT.bin, OUT.idx, OUT.manifest.json")],
+    tokenizer: Annotated[str, typer.Option(help="bytes, a tokenizer.json, a Hugging Face name, or train:N")] = "bytes",
+    text_key: Annotated[str, typer.Option(help="field that holds the text of a row")] = "text",
+    workers: Annotated[int | None, typer.Option(help="processes; default: one per core")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an OUT that holds something else")] = False,
+) -> None:
+    """Tokenize text into Megatron's .bin/.idx; resumes where it was cut off."""
+    from toolkit.cluster.environment import usable_cores
+    from toolkit.data.prepare import prepare
+
+    manifest = prepare(source, tokenizer=tokenizer, out=out, text_key=text_key, workers=workers or usable_cores(), overwrite=overwrite)
+    typer.echo(f"{out}: {manifest.documents:,} documents, {manifest.tokens:,} tokens of {manifest.tokenizer.vocab_size:,} ids")
+
+
+def main() -> None:
+    """Entry point: a user error becomes one message and its exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("megatron").setLevel(logging.ERROR)  # it names options that are absent
+    try:
+        app()
+    except ToolkitError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The errors a user can cause: each says what is wrong with its values, why, and what to set."""
+
+from __future__ import annotations
+
+
+class ToolkitError(Exception):
+    """Refuse something the user asked for; shown as one message, without a traceback.
+
+    what: the setting with its value and what is wrong with it; why: the reason; fix: what to set.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, why: str = "", fix: str = "") -> None:
+        self.what, self.why, self.fix = what, why, fix
+        message = what if not why else f"{what}: {why}"
+        if message[-1:] not in ".!?":
+            message += "."
+        super().__init__(f"{message} {fix}".rstrip())
+
+
+class ConfigError(ToolkitError):
+    """A key, a type or a value of the run's YAML, its overrides or the DeepSpeed JSON is wrong."""
+
+
+class LayoutError(ToolkitError):
+    """The combination of degrees, ZeRO stage and offload cannot work, or is not proven to."""
+
+
+class DataError(ToolkitError):
+    """A source, a tokenizer or a prepared data set is missing, damaged or does not fit the model."""
+
+
+class CheckpointError(ToolkitError):
+    """A checkpoint is damaged, missing, of another run, or cannot be written."""
+
+
+class MachineError(ToolkitError):
+    """The machine lacks something the run needs: a compiler, a library, a device, a free lock."""
+
+
+class TrainingError(ToolkitError):
+    """The run itself went wrong: a non-finite loss or gradient, named with its step and rank."""
+
+    exit_code = 3
