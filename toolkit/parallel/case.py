@@ -1,0 +1,176 @@
+"""What the rules look at, as plain integers: cheap to make and to change for searches over layouts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from toolkit.config.count import padded_vocab
+from toolkit.config.deepspeed import accumulation, zero_key
+from toolkit.config.schema import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Facts about the machine that rules need, known without torch; the runtime fills them."""
+
+    cuda: bool = False
+    transformer_engine: bool = False
+
+
+NO_GPU = Machine()
+
+
+@dataclass(slots=True, kw_only=True)
+class Case:
+    """One config on one number of processes. A search may change attributes in place and ask rules.legal() again."""
+
+    world: int
+    tp: int
+    pp: int
+    vpp: int
+    cp: int
+    sp: bool
+    micro: int
+    batch: int
+    seq: int
+    positions: int
+    layers: int
+    heads: int
+    groups: int
+    head_dim: int
+    ffn: int
+    vocab: int  # padded rows; where only the tokenizer knows them, the multiple they are padded to
+    vocab_known: bool
+    llama: bool
+    te: bool
+    rope_scaling: bool
+    compile: bool
+    recompute: str
+    stage: int
+    opt_offload: str
+    param_offload: str
+    nvme_path: bool
+    accumulation: int  # of the user's DeepSpeed JSON; 0: left open
+    hpz: int
+    qwz: bool
+    qgz: bool
+    partial_offload: bool
+    steps: int
+    warmup: int
+    decay: int  # 0: null
+    schedule: str
+    eval_every: int
+    eval_steps: int
+    has_valid: bool
+    cuda: bool
+    has_te: bool
+
+    @classmethod
+    def of(cls, config: RunConfig, world_size: int, *, machine: Machine = NO_GPU) -> Case:
+        """Gather what the rules need from a config."""
+        m, p, z, t, o = config.model, config.parallel, config.zero, config.train, config.optimizer
+        assert m.num_query_groups and m.head_dim and m.ffn_hidden_size, "the schema fills these"
+        offload = zero_key(config, "offload_optimizer", {})
+        return cls(
+            world=world_size,
+            tp=p.tp,
+            pp=p.pp,
+            vpp=p.vpp,
+            cp=p.cp,
+            sp=p.sequence_parallel,
+            micro=t.micro_batch_size,
+            batch=t.global_batch_size,
+            seq=t.seq_length,
+            positions=m.max_position_embeddings,
+            layers=m.num_layers,
+            heads=m.num_attention_heads,
+            groups=m.num_query_groups,
+            head_dim=m.head_dim,
+            ffn=m.ffn_hidden_size,
+            vocab=m.vocab_multiple if m.vocab_size is None else padded_vocab(m.vocab_size, m.vocab_multiple),
+            vocab_known=m.vocab_size is not None,
+            llama=m.family == "llama",
+            te=m.impl == "te",
+            rope_scaling=m.rope_scaling is not None,
+            compile=m.compile,
+            recompute=t.recompute,
+            stage=z.stage,
+            opt_offload=z.offload_optimizer,
+            param_offload=z.offload_param,
+            nvme_path=z.nvme_path is not None,
+            accumulation=accumulation(config) or 0,
+            hpz=int(zero_key(config, "zero_hpz_partition_size", 1)),
+            qwz=bool(zero_key(config, "zero_quantized_weights", False) or zero_key(config, "zero_quantized_nontrainable_weights", False)),
+            qgz=bool(zero_key(config, "zero_quantized_gradients", False)),
+            partial_offload=offload.get("ratio", 1) != 1 or bool(offload.get("super_offload", False)),
+            steps=t.steps,
+            warmup=o.warmup_steps,
+            decay=o.decay_steps or 0,
+            schedule=o.schedule,
+            eval_every=t.eval_every,
+            eval_steps=t.eval_steps,
+            has_valid=config.data.split[1] > 0,
+            cuda=machine.cuda,
+            has_te=machine.transformer_engine,
+        )
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel ranks; 0 where the degrees do not divide the world size."""
+        dp, rest = divmod(self.world, self.tp * self.pp * self.cp)
+        return 0 if rest else dp
+
+    def decay_overlaps(self) -> bool:
+        """Whether warm-up leaves the decay no room (a warm-up longer than the run has its own rule)."""
+        if self.schedule == "wsd":
+            return self.warmup + (self.decay or max(1, self.steps // 10)) > self.steps
+        return self.schedule in ("linear", "cosine") and 0 < self.decay <= self.warmup
+
+    def changed(self, settings: Mapping[str, Any]) -> Case:
+        """A copy with config keys (section.key: value) set."""
+        other = copy.copy(self)
+        for key, value in settings.items():
+            setattr(other, *_ATTRIBUTES[key](value))
+        return other
+
+
+def _plain(name: str) -> Any:
+    return lambda value: (name, value)
+
+
+# how a config key shows in a Case; the keys that rules suggest
+_ATTRIBUTES: Mapping[str, Any] = {
+    "parallel.tp": _plain("tp"),
+    "parallel.pp": _plain("pp"),
+    "parallel.vpp": _plain("vpp"),
+    "parallel.cp": _plain("cp"),
+    "parallel.sequence_parallel": _plain("sp"),
+    "train.micro_batch_size": _plain("micro"),
+    "train.global_batch_size": _plain("batch"),
+    "train.seq_length": _plain("seq"),
+    "train.steps": _plain("steps"),
+    "train.eval_every": _plain("eval_every"),
+    "train.eval_steps": _plain("eval_steps"),
+    "model.max_position_embeddings": _plain("positions"),
+    "model.num_query_groups": _plain("groups"),
+    "model.head_dim": _plain("head_dim"),
+    "model.compile": _plain("compile"),
+    "train.recompute": _plain("recompute"),
+    "model.family": lambda value: ("llama", value == "llama"),
+    "model.impl": lambda value: ("te", value == "te"),
+    "model.rope_scaling": lambda value: ("rope_scaling", value is not None),
+    "zero.stage": _plain("stage"),
+    "zero.offload_optimizer": _plain("opt_offload"),
+    "zero.offload_param": _plain("param_offload"),
+    "zero.deepspeed.zero_optimization.zero_hpz_partition_size": lambda value: ("hpz", 1 if value == "auto" else value),
+    "zero.deepspeed.zero_optimization.zero_quantized_weights": _plain("qwz"),
+    "zero.deepspeed.zero_optimization.zero_quantized_nontrainable_weights": _plain("qwz"),
+    "zero.deepspeed.zero_optimization.zero_quantized_gradients": _plain("qgz"),
+    "zero.deepspeed.gradient_accumulation_steps": lambda value: ("accumulation", 0 if value == "auto" else value),
+    "optimizer.warmup_steps": _plain("warmup"),
+    "optimizer.decay_steps": lambda value: ("decay", value or 0),
+    "data.split": lambda value: ("has_valid", value[1] > 0),
+}

@@ -1,0 +1,70 @@
+"""Where a rank sits: pure integers, in megatron-core's order (tp fastest, then cp, dp, pp)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from toolkit.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """One rank's place along each axis, counted from 0."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The degrees of one run and the micro-batches that follow from them."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+    micro_batch_size: int = 1
+    num_microbatches: int = 1
+
+    @classmethod
+    def of(cls, config: RunConfig, world_size: int) -> Layout:
+        """Derive DP and the micro-batch count from the world size; assumes the rules hold."""
+        p, t = config.parallel, config.train
+        dp = world_size // (p.tp * p.pp * p.cp)
+        return cls(
+            tp=p.tp,
+            pp=p.pp,
+            vpp=p.vpp,
+            cp=p.cp,
+            dp=dp,
+            sequence_parallel=p.sequence_parallel and p.tp > 1,
+            micro_batch_size=t.micro_batch_size,
+            num_microbatches=t.global_batch_size // (t.micro_batch_size * dp),
+        )
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Place of a global rank."""
+        rest, tp = divmod(rank, self.tp)
+        rest, cp = divmod(rest, self.cp)
+        pp, dp = divmod(rest, self.dp)
+        return Coordinates(tp=tp, cp=cp, dp=dp, pp=pp)
+
+    def rank(self, at: Coordinates) -> int:
+        """Global rank of a place; the inverse of coordinates()."""
+        return at.tp + self.tp * (at.cp + self.cp * (at.dp + self.dp * at.pp))
+
+    def layers_of(self, num_layers: int, *, stage: int, chunk: int = 0) -> range:
+        """Global layer numbers (from 0) that a stage's chunk holds: chunk c of stage s is virtual stage c*pp + s."""
+        per_chunk = num_layers // (self.pp * self.vpp)
+        first = (chunk * self.pp + stage) * per_chunk
+        return range(first, first + per_chunk)
