@@ -1,0 +1,76 @@
+"""megatron-core's schedules (none, 1F1B, interleaved) driving the model chunks of one stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from toolkit.parallel.layout import Layout
+
+Batch = dict[str, Tensor]
+
+
+class ChunkView(torch.nn.Module):
+    """What a schedule sees of one model chunk: its config and inputs, with forward going where we say.
+
+    engine.config is DeepSpeed's dict, so the schedule must not be given the engine itself.
+    """
+
+    def __init__(self, chunk: Any, forward: Callable[..., Tensor]) -> None:
+        super().__init__()
+        object.__setattr__(self, "chunk", chunk)  # not a submodule: the engine owns the parameters
+        object.__setattr__(self, "call", forward)
+        self.config = chunk.config
+        self.model_type = chunk.model_type
+        self.vp_stage = getattr(chunk, "vp_stage", None)
+        self.xattn_needed = False
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        self.chunk.set_input_tensor(tensor)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.call(*args, **kwargs)
+
+
+class Schedule:
+    """Runs the micro-batches of one global batch through this rank's chunks."""
+
+    def __init__(self, views: Sequence[ChunkView], layout: Layout, *, seq_length: int, micro_batch_size: int) -> None:
+        self.views = list(views)
+        self.layout = layout
+        self.seq_length = seq_length
+        self.micro_batch_size = micro_batch_size
+        self.run = get_forward_backward_func()
+        self.positions: Tensor | None = None
+
+    def __call__(self, batches: Callable[[], Iterator[Batch]], *, num_microbatches: int, forward_only: bool = False) -> Tensor | None:
+        """Mean loss over this rank's micro-batches on the last stage, None elsewhere; gradients accumulate.
+
+        batches: called once per chunk; each iterator yields {"tokens", "labels"} of shape [b, s].
+        """
+        losses = self.run(
+            forward_step_func=self._forward_step,
+            data_iterator=[batches() for _ in self.views] if len(self.views) > 1 else batches(),
+            model=self.views if len(self.views) > 1 else self.views[0],
+            num_microbatches=num_microbatches,
+            seq_length=self.seq_length,
+            micro_batch_size=self.micro_batch_size,
+            forward_only=forward_only,
+        )
+        return torch.stack(losses).mean() if losses else None
+
+    def _forward_step(self, batches: Iterator[Batch], view: ChunkView) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        batch = next(batches)
+        tokens, labels = batch["tokens"], batch["labels"]
+        if self.positions is None or self.positions.shape != tokens.shape or self.positions.device != tokens.device:
+            self.positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return view(tokens, self.positions, None, labels=labels), _mean_loss
+
+
+def _mean_loss(per_token: Tensor) -> tuple[Tensor, Tensor]:
+    loss = per_token.float().mean()
+    return loss, loss.detach().clone()  # the schedule divides the first in place

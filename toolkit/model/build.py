@@ -1,0 +1,178 @@
+"""This rank's stage of the model: megatron-core GPTModel chunks with layout-invariant weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from toolkit.config.count import padded_vocab
+from toolkit.config.schema import ModelSection, RopeScaling, RunConfig
+from toolkit.engine.grads import TIED_COPY
+from toolkit.model.init import materialise
+from toolkit.model.layers import local_spec, mark_shared_gradients, te_spec
+from toolkit.parallel.layout import Layout
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in the tanh form that GPT-2 and GPT-3 were trained with."""
+    return F.gelu(x, approximate="tanh")
+
+
+def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
+    """megatron-core's config for this run; every value follows from the YAML."""
+    m, t = config.model, config.train
+    llama = m.family == "llama"
+    dtype = DTYPES[t.precision]
+    interleaved = layout.vpp > 1
+    modes: dict[str, dict[str, Any]] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective"},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }
+    return TransformerConfig(
+        num_layers=m.num_layers,
+        hidden_size=m.hidden_size,
+        num_attention_heads=m.num_attention_heads,
+        num_query_groups=m.num_query_groups,
+        kv_channels=m.head_dim,
+        ffn_hidden_size=m.ffn_hidden_size,
+        hidden_dropout=m.dropout,
+        attention_dropout=m.dropout,
+        normalization="RMSNorm" if llama else "LayerNorm",
+        layernorm_epsilon=m.norm_eps,
+        qk_layernorm=m.qk_layernorm,
+        gated_linear_unit=llama,
+        activation_func=F.silu if llama else gelu_tanh,
+        add_bias_linear=not llama,
+        init_method_std=m.init_std,
+        perform_initialization=True,  # on the meta device: only for the attributes it sets
+        use_cpu_initialization=False,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if interleaved else None,
+        context_parallel_size=layout.cp,
+        sequence_parallel=layout.sequence_parallel,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=t.precision == "bf16",
+        fp16=t.precision == "fp16",
+        # with two stages, batched sends of different chunks between the same two ranks cross
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        # gloo still reads an output that is being sent when the schedule frees it; NCCL orders the two
+        deallocate_pipeline_outputs=torch.cuda.is_available(),
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        **modes[t.recompute],
+    )
+
+
+class StageModel(GPTModel):
+    """GPTModel whose tied copies are made equal by drawing both from the same name, not by a message."""
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        if self.share_embeddings_and_output_weights and self.post_process and not self.pre_process:
+            setattr(self.output_layer.weight, TIED_COPY, True)
+
+
+class _ParametersOnMeta(TorchFunctionMode):
+    """While a model is built: torch.empty, which weights come from, takes no memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def build_chunks(
+    config: RunConfig,
+    layout: Layout,
+    *,
+    device: torch.device,
+    partition: Callable[[torch.nn.Parameter], None] | None = None,
+) -> list[GPTModel]:
+    """The chunks of this rank's stage, initialised; process groups must be up.
+
+    partition: called on each parameter once it has its value (ZeRO-3 frees all but its part there).
+    """
+    m = config.model
+    assert m.vocab_size is not None, "the vocabulary is known once the data is resolved"
+    rows = padded_vocab(m.vocab_size, m.vocab_multiple)
+    settings = transformer_config(config, layout)
+    chunks: list[GPTModel] = []
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    for chunk in range(layout.vpp):
+        first = stage == 0 and chunk == 0
+        last = stage == layout.pp - 1 and chunk == layout.vpp - 1
+        layers = len(layout.layers_of(m.num_layers, stage=stage, chunk=chunk))
+        spec = te_spec(settings) if m.impl == "te" else local_spec(settings, num_layers=layers)
+        with _ParametersOnMeta():
+            model = StageModel(
+                settings,
+                spec,
+                rows,
+                m.max_position_embeddings,
+                pre_process=first,
+                post_process=last,
+                share_embeddings_and_output_weights=m.tie_embeddings,
+                position_embedding_type="rope" if m.family == "llama" else "learned_absolute",
+                rotary_base=m.rope_theta,  # type: ignore[arg-type]  # a float is what Llama needs
+                vp_stage=chunk if layout.vpp > 1 else None,
+            )
+        if m.family == "llama":
+            model.rotary_pos_emb.inv_freq = rope_frequencies(m, device=device)
+        materialise(
+            model,
+            seed=config.run.seed,
+            std=m.init_std,
+            num_layers=m.num_layers,
+            tied=m.tie_embeddings,
+            gated=m.family == "llama",
+            tp=layout.tp,
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            device=device,
+            partition=partition,
+        )
+        mark_shared_gradients(model, sequence_parallel=layout.sequence_parallel)
+        model.train()
+        if m.compile:
+            for layer in model.decoder.layers:
+                layer.compile(dynamic=False)
+        chunks.append(model)
+    return chunks
+
+
+def rope_frequencies(model: ModelSection, *, device: torch.device) -> Tensor:
+    """Inverse wavelengths of RoPE, [head_dim / 2] in fp32, scaled as Hugging Face's `linear` or `llama3`.
+
+    Source of llama3: the Llama 3.1 reference implementation's apply_scaling.
+    """
+    assert model.head_dim is not None
+    exponent = torch.arange(0, model.head_dim, 2, dtype=torch.float32, device=device) / model.head_dim
+    inverse = 1.0 / (model.rope_theta**exponent)
+    scaling: RopeScaling | None = model.rope_scaling
+    if scaling is None:
+        return inverse
+    if scaling.type == "linear":
+        return inverse / scaling.factor
+    context = scaling.original_max_position_embeddings
+    wavelength = 2 * math.pi / inverse
+    # 1 where wavelengths are short and stay, 0 where they are long and stretch by the factor
+    keep = (context / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = keep.clamp(0.0, 1.0)
+    return (1 - keep) * inverse / scaling.factor + keep * inverse

@@ -1,0 +1,134 @@
+"""The layer spec: megatron-core's tensor-parallel linears with norms and attention of our own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+SUM_OVER_TP = "sum_grad_over_tp"
+"""Attribute of a parameter whose gradient every tensor-parallel rank holds a part of."""
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """LayerNorm whose gradients are marked for the sum over TP when each rank sees part of the sequence."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps, dtype=config.params_dtype)
+        mark_sum_over_tp(self, config.sequence_parallel)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm whose gradient is marked for the sum over TP when each rank sees part of the sequence."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps, dtype=config.params_dtype)
+        mark_sum_over_tp(self, config.sequence_parallel)
+
+
+class QKLayerNorm(LayerNorm):
+    """LayerNorm of queries or keys: each TP rank sees its own heads, so its gradient is always partial."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(config, hidden_size, eps)
+        mark_sum_over_tp(self, config.tensor_model_parallel_size > 1)
+
+
+class QKRMSNorm(RMSNorm):
+    """RMSNorm of queries or keys: each TP rank sees its own heads, so its gradient is always partial."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(config, hidden_size, eps)
+        mark_sum_over_tp(self, config.tensor_model_parallel_size > 1)
+
+
+def mark_sum_over_tp(module: torch.nn.Module, needed: bool) -> None:
+    """Mark a module's parameters for the gradient sum over the tensor-parallel group."""
+    for parameter in module.parameters(recurse=False):
+        setattr(parameter, SUM_OVER_TP, needed)
+
+
+class SdpaAttention(torch.nn.Module):
+    """Causal attention through PyTorch's scaled_dot_product_attention; memory does not grow with s².
+
+    query [s, b, heads, d]; key, value [s, b, groups, d]; result [s, b, heads * d].
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any = None,
+        attention_type: str = "self",
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        s, b, heads, d = query.shape
+        # one query against a cache of keys attends to all of them; equal lengths are causal
+        causal = s == key.shape[0]
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, d]
+        grouped = heads != k.shape[1]
+
+        def attend(dropout: float) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, scale=self.scale, enable_gqa=grouped)
+
+        if self.training and self.dropout > 0.0:
+            # heads differ between TP ranks, so their masks must: draw from the TP rank's own generator
+            with tensor_parallel.get_cuda_rng_tracker().fork():
+                out = attend(self.dropout)
+        else:
+            out = attend(0.0)
+        return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
+
+
+def local_spec(config: TransformerConfig, *, num_layers: int) -> TransformerBlockSubmodules:
+    """Spec of a stage chunk of `num_layers` layers from PyTorch modules, right under sequence parallelism."""
+    rms = config.normalization == "RMSNorm"
+    norm = RMSNorm if rms else LayerNorm
+    layer = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
+    parts: Any = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = norm
+    attention = parts.self_attention.submodules
+    attention.core_attention = SdpaAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = QKRMSNorm if rms else QKLayerNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def te_spec(config: TransformerConfig) -> ModuleSpec:
+    """Transformer Engine's spec; the rules have checked that the package and CUDA are there."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+
+
+def mark_shared_gradients(model: torch.nn.Module, *, sequence_parallel: bool) -> None:
+    """Mark what megatron-core flags itself: row-parallel biases and Transformer Engine norms under SP."""
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, SUM_OVER_TP):
+            continue
+        qk = tp > 1 and (".q_layernorm." in name or ".k_layernorm." in name)
+        setattr(parameter, SUM_OVER_TP, qk or (sequence_parallel and getattr(parameter, "sequence_parallel", False)))
