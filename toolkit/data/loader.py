@@ -1,0 +1,123 @@
+"""Micro-batches for one data-parallel rank, read ahead by worker processes."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from toolkit.data.workers import end_with_parent
+from toolkit.errors import DataError
+from toolkit.parallel.layout import Layout
+
+_READ_AHEAD = 4  # micro-batches per worker
+_SIGTERM_GRACE = 60  # seconds a worker outlives a SIGTERM
+
+
+def sample_ids(*, samples: int, layout: Layout, dp_rank: int, global_batch_size: int, consumed_samples: int = 0) -> Iterator[list[int]]:
+    """Sample ids of each micro-batch of a rank: global batch k is [kG, (k+1)G), and rank r's share its r-th of dp equal slices.
+
+    Stops before the first global batch that the samples do not fill.
+    """
+    share = global_batch_size // layout.dp
+    for start in range(consumed_samples, samples - global_batch_size + 1, global_batch_size):
+        first = start + dp_rank * share
+        for begin in range(first, first + share, layout.micro_batch_size):
+            yield list(range(begin, begin + layout.micro_batch_size))
+
+
+class _Ids(Sampler[list[int]]):
+    def __init__(self, **args: Any) -> None:
+        self._args = args
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return sample_ids(**self._args)
+
+
+def _collate(rows: list[dict[str, np.ndarray]]) -> np.ndarray:
+    """int32 [b, s+1]. An array goes through the pipe; a tensor would go through /dev/shm, slower at these sizes and often small."""
+    return np.stack([row["text"] for row in rows], dtype=np.int32, casting="same_kind")
+
+
+def _start_worker(_: int, *, parent: int) -> None:
+    end_with_parent(parent)
+    # A scheduler's SIGTERM reaches every process, but the rank still needs its data up to the end of its step.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SIGTERM_GRACE))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Batches(Iterator[dict[str, torch.Tensor]]):
+    """Iterator over micro-batches; starts reading at once, and close() ends its workers."""
+
+    def __init__(self, loader: DataLoader[np.ndarray]) -> None:
+        self._pin = torch.cuda.is_available()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of forking with threads about; what the workers run takes none of their locks.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._rows: Iterator[np.ndarray] | None = iter(loader)
+        # Before multiprocessing's own exit handler, which would wait for workers that wait for work.
+        atexit.register(self.close)
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        if self._rows is None:
+            raise StopIteration
+        text = torch.from_numpy(next(self._rows)).long()
+        batch = {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous()}
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pin else batch
+
+    def close(self) -> None:
+        """End the workers; no more batches follow."""
+        self._rows = None
+        atexit.unregister(self.close)
+
+
+def batches(
+    dataset: Any,
+    *,
+    layout: Layout,
+    dp_rank: int,
+    global_batch_size: int,
+    consumed_samples: int = 0,
+    workers: int = 0,
+    seed: int = 0,
+) -> Batches:
+    """Micro-batches {"tokens", "labels"} of int64 [micro_batch_size, seq_length] for one data-parallel rank, in step order.
+
+    dataset: one of build_datasets; consumed_samples: samples of all ranks already trained on; workers: reading processes (0: none);
+    seed: of the loader's own generator, so that torch's global one is left alone. Which samples a step sees depends on the step only.
+    With CUDA the batches lie in pinned memory. Raises DataError when the global batch does not divide.
+    """
+    slice_size = layout.dp * layout.micro_batch_size
+    if global_batch_size % slice_size:
+        raise DataError(
+            f"train.global_batch_size={global_batch_size} is not a multiple of {slice_size}",
+            why=f"{layout.dp} data-parallel ranks take micro-batches of {layout.micro_batch_size}",
+            fix=f"Set it to a multiple of {slice_size}.",
+        )
+    ids = _Ids(samples=len(dataset), layout=layout, dp_rank=dp_rank, global_batch_size=global_batch_size, consumed_samples=consumed_samples)
+    options: dict[str, Any] = {}
+    if workers > 0:
+        # fork: a worker needs no import and shares the mapped files; it never touches process groups or the device.
+        options = {
+            "multiprocessing_context": "fork",
+            "prefetch_factor": _READ_AHEAD,
+            "worker_init_fn": partial(_start_worker, parent=os.getpid()),
+        }
+    loader: DataLoader[np.ndarray] = DataLoader(
+        dataset,
+        batch_sampler=ids,
+        num_workers=workers,
+        collate_fn=_collate,
+        generator=torch.Generator().manual_seed(seed),
+        **options,
+    )
+    return Batches(loader)

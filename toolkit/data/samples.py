@@ -1,0 +1,198 @@
+"""megatron-core's datasets, with indices that no killed or second process can leave half-built."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from toolkit.data.manifest import sync_folder
+from toolkit.data.tokenizer import write_durably
+from toolkit.errors import DataError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # megatron-core laments optional packages at import
+    from megatron.core import __version__ as mcore_version
+    from megatron.core.datasets.blended_dataset import BlendedDataset
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+log = logging.getLogger(__name__)
+
+_COMPLETE = "complete.json"
+_STALE_SECONDS = 86400.0
+
+
+class Samples(GPTDataset):
+    """megatron-core's samples as {"text": int64 [seq_length + 1]}, without the masks and positions that nothing here reads."""
+
+    def __getitem__(self, idx: int | None) -> dict[str, np.ndarray]:
+        # 0.16 returns two values, 0.19 three.
+        return {"text": self._query_document_sample_shuffle_indices(int(idx or 0))[0]}
+
+
+class _Builder(BlendedMegatronDatasetBuilder):
+    """megatron-core's splitting and blending, without its barriers: who builds and who waits is decided in build()."""
+
+    @staticmethod
+    def build_generic_dataset(kind: Callable[..., Any], is_built_on_rank: Callable[..., bool], synchronize_ranks: bool, *args: Any) -> Any:
+        if kind is BlendedDataset:
+            members, weights, size, config = args
+            if not size:
+                return None
+            if not dist.is_initialized():
+                # 0.16 asks for the rank before it saves a blend; without process groups the blend stays in memory.
+                config = copy.copy(config)
+                config.path_to_cache = None
+            return BlendedDataset(members, weights, size, config)
+        low_level, path, indices, size, split, config = args
+        return kind(low_level, path, indices, size, split, config) if size else None
+
+    def _build_megatron_datasets_parallel(self, prefixes: list[str], split: Any, sizes: list[list[int]]) -> list[list[Any]]:
+        per_prefix = [self._build_megatron_dataset_splits(prefix, split, size) for prefix, size in zip(prefixes, sizes, strict=True)]
+        return [list(one) for one in zip(*per_prefix, strict=True)]
+
+
+class _TokenizerStub:
+    """All that GPTDatasetConfig wants to know of a tokenizer; there is nothing left to tokenize."""
+
+    def __init__(self, *, eod: int | None, vocab_size: int, name: str) -> None:
+        self.eod, self.vocab_size = eod, vocab_size
+        self.unique_identifiers = {"tokenizer": name}
+
+
+def build(
+    *,
+    prefixes: Sequence[str],
+    weights: Sequence[float] | None,
+    split: str,
+    seq_length: int,
+    seed: int,
+    sizes: tuple[int, int, int],
+    eod: int | None,
+    vocab_size: int,
+    identity: str,
+    cache: Path,
+) -> list[Any]:
+    """Train, valid and test datasets; None where the size is 0. Collective: every rank of the world calls it.
+
+    sizes: samples of each; identity: changes when the files' contents do; cache: folder for the indices, on a disk that all hosts share.
+    Rank 0 builds missing indices; if it fails, or another rank cannot see them, all ranks raise the same DataError.
+    """
+    in_memory_blend = len(prefixes) > 1 and not dist.is_initialized()
+    facts = [list(prefixes), list(weights or []), split, seq_length, seed, sizes, identity, in_memory_blend, mcore_version]
+    folder = cache / "indices" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
+
+    def datasets(at: Path) -> list[Any]:
+        known = {f.name for f in dataclasses.fields(GPTDatasetConfig)}
+        options: dict[str, Any] = {"mid_level_dataset_surplus": 0.005} if "mid_level_dataset_surplus" in known else {}
+        config = GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=seq_length,
+            blend=(list(prefixes), list(weights) if weights is not None else None),
+            split=split,
+            path_to_cache=str(at),
+            tokenizer=_TokenizerStub(eod=eod, vocab_size=vocab_size, name=identity),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+            **options,
+        )
+        return list(_Builder(Samples, list(sizes), lambda: True, config).build())
+
+    _together(lambda: _ensure(folder, datasets), only_rank_0=True)
+    _together(lambda: _visible(folder), only_rank_0=False)
+    return datasets(folder)
+
+
+def _together(act: Callable[[], None], *, only_rank_0: bool) -> None:
+    """Run act on rank 0 or everywhere; if it raises on any rank, every rank raises the first rank's error."""
+    parallel = dist.is_initialized()
+    error: DataError | None = None
+    if not only_rank_0 or not parallel or dist.get_rank() == 0:
+        try:
+            act()
+        except DataError as e:
+            error = e
+        except Exception as e:  # whatever it is, the other ranks are waiting
+            log.exception("building the sample indices failed")
+            error = DataError(
+                "the sample indices could not be built", why=f"{type(e).__name__}: {e}", fix="Check data.cache_dir and the data files."
+            )
+    if parallel:
+        errors: list[DataError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        error = next((e for e in errors if e is not None), None)
+    if error is not None:
+        raise error
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / _COMPLETE).read_bytes())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _ensure(folder: Path, datasets: Callable[[Path], list[Any]]) -> None:
+    """Build the indices in a folder of their own and rename it: a killed build leaves nothing that looks finished."""
+    if _is_complete(folder):
+        return
+    part = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(f".{folder.name}.*"):
+            if left == part or time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+        part.mkdir()
+        log.info("building sample indices in %s", folder)
+        datasets(part)
+        sizes = {}
+        for path in sorted(part.iterdir()):
+            with path.open("rb") as f:
+                os.fsync(f.fileno())
+            sizes[path.name] = path.stat().st_size
+        write_durably(part / _COMPLETE, json.dumps(sizes).encode())
+        sync_folder(part)
+        if folder.exists() and not _is_complete(folder):
+            log.warning("%s is incomplete; replacing it", folder)
+            shutil.rmtree(folder)
+        try:
+            part.rename(folder)
+        except OSError:
+            # Another run with the same config was faster; its indices are the same.
+            if not _is_complete(folder):
+                raise
+        sync_folder(folder.parent)
+    except OSError as e:
+        raise DataError(
+            f"the sample indices could not be written to {folder}",
+            why=str(e),
+            fix="Set data.cache_dir to a folder with space that you may write to.",
+        ) from e
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _visible(folder: Path) -> None:
+    if not _is_complete(folder):
+        raise DataError(
+            f"host {socket.gethostname()} does not see {folder}",
+            why="rank 0 built the sample indices there",
+            fix="Set data.cache_dir to a folder that all hosts share.",
+        )
