@@ -1,0 +1,199 @@
+"""The launcher: its command, the environment it gives, exit codes and signals, with real ranks on this machine."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from toolkit.cluster.environment import deepspeed_env_lines, device_ids, export_environment, rank_environment
+from toolkit.cluster.launch import cluster_command, local_command, main, read_hostfile
+from toolkit.errors import ConfigError, ToolkitError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SMOKE = "tests.cluster.smoke"
+CPU = {"CUDA_VISIBLE_DEVICES": "-1", "PATH": os.environ["PATH"]}
+START = """
+import logging, sys
+from toolkit.cluster.launch import run_local
+logging.basicConfig(format="toolkit: %(message)s")
+sys.exit(run_local("c.yaml", sys.argv[2:], num_procs=int(sys.argv[1]), module="tests.cluster.smoke"))
+"""
+
+
+def start(*args: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "-1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", START, *args], env=env, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(folder: Path, *names: str) -> None:
+    deadline = time.monotonic() + 240
+    while not all((folder / name).exists() for name in names):
+        assert time.monotonic() < deadline, f"{names} did not appear: {sorted(p.name for p in folder.iterdir())}"
+        time.sleep(0.05)
+
+
+def ranks_of(marker: str) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter() if any(marker in word for word in _cmdline(p))]
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_the_local_command_starts_deepspeeds_launcher_for_each_rank() -> None:
+    command = local_command("c.yaml", ["train.steps=3"], num_procs=3, environ=CPU)
+    assert command[:4] == [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
+    assert command[-3:] == ["toolkit.train", "c.yaml", "train.steps=3"]
+    world = next(word.split("=", 1)[1] for word in command if word.startswith("--world_info="))
+    assert len(json.loads(base64.urlsafe_b64decode(world))["localhost"]) == 3
+
+
+def test_importing_the_launcher_does_not_import_torch() -> None:
+    code = "import sys, toolkit.cluster.launch, toolkit.cluster.locks\n"
+    code += "sys.exit(any(m in sys.modules for m in ('torch', 'deepspeed', 'megatron')))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+
+
+@pytest.mark.parametrize("num_procs", [0, -1])
+def test_no_process_is_refused(num_procs: int) -> None:
+    with pytest.raises(ConfigError, match=f"num_procs={num_procs}"):
+        local_command("c.yaml", num_procs=num_procs)
+
+
+def test_hidden_gpus_stay_hidden_from_the_ranks() -> None:
+    for visible in ("", "-1"):
+        assert device_ids(2, environ={"CUDA_VISIBLE_DEVICES": visible}) == ["-1", "-1"]
+
+
+def test_threads_are_shared_among_the_ranks_unless_the_user_said_otherwise() -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert rank_environment(1, environ=CPU)["OMP_NUM_THREADS"] == str(cores)
+    assert rank_environment(1000, environ=CPU)["OMP_NUM_THREADS"] == "1"
+    assert rank_environment(1, environ={**CPU, "OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
+    assert rank_environment(1, environ=CPU)["DS_ACCELERATOR"] == "cpu"
+
+
+def test_the_interpreters_own_tools_are_on_the_ranks_path() -> None:
+    path = rank_environment(1, environ={"PATH": "/usr/bin"}, python="/env/bin/python")["PATH"]
+    assert path.split(os.pathsep) == ["/env/bin", "/usr/bin"]
+
+
+def test_exported_lines_hold_what_ranks_need_and_no_secret() -> None:
+    environ = {
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "NCCL_DEBUG": "INFO",
+        "OMP_NUM_THREADS": "4",
+        "HF_HOME": "/data/a b",
+        "TOKENIZERS_PARALLELISM": "0",
+    }
+    others = {"HF_TOKEN": "x", "WANDB_API_KEY": "x", "EDITOR": "vi", "HOME": "/home/a", "DS_ENV_FILE": "f", "TORCH_LOGS": ""}
+    assert deepspeed_env_lines({**environ, **others}) == [f"{name}={environ[name]}" for name in sorted(environ)]
+
+
+@pytest.mark.parametrize("value", ["$HOME", 'a"b', "a`b`", "a\\b", "100%n", "a\nb"])
+def test_a_value_that_a_shell_would_change_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match="NCCL_DEBUG"):
+        deepspeed_env_lines({"NCCL_DEBUG": value})
+
+
+def test_the_exported_file_can_be_read_by_deepspeed(tmp_path: Path) -> None:
+    lines = export_environment(tmp_path / "new" / "env", environ={"GLOO_SOCKET_IFNAME": "eth0", "HF_HOME": "/a=b"})
+    read = [line.split("=", maxsplit=1) for line in (tmp_path / "new" / "env").read_text().splitlines()]
+    assert read == [["GLOO_SOCKET_IFNAME", "eth0"], ["HF_HOME", "/a=b"]] and len(lines) == 2
+
+
+def test_a_hostfile_gives_slots_in_the_order_of_ranks(tmp_path: Path) -> None:
+    file = tmp_path / "hosts"
+    file.write_text("# comment\nb slots=2\n\na   slots=4 \n")
+    assert list(read_hostfile(file).items()) == [("b", 2), ("a", 4)]
+    command = cluster_command("c.yaml", ["x=1"], hostfile=file, master_addr="10.0.0.1")
+    assert command[0] == "deepspeed" and command[command.index("--master_addr") + 1] == "10.0.0.1" and command[-2:] == ["c.yaml", "x=1"]
+
+
+@pytest.mark.parametrize(
+    "text,named",
+    [
+        (None, "no hostfile"),
+        ("# nothing\n", "names no host"),
+        ("a\n", ":1 is 'a'"),
+        ("a slots=0\n", ":1"),
+        ("a slots=1\na slots=2\n", ":2"),
+    ],
+)
+def test_a_wrong_hostfile_is_named(tmp_path: Path, text: str | None, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "hosts"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ToolkitError, match=named):
+        read_hostfile(file)
+    assert main(["--hostfile", str(file), "--env-file", str(tmp_path / "env")]) == 2
+    assert named in capsys.readouterr().err and not (tmp_path / "env").exists()
+
+
+def test_the_shipped_hostfile_and_variables_are_readable() -> None:
+    assert read_hostfile(REPOSITORY / "launch" / "hostfile.example") == {"node-1": 8, "node-2": 8}
+    for line in (REPOSITORY / "launch" / "deepspeed_env.example").read_text().splitlines():
+        assert deepspeed_env_lines(dict([line.split("=", 1)])) == [line]
+
+
+def test_the_ranks_message_and_exit_code_are_all_the_user_gets() -> None:
+    process = start("2", "exit=2")
+    output, _ = process.communicate(timeout=240)
+    lines = output.splitlines()
+    assert process.returncode == 2, output
+    assert sorted(line.split(" host=")[0] for line in lines[:2]) == ["rank 0 of 2", "rank 1 of 2"]
+    assert all("sum=3" in line and line.endswith("argument=c.yaml") for line in lines[:2])
+    assert lines[2:] == ["the one message"]
+
+
+def test_a_killed_rank_is_said_to_be_killed() -> None:
+    process = start("1", "kill=0")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 128 + signal.SIGKILL and "toolkit: the run was ended by SIGKILL" in output
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_every_rank_finish_its_step(tmp_path: Path, signum: signal.Signals) -> None:
+    process = start("2", f"wait={tmp_path}")
+    wait_for(tmp_path, "ready-0", "ready-1")
+    process.send_signal(signum)
+    time.sleep(0.1)
+    process.send_signal(signum)  # as `timeout` does: to the process, then to its group
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0 and (tmp_path / "stopped-0").exists() and (tmp_path / "stopped-1").exists(), output
+    assert not ranks_of(str(tmp_path))
+
+
+def test_a_second_signal_kills(tmp_path: Path) -> None:
+    process = start("2", f"wait={tmp_path}", "deaf=1")
+    wait_for(tmp_path, "ready-0", "ready-1")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 128 + signal.SIGKILL, output
+    assert not (tmp_path / "stopped-0").exists() and not ranks_of(str(tmp_path))
+
+
+def test_ranks_do_not_outlive_a_killed_toolkit(tmp_path: Path) -> None:
+    process = start("1", f"wait={tmp_path}")
+    wait_for(tmp_path, "ready-0")
+    process.kill()
+    wait_for(tmp_path, "stopped-0")
+    process.communicate(timeout=240)  # ends when the last rank has closed its output
+    assert not ranks_of(str(tmp_path))

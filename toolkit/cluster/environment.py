@@ -1,0 +1,126 @@
+"""What the ranks find in their environment: threads, accelerator and network here; the exported variables on other hosts."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+from toolkit.errors import ConfigError, MachineError
+
+# DeepSpeed's launcher exports only PYTHON*, NCCL* and a few more by itself (DESIGN.md, fact 23)
+EXPORTED_PREFIXES: tuple[str, ...] = ("FI_", "GLOO_", "NCCL_", "TP_SOCKET_", "UCX_")  # network
+EXPORTED_PREFIXES += ("KMP_", "MKL_", "OMP_", "OPENBLAS_")  # threads
+EXPORTED_PREFIXES += ("CUDA_DEVICE_", "CUDNN_", "DS_", "HF_", "NVTE_", "PYTORCH_", "TENSORBOARD_", "TOKENIZERS_")  # libraries
+EXPORTED_PREFIXES += ("TORCHINDUCTOR_", "TORCH_", "TRITON_", "WANDB_")
+EXPORTED_NAMES = ("CC", "CXX", "CUDA_HOME", "LD_LIBRARY_PATH", "MAX_JOBS", "PATH", "TMPDIR", "XDG_CACHE_HOME")
+# of this process or this host alone
+KEPT_NAMES = ("DS_ENV_FILE",)
+SECRET_WORDS = {"TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "CREDENTIALS"}
+# what a shell inside double quotes, or pdsh (%h, %n, %u), would replace
+UNQUOTABLE = re.compile(r'["$`\\%\n\r\x00]')
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpu_count(environ: Mapping[str, str] | None = None) -> int:
+    """GPUs that ranks started with this environment can use, found without importing torch; 0 means they train on the CPU.
+
+    A GPU hidden by CUDA_VISIBLE_DEVICES, or one that the installed torch was not built for, does not count.
+    """
+    environ = os.environ if environ is None else environ
+    if environ.get("DS_ACCELERATOR", "cuda") != "cuda" or _torch_is_cpu_only():
+        return 0
+    here = len(list(Path("/dev").glob("nvidia[0-9]*"))) or len(list(Path("/dev/dri").glob("renderD*")) if Path("/dev/kfd").exists() else [])
+    if not here and Path("/dev/dxg").exists():  # WSL: one device node, whatever it holds
+        here = 1
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    return here if visible is None or not here else len(_device_ids(visible))
+
+
+def device_ids(num_procs: int, *, environ: Mapping[str, str] | None = None) -> list[str]:
+    """Device id of each local rank, in CUDA_VISIBLE_DEVICES' own numbering; "-1" hides a GPU from a rank that trains on the CPU.
+
+    Raises MachineError where the machine has GPUs, but fewer than ranks.
+    """
+    environ = os.environ if environ is None else environ
+    gpus = gpu_count(environ)
+    if gpus == 0:
+        return ["-1"] * num_procs
+    if num_procs > gpus:
+        raise MachineError(
+            f"num_procs={num_procs} is more than the {gpus} GPU{'s' * (gpus > 1)} this machine shows",
+            why="each rank needs a GPU of its own",
+            fix=f"Set --num-procs to at most {gpus}, or CUDA_VISIBLE_DEVICES=-1 to train on the CPU.",
+        )
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    return (_device_ids(visible) if visible is not None else [str(i) for i in range(gpus)])[:num_procs]
+
+
+def rank_environment(num_procs: int, *, environ: Mapping[str, str] | None = None, python: str = sys.executable) -> dict[str, str]:
+    """The environment local ranks start with: what the user set wins, the rest is chosen for num_procs ranks on this machine."""
+    env = dict(os.environ if environ is None else environ)
+    env.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // max(1, num_procs))))
+    tools = str(Path(python).parent)
+    if tools not in env.get("PATH", "").split(os.pathsep):
+        # DeepSpeed looks for ninja on the PATH; an interpreter called by its full name leaves its own folder out
+        env["PATH"] = os.pathsep.join(filter(None, [tools, env.get("PATH")]))
+    env.setdefault("PYTHONUNBUFFERED", "1")
+    if gpu_count(env) == 0:
+        env.setdefault("DS_ACCELERATOR", "cpu")
+    if sys.platform == "linux" and Path("/sys/class/net/lo").exists():
+        # gloo otherwise binds to whatever the host name resolves to, which on a laptop may be nothing
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return env
+
+
+def deepspeed_env_lines(environ: Mapping[str, str] | None = None) -> list[str]:
+    """`NAME=value` lines for a `.deepspeed_env` file: what ranks on other hosts need and DeepSpeed's launcher does not export.
+
+    Secrets (…_TOKEN, …_KEY) are left out, since the launcher puts every value on a command line that all users of a host can
+    read. Raises ConfigError for a value that no shell would pass on unchanged.
+    """
+    environ = os.environ if environ is None else environ
+    lines = []
+    for name in sorted(environ):
+        wanted = name in EXPORTED_NAMES or name.startswith(EXPORTED_PREFIXES)
+        if not wanted or name in KEPT_NAMES or SECRET_WORDS & set(name.split("_")) or not environ[name].strip():
+            continue
+        if found := UNQUOTABLE.search(environ[name]):
+            raise ConfigError(
+                f"the environment variable {name}={environ[name]!r} cannot be exported to the other hosts",
+                why=f"the shells on the way would replace its {found[0]!r}",
+                fix=f"Unset {name}, or set it on every host.",
+            )
+        lines.append(f"{name}={environ[name]}")
+    return lines
+
+
+def export_environment(path: Path, *, environ: Mapping[str, str] | None = None) -> list[str]:
+    """Write deepspeed_env_lines to path, which DS_ENV_FILE then names; returns the lines.
+
+    The file holds nothing else: DeepSpeed's launcher fails at an empty line or a comment in it.
+    """
+    lines = deepspeed_env_lines(environ)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return lines
+
+
+def _device_ids(visible: str) -> list[str]:
+    ids = [word.strip() for word in visible.split(",") if word.strip()]
+    # CUDA itself ignores everything from the first -1 on
+    return ids[: ids.index("-1")] if "-1" in ids else ids
+
+
+def _torch_is_cpu_only() -> bool:
+    try:
+        return metadata.version("torch").endswith("+cpu")
+    except metadata.PackageNotFoundError:
+        return False

@@ -1,0 +1,49 @@
+"""`python -m toolkit.train CONFIG [key=value…]`: one rank of a run, as the deepspeed launcher starts it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from toolkit.errors import ToolkitError
+
+
+def main(arguments: list[str]) -> int:
+    """Train; returns the exit code. A user error is one message from each host, never a traceback."""
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stdout)
+    _quiet()
+    if not arguments:
+        sys.stderr.write("usage: python -m toolkit.train CONFIG [section.key=value …]\n")
+        return 2
+    try:
+        from toolkit.config.load import load_config
+
+        config = load_config(Path(arguments[0]), arguments[1:])
+        from toolkit.train.plan import plan
+
+        layout, data = plan(config, int(os.environ.get("WORLD_SIZE", 1)))
+        from toolkit.train.loop import train  # torch comes with it, once there is something to train
+
+        train(config, layout, data)
+    except ToolkitError as error:
+        if local_rank == 0:
+            sys.stderr.write(f"{'error' if rank == 0 else f'error on rank {rank}'}: {error}\n")
+        return error.exit_code
+    return 0
+
+
+def _quiet() -> None:
+    """Leave the step lines alone on the screen: imports that warn of absent options, DeepSpeed's start-up log."""
+    warnings.filterwarnings("ignore")
+    for name in ("DeepSpeed", "megatron", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.exit(code)
