@@ -1,0 +1,133 @@
+"""One run per folder: a lock that ends with its process, and the folders made ready under it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import secrets
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from toolkit.checkpoint.files import remove_leftovers
+from toolkit.config.schema import RunConfig
+from toolkit.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+
+
+def checkpoint_folder(config: RunConfig) -> Path:
+    """Where a run's checkpoints lie: checkpoint.dir, or checkpoints/ in the run folder."""
+    return (config.checkpoint.dir or config.run.dir / "checkpoints").expanduser()
+
+
+class FolderLock:
+    """Holds a folder until the process ends or release() is called; raises CheckpointError where another process has it.
+
+    A POSIX record lock: the system drops it however the process ends, forked readers do not inherit it, and NFS knows it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK
+        self.file: IO[bytes] | None = None
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        self.file = os.fdopen(descriptor, "r+b", buffering=0)
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            owner = self._owner()
+            self.file.close()
+            raise CheckpointError(
+                f"{folder} is in use{owner}",
+                why="two runs in one folder would overwrite each other's files",
+                fix="Wait for the other run, or set another run.dir and checkpoint.dir.",
+            ) from None
+        except OSError as e:
+            log.warning("%s cannot be locked (%s): take care that no second run uses the folder", folder, e.strerror)
+        note = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        self.note = json.dumps(note).encode()
+        self.file.truncate(0)
+        self.file.seek(0)
+        self.file.write(self.note)
+
+    def _owner(self) -> str:
+        try:
+            assert self.file is not None
+            note = json.loads(self.file.read())
+            return f" by process {note['pid']} on host {note['host']} since {note['since']}"
+        except (ValueError, KeyError, TypeError):
+            return " by another process"
+
+    def release(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What rank 0 holds while it runs. token: names this run's half-written folders."""
+
+    checkpoints: Path
+    token: str
+    locks: tuple[FolderLock, ...]
+
+    @property
+    def proof(self) -> tuple[Path, bytes]:
+        """A file under checkpoints and what is in it, for other hosts to see whether they share the folder."""
+        return self.locks[-1].path, self.locks[-1].note
+
+    def release(self) -> None:
+        for lock in self.locks:
+            lock.release()
+
+
+def claim(config: RunConfig, *, will_save: bool) -> Claim:
+    """Make and lock the run's folders (rank 0 only), and clear what killed runs left half-written.
+
+    Raises CheckpointError where a folder cannot be written or another run has it.
+    """
+    run, checkpoints = config.run.dir.expanduser(), checkpoint_folder(config)
+    locks = [_claimed(run, key="run.dir")]
+    try:
+        if will_save or checkpoints.is_dir():
+            locks.append(_claimed(checkpoints, key="checkpoint.dir"))
+            if left := remove_leftovers(checkpoints):
+                log.info("removed what a killed run left half-written: %s", ", ".join(left))
+    except BaseException:
+        locks[0].release()
+        raise
+    return Claim(checkpoints, secrets.token_hex(4), tuple(locks))
+
+
+def check_shared(proof: tuple[Path, bytes]) -> None:
+    """On any other rank: CheckpointError where this host does not see the folder that rank 0 saves to."""
+    path, note = proof
+    try:
+        seen = path.read_bytes()
+    except OSError:
+        seen = b""
+    if seen != note:
+        raise CheckpointError(
+            f"host {socket.gethostname()} does not see {path.parent} as rank 0 does",
+            why="a checkpoint is one folder that all ranks write to",
+            fix="Set checkpoint.dir to a folder that all hosts share.",
+        )
+
+
+def _claimed(folder: Path, *, key: str) -> FolderLock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return FolderLock(folder)
+    except OSError as e:
+        raise CheckpointError(
+            f"{key}={folder} cannot be written",
+            why=(e.strerror or str(e)).lower(),
+            fix=f"Set {key} to a folder that you may write to.",
+        ) from None

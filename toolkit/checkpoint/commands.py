@@ -1,0 +1,132 @@
+"""`toolkit checkpoint list|verify|prune DIR`: what a person asks of a folder of checkpoints; needs no torch."""
+
+from __future__ import annotations
+
+import secrets
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from toolkit.checkpoint.claim import FolderLock
+from toolkit.checkpoint.files import remove_leftovers, remove_tree
+from toolkit.checkpoint.manifest import Found, discover, verify_files
+from toolkit.checkpoint.prune import prune
+from toolkit.errors import CheckpointError
+
+app = typer.Typer(no_args_is_help=True, help="Look at, check and thin out a run's checkpoints.")
+
+Folder = Annotated[Path, typer.Argument(help="a run folder, or a folder of checkpoints")]
+
+
+@app.command("list")
+def list_checkpoints(folder: Folder) -> None:
+    """Every checkpoint, newest first; sizes are checked, contents are not."""
+    table = Table("step", "state", "size", box=None)
+    for column in ("saved", "processes", "layout", "samples"):
+        table.add_column(column, no_wrap=True)
+    for f in _found(folder):
+        m = f.manifest
+        if m is None:
+            table.add_row(str(f.step), f"{'damaged' if f.finished else 'unfinished'}: {f.problem}", "", "", "", "", "")
+            continue
+        degrees = {k: m.layout[k if k == "dp" else f"parallel.{k}"] for k in ("tp", "pp", "vpp", "dp")}
+        cut = [f"{k} {v}" for k, v in degrees.items() if v > 1]
+        cut += [f"ZeRO-{m.layout['zero.stage']}", m.layout["train.precision"]]
+        table.add_row(str(f.step), "complete", _size(f.bytes), m.saved_at, str(m.processes), " ".join(cut), f"{m.consumed_samples:,}")
+    _console().print(table)
+
+
+@app.command("verify")
+def verify(folder: Folder) -> None:
+    """Read every file of every checkpoint and hold it to its checksum; exit code 2 when one is damaged."""
+    found = _found(folder)
+    problems = _verified(found)
+    console = _console()
+    for f in found:
+        if f.path.name in problems:
+            console.print(f"{f.path.name}: DAMAGED: {problems[f.path.name]}", soft_wrap=True)
+        elif not f.finished:
+            console.print(f"{f.path.name}: unfinished, saving was cut off", soft_wrap=True)
+        else:
+            console.print(f"{f.path.name}: good")
+    if problems:
+        raise CheckpointError(
+            f"{len(problems)} of {len(found)} checkpoints in {folder} are damaged",
+            fix="Nothing was deleted; a run resumes from the newest good one with checkpoint.resume=auto.",
+        )
+
+
+@app.command("prune")
+def prune_checkpoints(
+    folder: Folder,
+    keep: Annotated[int, typer.Option(min=1, help="complete checkpoints to keep")] = 2,
+) -> None:
+    """Delete all but the newest good checkpoints, and what killed runs left half-written; damaged ones stay."""
+    folder = _folder(folder)
+    lock = FolderLock(folder)
+    try:
+        found = discover(folder)
+        good, distrusted = 0, dict[str, str]()
+        for f in found:  # newest first, until enough are known to be good
+            if good < keep and f.finished:
+                problems = _verified([f])
+                distrusted |= problems
+                good += not problems
+        token = secrets.token_hex(4)
+        gone = [p.name for p in prune(folder, keep=keep, token=token, distrusted=distrusted)]
+        for f in found:
+            if not f.finished:
+                remove_tree(f.path, token=token)
+                gone.append(f.path.name)
+        gone += remove_leftovers(folder)
+    finally:
+        lock.release()
+    _console().print(f"deleted {', '.join(gone)}" if gone else "nothing to delete", soft_wrap=True)
+    for name, problem in distrusted.items():
+        _console().print(f"{name} stays, damaged: {problem}", soft_wrap=True)
+
+
+def _folder(folder: Path) -> Path:
+    inside = folder / "checkpoints"
+    folder = inside if inside.is_dir() else folder
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder", fix="Name a run folder, or the folder its checkpoints are in.")
+    return folder
+
+
+def _found(folder: Path) -> list[Found]:
+    folder = _folder(folder)
+    found = discover(folder)
+    if not found:
+        raise CheckpointError(f"{folder} holds no checkpoint", fix="Name a run folder, or the folder its checkpoints are in.")
+    return found
+
+
+def _verified(found: list[Found]) -> dict[str, str]:
+    """Folder name -> what is wrong, of the damaged ones."""
+    problems = {f.path.name: f.problem for f in found if f.finished and f.manifest is None}
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        for f in found:
+            if f.manifest is not None:
+                task = progress.add_task(f.path.name, total=f.bytes)
+                if problem := verify_files(f.path, f.manifest.files, progress=partial(progress.advance, task)):
+                    problems[f.path.name] = problem
+    return problems
+
+
+def _size(value: float) -> str:
+    for unit in ("B", "kiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def _console() -> Console:
+    return Console()

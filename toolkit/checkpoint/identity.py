@@ -1,0 +1,93 @@
+"""What a run and a checkpoint must share, and the words for where they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from toolkit.checkpoint.manifest import Manifest
+from toolkit.config.schema import RunConfig
+from toolkit.data.dataset import PreparedData
+from toolkit.errors import CheckpointError
+from toolkit.parallel.layout import Layout
+
+_FREE_MODEL_KEYS = frozenset(
+    {"preset", "impl", "dropout", "init_std", "compile"}
+)  # of the model section, what leaves its weights as they are
+_QUIET = ("run.dir", "checkpoint.", "log.", "data.workers", "data.cache_dir", "zero.config", "zero.nvme_path")
+
+
+def identity_of(config: RunConfig, data: PreparedData) -> dict[str, Any]:
+    """What decides the meaning of the weights and the order of the samples: equal, or the run is another one."""
+    model = {f"model.{k}": v for k, v in config.model.model_dump(mode="json").items() if k not in _FREE_MODEL_KEYS}
+    return model | {
+        "run.seed": config.run.seed,
+        "train.global_batch_size": config.train.global_batch_size,
+        "train.seq_length": config.train.seq_length,
+        "data.split": list(config.data.split),
+        "data.tokenizer": data.tokenizer_hash,
+        "data.source": data.identity,
+        "data.blend": list(data.weights),
+    }
+
+
+def layout_of(config: RunConfig, layout: Layout) -> dict[str, Any]:
+    """What the saved state is cut by. Micro-batch and sequence parallelism are not among it."""
+    return {
+        "parallel.tp": layout.tp,
+        "parallel.pp": layout.pp,
+        "parallel.vpp": layout.vpp,
+        "parallel.cp": layout.cp,
+        "dp": layout.dp,
+        "zero.stage": config.zero.stage,
+        "zero.offload_optimizer": config.zero.offload_optimizer,
+        "zero.offload_param": config.zero.offload_param,
+        "train.precision": config.train.precision,
+    }
+
+
+def check_same_run(manifest: Manifest, identity: Mapping[str, Any], *, path: Path) -> None:
+    """Raise CheckpointError naming every key in which this run is another one than the checkpoint's."""
+    here, there = _differences(identity, manifest.identity)
+    if here:
+        raise CheckpointError(
+            f"{path} belongs to another run: it has {there}, and this run has {here}",
+            why="its weights or its place in the data would mean something else",
+            fix="Set these keys as they were, or give this run another run.dir.",
+        )
+
+
+def check_same_layout(manifest: Manifest, layout: Mapping[str, Any], *, path: Path) -> None:
+    """Raise CheckpointError naming what the saved state is cut by and this run is not."""
+    here, there = _differences(layout, manifest.layout)
+    if here:
+        raise CheckpointError(
+            f"{path} was saved by {manifest.processes} processes with {there}, and this run has {here}",
+            why="each process reads back the part of weights and optimizer states that it wrote",
+            fix=f"Start {manifest.processes} processes and set these keys as they were.",
+        )
+
+
+def changed_keys(manifest: Manifest, config: RunConfig) -> list[str]:
+    """`key: old -> new` for every other key that changed since the checkpoint; those a run may change."""
+    old, new = _flat(manifest.config), _flat(config.model_dump(mode="json"))
+    return [f"{k}: {_show(old.get(k))} -> {_show(v)}" for k, v in new.items() if old.get(k) != v and not k.startswith(_QUIET)]
+
+
+def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> tuple[str, str]:
+    keys = [k for k in here if here[k] != there.get(k)]
+    return ", ".join(f"{k}={_show(here[k])}" for k in keys), ", ".join(f"{k}={_show(there.get(k))}" for k in keys)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, str) and len(value) == 64:
+        return f"sha256 {value[:12]}…"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat

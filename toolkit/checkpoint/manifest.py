@@ -1,0 +1,169 @@
+"""The manifest of a checkpoint: what it holds, the proof that it is whole, and where to look for one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from toolkit.checkpoint.files import sync_folder, write_durably
+
+FORMAT = 1
+NAME = "manifest.json"
+LATEST = "latest"
+_STEP = re.compile(r"step-(\d{8,})")
+_CHUNK = 1 << 22
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(_Part):
+    """One file of a checkpoint: name inside its folder, size in bytes, sha256 in hex."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Manifest(_Part):
+    """A complete checkpoint; a folder without one was not finished.
+
+    step: optimizer steps taken; consumed_samples: sequences trained on by all ranks; layout: what the state is cut by; identity: what a
+    run must share to go on from here; probe: a few samples of the data in training order; config: the whole resolved config;
+    saved_at: UTC, ISO 8601; checksum: sha256 of all other fields.
+    """
+
+    format: int = FORMAT
+    step: int
+    consumed_samples: int
+    processes: int
+    layout: dict[str, Any]
+    identity: dict[str, Any]
+    probe: dict[str, Any]
+    config: dict[str, Any]
+    versions: dict[str, str]
+    saved_at: str
+    files: list[FileRecord]
+    checksum: str = ""
+
+    def digest(self) -> str:
+        """The checksum that belongs to the other fields."""
+        return _digest(self.model_dump(mode="json"))
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    text = json.dumps({k: v for k, v in fields.items() if k != "checksum"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Found:
+    """A folder named like a checkpoint. manifest: None where it cannot be used; problem: why; finished: whether saving it had ended."""
+
+    path: Path
+    step: int
+    manifest: Manifest | None
+    problem: str = ""
+    finished: bool = True
+
+    @property
+    def bytes(self) -> int:
+        return sum(f.bytes for f in self.manifest.files) if self.manifest else 0
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """The last act of saving: from here on the checkpoint counts."""
+    manifest = manifest.model_copy(update={"checksum": manifest.digest()})
+    write_durably(folder / NAME, (manifest.model_dump_json(indent=1) + "\n").encode())
+    sync_folder(folder)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check a folder's manifest, not its files; ValueError names the file and what is wrong with it."""
+    path = folder / NAME
+    try:
+        raw = json.loads(path.read_bytes())
+    except OSError as e:
+        raise ValueError(f"{path} cannot be read ({e.strerror})") from None
+    except ValueError:
+        raise ValueError(f"{path} is damaged: it is not JSON") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} is damaged: it holds no fields")
+    if raw.get("format") != FORMAT:
+        # before the checksum: another version may compute another one
+        raise ValueError(f"{path} has format {raw.get('format')!r}, and this version reads format {FORMAT}")
+    if raw.get("checksum") != _digest(raw):
+        raise ValueError(f"{path} is damaged: its content does not match its checksum")
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as e:
+        raise ValueError(f"{path} is damaged: {e.errors()[0]['msg']}") from None
+
+
+def discover(folder: Path) -> list[Found]:
+    """Every checkpoint in a folder, newest first, whole or not; found by looking, not by the file `latest`.
+
+    Sizes are held to the manifest here, checksums in verify_files().
+    """
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not (match := _STEP.fullmatch(path.name)) or not path.is_dir():
+            continue
+        step = int(match[1])
+        if not (path / NAME).exists():
+            found.append(Found(path, step, None, f"{path / NAME} is missing: saving was cut off", finished=False))
+            continue
+        try:
+            manifest = read_manifest(path)
+        except ValueError as e:
+            found.append(Found(path, step, None, str(e)))
+            continue
+        if manifest.step != step:
+            found.append(Found(path, step, None, f"{path / NAME} is of step {manifest.step}"))
+            continue
+        problem = next((p for f in manifest.files if (p := _wrong_size(path, f))), "")
+        found.append(Found(path, step, None if problem else manifest, problem))
+    return sorted(found, key=lambda f: f.step, reverse=True)
+
+
+def _wrong_size(folder: Path, record: FileRecord) -> str:
+    path = folder / record.name
+    try:
+        size = path.stat().st_size
+    except OSError as e:
+        return f"{path} is missing" if isinstance(e, FileNotFoundError) else f"{path} cannot be read ({e.strerror})"
+    return "" if size == record.bytes else f"{path} has {size} bytes, and its manifest says {record.bytes}"
+
+
+def verify_files(folder: Path, records: Iterable[FileRecord], *, progress: Callable[[int], None] = lambda _: None) -> str:
+    """Read files through and hold them to their checksums; the first problem as text, "" where there is none.
+
+    progress: called with the number of bytes read since its last call.
+    """
+    for record in records:
+        path = folder / record.name
+        if problem := _wrong_size(folder, record):
+            return problem
+        digest = hashlib.sha256()
+        try:
+            with path.open("rb") as f:
+                while piece := f.read(_CHUNK):
+                    digest.update(piece)
+                    progress(len(piece))
+        except OSError as e:
+            return f"{path} cannot be read ({e.strerror})"
+        if digest.hexdigest() != record.sha256:
+            return f"{path} is damaged: it does not match its checksum"
+    return ""

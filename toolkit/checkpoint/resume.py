@@ -1,0 +1,172 @@
+"""Which checkpoint a run goes on from: found by rank 0, read through by all ranks, decided together."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from toolkit.checkpoint.agree import everywhere, on_rank_0
+from toolkit.checkpoint.claim import checkpoint_folder
+from toolkit.checkpoint.identity import changed_keys, check_same_layout, check_same_run, identity_of, layout_of
+from toolkit.checkpoint.manifest import FileRecord, Found, Manifest, discover, verify_files
+from toolkit.config.schema import RunConfig
+from toolkit.data.dataset import PreparedData
+from toolkit.errors import CheckpointError
+from toolkit.parallel.layout import Layout
+
+log = logging.getLogger("toolkit.train")
+
+_PROBES = 4
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where a run starts. path, manifest: the checkpoint it goes on from, None for a fresh start; distrusted: damaged ones passed over."""
+
+    path: Path | None = None
+    manifest: Manifest | None = None
+    distrusted: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step if self.manifest else 0
+
+    @property
+    def consumed_samples(self) -> int:
+        return self.manifest.consumed_samples if self.manifest else 0
+
+
+def find(config: RunConfig, layout: Layout, data: PreparedData) -> Resume:
+    """The newest checkpoint whose every byte is as it was written; all ranks call it and get the same.
+
+    auto: damaged ones are named and passed over, none at all is a fresh start; must: the newest must be good; never: there must be
+    none. Raises CheckpointError; nothing is deleted.
+    """
+    policy, folder = config.checkpoint.resume, checkpoint_folder(config)
+    candidates: list[Found] = on_rank_0(lambda: discover(folder)) or []
+    if policy == "never":
+        on_rank_0(lambda: _refuse_existing(candidates, folder))
+        return Resume()
+    identity, cut = identity_of(config, data), layout_of(config, layout)
+    distrusted: dict[str, str] = {}
+    # only rank 0 has candidates; the others take part in reading them
+    for one in _rounds(candidates):
+        found = everywhere(lambda: one)[0]  # noqa: B023  called at once
+        if found is None:
+            break
+        if not found.finished:
+            _say("%s was not finished; passed over", found.path)
+            continue
+        problem = found.problem
+        if found.manifest is not None:
+            manifest, path = found.manifest, found.path
+            on_rank_0(lambda: _check(manifest, path, identity, cut))  # noqa: B023
+            problem = next(filter(None, everywhere(lambda: verify_files(path, _share(manifest.files)))), "")  # noqa: B023
+            if not problem:
+                return _announce(Resume(path, manifest, frozenset(distrusted)), config)
+        if policy == "must":
+            raise CheckpointError(
+                f"the newest checkpoint cannot be used: {problem}",
+                why="checkpoint.resume=must goes on from no other",
+                fix="Restore the file, or set checkpoint.resume=auto to go on from an older checkpoint.",
+            )
+        distrusted[found.path.name] = problem
+        if dist.get_rank() == 0:
+            log.warning("%s; looking for an older checkpoint", problem)
+    if distrusted:
+        raise CheckpointError(
+            f"none of the {len(distrusted)} checkpoints in {folder} can be used: {'; '.join(distrusted.values())}",
+            why="starting over would end in writing over what may still be rescued",
+            fix="Restore the files, or move the folder away to start at step 1.",
+        )
+    if policy == "must":
+        raise CheckpointError(
+            f"{folder} holds no complete checkpoint",
+            why="checkpoint.resume=must never starts over",
+            fix="Set checkpoint.dir to where one is, or checkpoint.resume=auto to start at step 1.",
+        )
+    if config.checkpoint.every:
+        _say("no checkpoint in %s: starting at step 1", folder)
+    return Resume()
+
+
+def probe(dataset: Any, *, consumed_samples: int) -> dict[str, Any]:
+    """A digest of a few samples, spread over those already trained on: it changes when the order of the data does."""
+    last = consumed_samples - 1
+    ids = sorted({last * i // (_PROBES - 1) for i in range(_PROBES)})
+    digest = hashlib.sha256()
+    for i in ids:
+        digest.update(dataset[i]["text"].astype("int64").tobytes())
+    return {"samples": ids, "sha256": digest.hexdigest()}
+
+
+def check_probe(resume: Resume, dataset: Any, config: RunConfig) -> None:
+    """All ranks call it: CheckpointError where this run's data set no longer has the samples already trained on in their places."""
+    if resume.manifest is None:
+        return
+    manifest = resume.manifest
+
+    def check() -> None:
+        if probe(dataset, consumed_samples=manifest.consumed_samples) == manifest.probe:
+            return
+        steps = manifest.config.get("train", {}).get("steps")
+        raise CheckpointError(
+            f"the order of the samples is not that of {resume.path}",
+            why="going on would repeat some samples and leave out others: the data is shuffled over all passes that train.steps takes"
+            if steps != config.train.steps
+            else f"the data set is built differently now (the checkpoint's versions: {_versions(manifest.versions)})",
+            fix=f"Set train.steps={steps}, as it was." if steps != config.train.steps else "Use the versions the run was started with.",
+        )
+
+    on_rank_0(check)
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in versions.items())
+
+
+def _rounds(candidates: list[Found]) -> Any:
+    """Rank 0's candidates and then None; on other ranks None for ever, as they hear from rank 0."""
+    if dist.get_rank() == 0:
+        yield from candidates
+        yield None
+    while True:
+        yield None
+
+
+def _share(files: list[FileRecord]) -> list[FileRecord]:
+    return files[dist.get_rank() :: dist.get_world_size()]
+
+
+def _check(manifest: Manifest, path: Path, identity: Mapping[str, Any], cut: Mapping[str, Any]) -> None:
+    check_same_run(manifest, identity, path=path)
+    check_same_layout(manifest, cut, path=path)
+
+
+def _refuse_existing(candidates: list[Found], folder: Path) -> None:
+    finished = [c for c in candidates if c.finished]
+    if finished:
+        raise CheckpointError(
+            f"checkpoint.resume=never, and {folder} holds {len(finished)} checkpoints (newest: {finished[0].path.name})",
+            why="starting over there would mix two runs",
+            fix="Set another run.dir, move the folder away, or set checkpoint.resume=auto to go on.",
+        )
+
+
+def _announce(resume: Resume, config: RunConfig) -> Resume:
+    assert resume.manifest is not None
+    _say("resuming from %s: step %d, %d samples", resume.path, resume.step, resume.consumed_samples)
+    for line in changed_keys(resume.manifest, config):
+        _say("changed since then: %s", line)
+    return resume
+
+
+def _say(text: str, *values: Any) -> None:
+    if dist.get_rank() == 0:
+        log.info(text, *values)

@@ -1,0 +1,115 @@
+"""A run's dealings with checkpoints, as the training loop sees them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch.distributed as dist
+
+from toolkit.checkpoint.agree import everywhere, on_rank_0
+from toolkit.checkpoint.claim import check_shared, checkpoint_folder, claim
+from toolkit.checkpoint.identity import identity_of, layout_of
+from toolkit.checkpoint.load import restore
+from toolkit.checkpoint.resume import Resume, check_probe, find, probe
+from toolkit.checkpoint.save import Saver, Target
+from toolkit.config.deepspeed import zero_key
+from toolkit.config.schema import RunConfig
+from toolkit.data.dataset import PreparedData
+from toolkit.engine.state import EngineState
+from toolkit.errors import ConfigError
+from toolkit.parallel.layout import Layout
+from toolkit.train.metrics import StepRecord
+
+log = logging.getLogger("toolkit.train")
+
+
+class Checkpoints:
+    """Locks the run's folders, finds where to go on, and saves at step boundaries. Every rank makes one and calls it alike."""
+
+    def __init__(self, config: RunConfig, layout: Layout, data: PreparedData) -> None:
+        self.config, self.layout, self.data = config, layout, data
+        c = config.checkpoint
+        if c.init_from is not None:
+            raise ConfigError(f"checkpoint.init_from={c.init_from} is not supported yet", fix="Set checkpoint.init_from to null.")
+        if c.every and zero_key(config, "offload_optimizer", {}).get("super_offload"):
+            raise ConfigError(
+                "checkpoint.every > 0 with super_offload in the DeepSpeed JSON",
+                why="its optimizer states live in a process of its own, and no run has proven that they come back",
+                fix="Leave super_offload out, or set checkpoint.every=0.",
+            )
+        self.saver: Saver | None = None
+        self.claim = on_rank_0(lambda: claim(config, will_save=c.every > 0))
+        self.token = everywhere(lambda: self.claim.token if self.claim else "")[0]
+        if c.every:
+            proof = everywhere(lambda: self.claim.proof if self.claim else None)[0]
+            everywhere(lambda: check_shared(proof) if proof and self.claim is None else None)
+        try:
+            self.resume: Resume = find(config, layout, data)
+        except BaseException:
+            self.release()
+            raise
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps already taken."""
+        return self.resume.step
+
+    @property
+    def consumed_samples(self) -> int:
+        return self.resume.consumed_samples
+
+    def attach(self, engine: Any, train_set: Any) -> None:
+        """Give a new engine the state to go on from, and make ready to save it."""
+        check_probe(self.resume, train_set, self.config)
+        state = EngineState(engine)
+        restore(self.resume, state, self.config, self.layout)
+        if self.step >= self.config.train.steps and dist.get_rank() == 0:
+            log.info("nothing left to do: step %d of %d is reached", self.step, self.config.train.steps)
+        if not self.config.checkpoint.every:
+            return
+        self.train_set = train_set
+        target = Target(
+            folder=checkpoint_folder(self.config),
+            token=self.token,
+            keep=self.config.checkpoint.keep,
+            distrusted=self.resume.distrusted,
+            facts={
+                "layout": layout_of(self.config, self.layout),
+                "identity": identity_of(self.config, self.data),
+                "config": self.config.model_dump(mode="json"),
+            },
+        )
+        self.saver = Saver(self.config, self.layout, state, target)
+
+    def save(self, record: StepRecord, *, last: bool) -> bool:
+        """Save after a step where it is due, noting the pause in its record; commit() must follow once the record is on disk."""
+        if self.saver is None:
+            return False
+        due = last or record.step % self.config.checkpoint.every == 0
+        if due:
+            samples = record.step * self.config.train.global_batch_size
+            facts = probe(self.train_set, consumed_samples=samples) if dist.get_rank() == 0 else {}
+            record.save_pause_s = self.saver.save(record.step, probe=facts)
+        record.save_write_s = self.saver.write_seconds()
+        return due
+
+    def commit(self) -> None:
+        """Let the last save count."""
+        if self.saver is not None:
+            self.saver.commit()
+
+    @property
+    def failed(self) -> bool:
+        """Whether saving went wrong on this rank; when it did on any, all call settle()."""
+        return self.saver is not None and self.saver.failed
+
+    def settle(self) -> None:
+        """Wait for the save in flight; CheckpointError on all ranks when it failed."""
+        if self.saver is not None:
+            self.saver.settle()
+
+    def release(self) -> None:
+        """Let other runs have the folders."""
+        if self.claim is not None:
+            self.claim.release()
