@@ -1,0 +1,166 @@
+"""`toolkit estimate`: one config on one cluster as a terminal table or as JSON."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from toolkit.config.schema import RunConfig
+from toolkit.errors import LayoutError
+from toolkit.memory.estimate import GIB, HEADROOM, MemoryEstimate, estimate
+from toolkit.plan import calibration
+from toolkit.plan.cost import TimeEstimate, step_time
+from toolkit.plan.hardware import Hardware, parse_hardware
+from toolkit.plan.workload import Workload
+
+
+def estimate_json(config: RunConfig, hardware_spec: str, *, hardware_file: Path | None = None) -> dict[str, Any]:
+    """Memory by part of every stage (GiB) and step time by part (seconds) of a config on `GPU:PER_NODExNODES`.
+
+    Raises ConfigError for unknown hardware, LayoutError where the GPUs do not divide into the config's degrees.
+    """
+    hardware, workload = _resolve(config, hardware_spec, hardware_file)
+    memory, time = estimate(workload, hardware), step_time(workload, hardware)
+    worst = memory.worst
+    return {
+        "hardware": str(hardware),
+        "gpus": workload.world,
+        "parameters": workload.shape.parameters,
+        "layout": {name: getattr(workload, name) for name in ("tp", "pp", "vpp", "cp", "dp", "zero", "micro", "microbatches")},
+        "fits": memory.fits,
+        "capacity_gib": round(memory.capacity / GIB, 3),
+        "worst_rank": _first_rank(workload, worst.stage),
+        "worst_stage": worst.stage,
+        "peak_allocated_gib": round(worst.allocated / GIB, 3),
+        "peak_reserved_gib": round(worst.reserved / GIB, 3),
+        "peak_device_gib": round(worst.device / GIB, 3),
+        "host_gib_per_node": round(memory.host / GIB, 3),
+        "nvme_gib_per_node": round(memory.nvme / GIB, 3),
+        "stages": [
+            {
+                "stage": s.stage,
+                "peak_at": s.moment,
+                "parts_gib": {name: round(value / GIB, 4) for name, value in s.parts.items()},
+                "fragmentation_gib": round(s.fragmentation / GIB, 4),
+                "context_gib": round(s.context / GIB, 4),
+                "device_gib": round(s.device / GIB, 3),
+            }
+            for s in memory.stages
+        ],
+        "step_s": time.step,
+        "time_parts_s": dict(time.parts),
+        "tokens_per_s": time.tokens / time.step,
+        "tokens_per_s_per_gpu": time.tokens_per_s_per_gpu,
+        "model_tflops_per_gpu": _model_flops(workload) / time.step / workload.world / 1e12,
+        "calibration": calibration.scale_for(hardware.gpu, workload.precision),
+    }
+
+
+def estimate_text(config: RunConfig, hardware_spec: str, *, hardware_file: Path | None = None, width: int = 100) -> str:
+    """The same as two tables and a verdict, for a terminal."""
+    from rich.console import Console
+
+    hardware, workload = _resolve(config, hardware_spec, hardware_file)
+    memory, time = estimate(workload, hardware), step_time(workload, hardware)
+    out = Console(file=io.StringIO(), width=width, force_terminal=False)
+    w = workload
+    out.print(
+        f"{_count(w.shape.parameters)} parameters on {hardware} ({w.world} GPUs): tp {w.tp} · pp {w.pp} · vpp {w.vpp} · cp {w.cp} · dp {w.dp}"
+        f" · ZeRO-{w.zero} · {w.microbatches} micro-batches of {w.micro} × {w.seq} · {w.precision}, recompute {w.recompute}",
+        highlight=False,
+    )
+    out.print(_memory_table(memory))
+    out.print(_verdict(memory, workload), highlight=False)
+    out.print(_time_table(time))
+    mfu = _model_flops(w) / time.step / w.world / hardware.gpu.peak(w.precision)
+    out.print(
+        f"step {time.step:.3g} s · {time.tokens / time.step:,.0f} tokens/s · {time.tokens_per_s_per_gpu:,.0f} tokens/s per GPU · MFU {mfu:.1%}",
+        highlight=False,
+    )
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+
+
+def _resolve(config: RunConfig, spec: str, extra: Path | None) -> tuple[Hardware, Workload]:
+    hardware = parse_hardware(spec, extra=extra)
+    p, t = config.parallel, config.train
+    each = p.tp * p.pp * p.cp
+    if hardware.count % each:
+        raise LayoutError(
+            f"{hardware} has {hardware.count} GPUs, which parallel.tp={p.tp} × parallel.pp={p.pp} × parallel.cp={p.cp} = {each} does not divide",
+            why="each data-parallel copy of the model takes that many",
+            fix="Change the degrees, or take a multiple of them in GPUs.",
+        )
+    per_step = t.micro_batch_size * (hardware.count // each)
+    if t.global_batch_size % per_step:
+        raise LayoutError(
+            f"train.global_batch_size={t.global_batch_size} is not a multiple of train.micro_batch_size={t.micro_batch_size} × dp={hardware.count // each}",
+            why="every data-parallel rank runs the same number of micro-batches",
+            fix=f"Set train.global_batch_size to a multiple of {per_step}.",
+        )
+    return hardware, Workload.of(config, hardware.count)
+
+
+def _first_rank(w: Workload, stage: int) -> int:
+    return stage * w.tp * w.cp * w.dp
+
+
+def _model_flops(w: Workload) -> float:
+    """FLOPs of forward and backward of one step without recompute, scores over all s × s pairs (arXiv 2204.02311, appendix B)."""
+    s = w.shape
+    layer = 2 * s.hidden * (2 * s.query + s.key_value) + 4 * w.seq * s.query + 2 * s.hidden * s.ffn * (3 if s.gated else 2)
+    return 3.0 * (s.layers * layer + 2 * s.hidden * s.vocab) * w.batch * w.seq
+
+
+def _count(number: int) -> str:
+    return next((f"{number / size:.3g} {name}" for name, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)) if number >= size), str(number))
+
+
+def _unit(nbytes: float) -> tuple[str, float]:
+    """The binary unit in which a size reads best, and its bytes."""
+    return next(((name, size) for name, size in (("GiB", GIB), ("MiB", 2**20)) if nbytes >= 0.5 * size), ("KiB", 2**10))
+
+
+def _memory_table(memory: MemoryEstimate) -> Any:
+    from rich.table import Table
+
+    unit, size = _unit(memory.worst.device)
+    table = Table(title=f"peak memory of one rank, {unit}", title_justify="left")
+    table.add_column("part")
+    for s in memory.stages:
+        table.add_column(f"stage {s.stage}", justify="right")
+    for name in memory.stages[0].parts:
+        if any(s.parts[name] >= 0.005 * size for s in memory.stages):
+            table.add_row(name, *(f"{s.parts[name] / size:.2f}" for s in memory.stages))
+    table.add_row("allocated", *(f"{s.allocated / size:.2f}" for s in memory.stages), style="bold")
+    table.add_row("fragmentation", *(f"{s.fragmentation / size:.2f}" for s in memory.stages))
+    table.add_row("context", *(f"{s.context / size:.2f}" for s in memory.stages))
+    table.add_row("on the device", *(f"{s.device / size:.2f}" for s in memory.stages), style="bold")
+    table.add_row("worst moment", *(s.moment for s in memory.stages))
+    return table
+
+
+def _verdict(memory: MemoryEstimate, w: Workload) -> str:
+    worst = memory.worst
+    where = f"stage {worst.stage} (from rank {_first_rank(w, worst.stage)})"
+    unit, size = _unit(worst.device)
+    text = f"{'fits' if memory.fits else 'does not fit'}: {where} needs {worst.device / size:.1f} {unit} of {memory.capacity / GIB:.1f} GiB"
+    if not memory.fits:
+        text += f", {(worst.device + HEADROOM - memory.capacity) / GIB:.1f} GiB too much with {HEADROOM / GIB:.0f} GiB of headroom"
+    if memory.host or memory.nvme:
+        text += f"; offloading takes {memory.host / GIB:.1f} GiB of RAM and {memory.nvme / GIB:.1f} GiB of NVMe a node"
+    return text
+
+
+def _time_table(time: TimeEstimate) -> Any:
+    from rich.table import Table
+
+    table = Table(title="one optimizer step", title_justify="left")
+    table.add_column("part")
+    table.add_column("seconds", justify="right")
+    table.add_column("share", justify="right")
+    for name, seconds in sorted(time.parts.items(), key=lambda item: -item[1]):
+        if seconds >= 0.0005 * time.step:
+            table.add_row(name, f"{seconds:.4g}", f"{seconds / time.step:.1%}")
+    return table
