@@ -1,0 +1,120 @@
+"""Shared by all tests: the worker pool, the extensions DeepSpeed compiles, and the order of tests."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.pool import Pool
+from toolkit.cluster.locks import check_extension_locks, extension_folders
+from toolkit.errors import MachineError
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# the tests' own builds: another environment's would be compiled anew each time, and its locks are not ours to judge
+os.environ["TORCH_EXTENSIONS_DIR"] = str(
+    Path(__file__).parents[1] / "build" / f"extensions-py{sys.version_info.major}{sys.version_info.minor}"
+)
+
+EXTENSIONS = ("cpu_adam", "async_io")
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Four worker processes, started at the first distributed test and kept for all of them."""
+    workers = Pool(4)
+    yield workers
+    workers.close()
+
+
+class Extensions:
+    """DeepSpeed's compiled parts, built beside the tests that do not need them."""
+
+    def __init__(self, folder: Path, names: set[str]) -> None:
+        self.logs = {name: folder / f"{name}.log" for name in EXTENSIONS}
+        try:
+            check_extension_locks(names | {"pin_memory"} if "async_io" in names else names)
+        except MachineError:  # an earlier session of these tests was killed
+            for lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("*/lock"):
+                lock.unlink()
+        builder = {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}
+        code = "import os; os.nice(5)\nfrom deepspeed.ops.op_builder import {0}\n{0}().load(verbose=False)"
+        self.builds = {}
+        for name in sorted(names):
+            env = {**os.environ, "DS_ACCELERATOR": "cpu", "MAX_JOBS": "2"}
+            with self.logs[name].open("w") as log:
+                self.builds[name] = subprocess.Popen(
+                    [sys.executable, "-c", code.format(builder[name])], env=env, stdout=log, stderr=log, start_new_session=True
+                )
+
+    def wait(self, name: str) -> None:
+        """Return once an extension is there; skip the test where the machine cannot build it."""
+        if self.builds[name].wait(timeout=900) != 0:
+            text = self.logs[name].read_text()
+            if name == "async_io" and "libaio" in text:
+                pytest.skip("NVMe offload needs libaio's headers: install libaio-dev")
+            if shutil.which("c++") is None:
+                pytest.skip(f"DeepSpeed's {name} needs a C++ compiler")
+            pytest.fail(f"DeepSpeed could not build {name}:\n{text[-3000:]}")
+
+    def close(self) -> None:
+        """End what is still compiling, and take away the lock that a killed build leaves for the next one to wait on."""
+        for name, build in self.builds.items():
+            if build.poll() is None:
+                os.killpg(build.pid, signal.SIGKILL)
+                build.wait()
+                for folder in extension_folders():
+                    for part in (name, "pin_memory"):
+                        (folder / part / "lock").unlink(missing_ok=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-cells", action="store_true", help="also the cells with NVMe offload (make parity)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long parity cells go last, and those that wait for a compiler after all others."""
+    if not config.option.all_cells:
+        left_out = [i for i in items if i.get_closest_marker("all_cells")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [i for i in items if i not in left_out]
+    items.sort(key=lambda i: ("parity/" in str(i.fspath), "nvme" in i.name, "cpu" in i.name and "parity/" in str(i.fspath)))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start compiling as soon as it is clear that offload will be tested."""
+    waiting = [i.name for i in session.items if "extension" in getattr(i, "fixturenames", ())]
+    names = {"cpu_adam"} if waiting else set()
+    names |= {"async_io"} if any("nvme" in name for name in waiting) else set()
+    if names and not session.config.option.collectonly:
+        folder = Path(session.config._tmp_path_factory.mktemp("extensions"))  # type: ignore[attr-defined]
+        session.config.extensions = Extensions(folder, names)  # type: ignore[attr-defined]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if extensions := getattr(session.config, "extensions", None):
+        extensions.close()
+
+
+@pytest.fixture(scope="session")
+def extension(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Call it with "cpu_adam" or "async_io" before a run that needs one."""
+    return request.config.extensions.wait  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text with structure enough to learn from."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(50)]
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(40):
+        (folder / f"{number:02}.txt").write_text(" ".join(draw.choices(words, k=200)))
+    return folder

@@ -1,0 +1,194 @@
+"""Which runs are compared with the single-process run: the whole legal space of up to 4 ranks, and covers of the rest."""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import dataclass, field
+from itertools import combinations, product
+from typing import Any
+
+from toolkit.config.load import parse_config
+from toolkit.parallel.rules import violations
+
+STEPS = 20
+BOUNDS = {  # worst relative difference of (loss, gradient norm) over all steps
+    "fp32": (1e-5, 1e-4),
+    "bf16": (1e-3, 2e-2),
+    "fp16": (2e-4, 1e-2),
+}
+NVME = "NVME"  # replaced by a folder of the test session
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: its world size and the YAML keys that differ from BASE."""
+
+    world: int
+    keys: dict[str, Any] = field(hash=False)
+
+    @property
+    def id(self) -> str:
+        k = self.keys
+        parts = [
+            k.get("model.family", "llama"),
+            *(f"{d}{k[f'parallel.{d}']}" for d in ("tp", "pp", "vpp") if k.get(f"parallel.{d}", 1) > 1),
+        ]
+        dp = self.world // (k.get("parallel.tp", 1) * k.get("parallel.pp", 1))
+        parts += [f"dp{dp}"] if dp > 1 else []
+        parts += ["sp"] if k.get("parallel.sequence_parallel") else []
+        parts += [f"zero{k.get('zero.stage', 0)}"]
+        parts += [
+            f"{short}-{k[key]}"
+            for short, key in (("opt", "zero.offload_optimizer"), ("param", "zero.offload_param"))
+            if k.get(key, "none") != "none"
+        ]
+        parts += ["tied"] if k.get("model.tie_embeddings") else []
+        parts += ["hpz"] if "zero.deepspeed" in k else []
+        parts += ["compile"] if k.get("model.compile") else []
+        parts += ["qknorm"] if k.get("model.qk_layernorm") else []
+        parts += [f"recompute-{k['train.recompute']}"] if k.get("train.recompute", "none") != "none" else []
+        parts += [k["train.precision"]] if k.get("train.precision", "fp32") != "fp32" else []
+        return "-".join(map(str, parts))
+
+    @property
+    def precision(self) -> str:
+        return str(self.keys.get("train.precision", "fp32"))
+
+    @property
+    def reference(self) -> Cell:
+        """The single-process ZeRO-0 run whose losses and norms this one must have."""
+        same = ("model.", "train.precision", "train.global_batch_size")
+        return Cell(1, {k: v for k, v in self.keys.items() if k.startswith(same) and k != "model.compile"} | {"zero.stage": 0})
+
+    def uses(self, device: str) -> bool:
+        return device in (self.keys.get("zero.offload_optimizer"), self.keys.get("zero.offload_param"))
+
+    @property
+    def rare(self) -> bool:
+        """NVMe: DeepSpeed compiles minutes for it, so `make parity` runs these and `make test` does not."""
+        return self.uses("nvme")
+
+    def raw(self, *, nvme: str = "/nvme") -> dict[str, Any]:
+        """The run's YAML as a mapping."""
+        raw = copy.deepcopy(BASE)
+        for dotted, value in self.keys.items():
+            section, key = dotted.split(".")
+            raw.setdefault(section, {})[key] = value
+        if self.uses("nvme"):
+            raw["zero"]["nvme_path"] = nvme
+        return raw
+
+    def legal(self) -> bool:
+        return not violations(parse_config(self.raw()), self.world)
+
+
+BASE: dict[str, Any] = {
+    "model": {
+        "family": "llama",
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+        "ffn_hidden_size": 128,
+        "vocab_size": 250,
+        "max_position_embeddings": 32,
+        "init_std": 0.05,
+    },
+    "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "seq_length": 32, "precision": "fp32"},
+    "optimizer": {"lr": 1.0e-3, "schedule": "constant"},
+}
+EIGHT_LAYERS = {"model.num_layers": 8}
+THREES = {  # a shape that three ranks can share
+    "model.num_layers": 6,
+    "model.hidden_size": 48,
+    "model.num_attention_heads": 6,
+    "model.num_query_groups": 3,
+    "model.ffn_hidden_size": 96,
+    "model.vocab_multiple": 96,
+    "train.global_batch_size": 12,
+}
+OFFLOADS = [(stage, opt, param) for stage, opt, param in product(range(4), ("none", "cpu", "nvme"), ("none", "cpu", "nvme"))]
+
+
+def _cell(world: int, tp: int, pp: int, vpp: int, sp: bool, stage: int, opt: str, param: str, **more: Any) -> Cell:
+    keys = {"parallel.tp": tp, "parallel.pp": pp, "parallel.vpp": vpp, "parallel.sequence_parallel": sp}
+    keys |= {"zero.stage": stage, "zero.offload_optimizer": opt, "zero.offload_param": param}
+    return Cell(world, keys | {k.replace("__", "."): v for k, v in more.items()})
+
+
+def llama() -> list[Cell]:
+    """Every combination the rules allow on 1 to 4 ranks, in fp32."""
+    cells = []
+    for world, tp, pp, vpp, sp, (stage, opt, param) in product((1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 4), (1, 2), (False, True), OFFLOADS):
+        if world % (tp * pp):
+            continue
+        cell = _cell(world, tp, pp, vpp, sp, stage, opt, param)
+        cell = Cell(world, cell.keys | (THREES if world == 3 else layers(pp * vpp)) | batches(world // (tp * pp), pp, world))
+        if cell.legal() and cell.keys | {"zero.stage": 0} != cell.reference.keys:
+            cells.append(cell)
+    return cells
+
+
+def extras() -> list[Cell]:
+    """torch.compile as far as the rules leave it, and ZeRO++'s second partition of parameters (hpZ)."""
+    hpz = {"zero.stage": 3, "zero.deepspeed": {"zero_optimization": {"zero_hpz_partition_size": 2}}}
+    return [Cell(4, hpz), Cell(4, hpz | {"parallel.pp": 2})] + [
+        Cell(2, {"model.compile": True, "zero.stage": stage, "parallel.pp": pp}) for stage, pp in ((0, 1), (1, 2))
+    ]
+
+
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "parallel.tp": (1, 2, 4),
+    "parallel.pp": (1, 2, 4),
+    "parallel.vpp": (1, 2),
+    "dp": (1, 2, 4),
+    "parallel.sequence_parallel": (False, True),
+    "zero.stage": (0, 1, 2, 3),
+    "zero.offload_optimizer": ("none", "cpu"),
+    "zero.offload_param": ("none", "cpu"),
+    "model.family": ("gpt", "llama"),
+    "model.tie_embeddings": (False, True),
+    "model.qk_layernorm": (False, True),
+    "train.recompute": ("none", "selective", "full"),
+    "train.precision": ("fp32", "bf16", "fp16"),
+}
+
+
+def cover(*, candidates: int = 1500, seed: int = 1) -> list[Cell]:
+    """A pairwise cover: each legal pair of two factors' values is in some cell, found greedily.
+
+    Pairs that none of the sampled legal rows has count as impossible.
+    """
+    draw = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    while len(rows) < candidates:
+        row = {k: draw.choice(v) for k, v in FACTORS.items()}
+        if row["parallel.tp"] * row["parallel.pp"] * row["dp"] <= 4 and _covered(row).legal():
+            rows.append(row)
+    pairs = [{((a, row[a]), (b, row[b])) for a, b in combinations(FACTORS, 2)} for row in rows]
+    wanted: set[Any] = set().union(*pairs)
+    chosen = []
+    while wanted:
+        best = max(range(len(rows)), key=lambda i: len(pairs[i] & wanted))
+        wanted -= pairs[best]
+        chosen.append(_covered(rows[best]))
+    return chosen
+
+
+def _covered(row: dict[str, Any]) -> Cell:
+    keys = {k: v for k, v in row.items() if k != "dp"}
+    world = row["parallel.tp"] * row["parallel.pp"] * row["dp"]
+    shape = layers(keys["parallel.pp"] * keys["parallel.vpp"]) | batches(row["dp"], keys["parallel.pp"], world)
+    return Cell(world, keys | shape)
+
+
+def batches(dp: int, pp: int, world: int) -> dict[str, Any]:
+    """A micro-batch that gives a pipeline four micro-batches and the rest two, of the same global batch."""
+    rows = (12 if world == 3 else 8) // dp
+    return {"train.micro_batch_size": max(1, rows // (3 if world == 3 else 4 if pp > 1 else 2))}
+
+
+def layers(chunks: int) -> dict[str, Any]:
+    """As many layers as the pipeline has chunks, and at least two: more only take longer."""
+    return {"model.num_layers": chunks} if chunks > 2 else {}

@@ -1,0 +1,125 @@
+"""Losses and gradient norms do not depend on how a run was sharded."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parity import cells
+from tests.parity.cells import BOUNDS, Cell
+from tests.pool import Pool
+
+RUN = "tests.parity.run:run_cell"
+DEADLINE_S = 180.0
+RESULTS = Path("build/parity.json")
+
+
+class Suite:
+    """Runs cells in the pool, keeps the single-process runs, and writes down how far each cell was off."""
+
+    def __init__(self, pool: Pool, nvme: str) -> None:
+        self.pool, self.nvme = pool, nvme
+        self.references: dict[str, dict[str, Any]] = {}
+        self.worst: dict[str, dict[str, Any]] = {}
+
+    def run(self, cell: Cell, *, mutation: str = "") -> list[dict[str, Any]]:
+        return self.pool.run(RUN, cell.world, {"config": cell.raw(nvme=self.nvme), "mutation": mutation}, deadline_s=DEADLINE_S)
+
+    def reference(self, cell: Cell) -> dict[str, Any]:
+        key = json.dumps(cell.reference.keys, sort_keys=True)
+        if key not in self.references:
+            self.references[key] = self.run(cell.reference)[0]
+        return self.references[key]
+
+    def difference(self, cell: Cell, ranks: list[dict[str, Any]]) -> tuple[float, float]:
+        """Worst relative difference over all steps, of the loss and of the gradient norm."""
+        one = self.reference(cell)
+        assert len(one["losses"]) == cells.STEPS and min(one["norms"]) > 0
+        return _relative(ranks[0]["losses"], one["losses"]), _relative(ranks[0]["norms"], one["norms"])
+
+
+def _relative(found: list[float], expected: list[float]) -> float:
+    return max(abs(f - e) / abs(e) for f, e in zip(found, expected, strict=True))
+
+
+def differing_replicas(ranks: list[dict[str, Any]]) -> list[str]:
+    """Names of values that two ranks hold with different bits."""
+    seen: dict[str, set[str]] = defaultdict(set)
+    for rank in ranks:
+        for name, digest in rank["digests"].items():
+            seen[name].add(digest)
+    return [name for name, found in seen.items() if len(found) > 1]
+
+
+@pytest.fixture(scope="module")
+def suite(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Suite]:
+    s = Suite(pool, str(tmp_path_factory.mktemp("nvme")))
+    yield s
+    if s.worst:
+        RESULTS.parent.mkdir(exist_ok=True)
+        before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        kept = before["cells"] if before.get("versions") == _versions() else {}  # a run of some cells renews their rows
+        RESULTS.write_text(json.dumps({"versions": _versions(), "cells": kept | s.worst}, indent=1))
+
+
+def _versions() -> dict[str, str]:
+    import platform
+    from importlib.metadata import version
+
+    return {"python": platform.python_version()} | {p: version(p) for p in ("torch", "megatron-core", "deepspeed")}
+
+
+def _parameter(cell: Cell) -> Any:
+    return pytest.param(cell, id=cell.id, marks=[pytest.mark.all_cells] if cell.rare else [])
+
+
+@pytest.mark.parametrize("cell", [_parameter(c) for c in (*cells.llama(), *cells.cover(), *cells.extras())])
+def test_same_as_one_process(cell: Cell, suite: Suite, extension: Callable[[str], None]) -> None:
+    if cell.uses("cpu") or cell.uses("nvme"):
+        extension("cpu_adam")
+    if cell.uses("nvme"):
+        extension("async_io")
+    started = time.perf_counter()
+    ranks = suite.run(cell)
+    seconds = time.perf_counter() - started
+    loss, norm = suite.difference(cell, ranks)
+    suite.worst[cell.id] = {"ranks": cell.world, "precision": cell.precision, "loss": loss, "norm": norm, "seconds": round(seconds, 1)}
+    most_loss, most_norm = BOUNDS[cell.precision]
+    assert loss <= most_loss and norm <= most_norm, f"loss off by {loss:.1e}, norm by {norm:.1e}"
+    assert not differing_replicas(ranks)
+
+
+MUTATIONS = [
+    ("drop_sequence_parallel_sum", Cell(2, {"parallel.tp": 2, "parallel.sequence_parallel": True, "zero.stage": 1})),
+    ("divide_twice", Cell(2, {"parallel.pp": 2, "zero.stage": 1})),
+    ("count_replicas_twice", Cell(2, {"parallel.tp": 2, "zero.stage": 1})),
+    ("count_replicas_twice", Cell(2, {"parallel.tp": 2, "zero.stage": 3})),
+    ("forget_tied_sum", Cell(2, {"parallel.pp": 2, "zero.stage": 1, "model.tie_embeddings": True})),
+]
+
+
+@pytest.mark.parametrize(("mutation", "cell"), [pytest.param(m, c, id=f"{m}-{c.id}") for m, c in MUTATIONS])
+def test_a_fault_turns_it_red(mutation: str, cell: Cell, suite: Suite) -> None:
+    loss, norm = suite.difference(cell, ranks := suite.run(cell, mutation=mutation))
+    most_loss, most_norm = BOUNDS[cell.precision]
+    assert loss > most_loss or norm > most_norm or differing_replicas(ranks)
+
+
+def test_a_hang_is_a_failure_with_stacks(pool: Pool) -> None:
+    from tests.pool import CellFailed
+
+    with pytest.raises(CellFailed, match=r"(?s)no answer within.*sleep_on_rank_1"):
+        pool.run("tests.parity.test_parity:sleep_on_rank_1", 2, None, deadline_s=8.0)
+
+
+def sleep_on_rank_1(_: Any) -> None:
+    import torch.distributed as dist
+
+    if dist.get_rank() == 1:
+        time.sleep(60)

@@ -1,0 +1,40 @@
+"""How many parameters a model has: pure arithmetic on its config."""
+
+from __future__ import annotations
+
+from toolkit.config.schema import ModelSection
+from toolkit.errors import ConfigError
+
+
+def padded_vocab(vocab_size: int, multiple: int) -> int:
+    """Rows of the embedding: vocab_size rounded up to a multiple, whatever the layout."""
+    return -(-vocab_size // multiple) * multiple
+
+
+def layer_parameter_count(model: ModelSection) -> int:
+    """Parameters of one transformer layer: attention, MLP and its norms."""
+    h, f, d = model.hidden_size, model.ffn_hidden_size, model.head_dim
+    groups = model.num_query_groups
+    assert f is not None and d is not None and groups is not None, "the schema fills these"
+    query, key_value = model.num_attention_heads * d, 2 * groups * d
+    attention = h * (query + key_value) + query * h
+    norm = h if model.family == "llama" else 2 * h  # RMSNorm has a scale, LayerNorm a scale and a bias
+    mlp = (3 if model.family == "llama" else 2) * h * f
+    biases = 0 if model.family == "llama" else query + key_value + h + f + h
+    qk_norm = (2 if model.family == "llama" else 4) * d if model.qk_layernorm else 0
+    return attention + mlp + biases + 2 * norm + qk_norm
+
+
+def parameter_count(model: ModelSection, *, padded: bool = False) -> int:
+    """Parameters of the whole model, tied copies once; padded: with the embedding rows that pad the vocabulary.
+
+    Raises ConfigError when model.vocab_size is null, since only the tokenizer knows it then.
+    """
+    if model.vocab_size is None:
+        raise ConfigError("model.vocab_size=null leaves the parameter count open", fix="Set model.vocab_size to the tokenizer's size.")
+    h = model.hidden_size
+    vocab = padded_vocab(model.vocab_size, model.vocab_multiple) if padded else model.vocab_size
+    embeddings = vocab * h * (1 if model.tie_embeddings else 2)
+    positions = model.max_position_embeddings * h if model.family == "gpt" else 0
+    final_norm = h if model.family == "llama" else 2 * h
+    return embeddings + positions + model.num_layers * layer_parameter_count(model) + final_norm

@@ -1,0 +1,320 @@
+"""The DeepSpeed JSON: the user's merged with the YAML, and the one that is given to DeepSpeed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.config.deepspeed_keys import check_keys, copied, read_deepspeed_json
+from toolkit.config.describe import show
+from toolkit.config.explain import validate
+from toolkit.config.schema import RunConfig
+from toolkit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from toolkit.parallel.layout import Layout
+
+NEVER = 10**9  # steps between DeepSpeed's own step lines: the loop prints better ones
+GPUS_PER_NODE = 8  # assumed where hpZ's group size is "auto"
+
+_SAME = {  # a DeepSpeed key and the YAML key that says the same
+    "zero_optimization.stage": "zero.stage",
+    "zero_optimization.offload_optimizer.device": "zero.offload_optimizer",
+    "zero_optimization.offload_optimizer.nvme_path": "zero.nvme_path",
+    "zero_optimization.offload_param.device": "zero.offload_param",
+    "zero_optimization.offload_param.nvme_path": "zero.nvme_path",
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_clipping": "train.grad_clip",
+    "tensorboard.enabled": "log.tensorboard",
+    "wandb.enabled": "log.wandb",
+    "csv_monitor.enabled": "log.csv",
+}
+_ADAM = {"lr": "optimizer.lr", "betas": "optimizer.betas", "eps": "optimizer.eps", "weight_decay": "optimizer.weight_decay"}
+_ADAM_DEFAULTS = {"torch_adam": (True, False), "bias_correction": (True,), "amsgrad": (False,), "fp32_optimizer_states": (True,)}
+_SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear"}
+
+
+@dataclass
+class _Found:
+    """The YAML settings that a DeepSpeed JSON holds, with the place of each."""
+
+    source: str
+    values: dict[str, tuple[Any, str]] = field(default_factory=dict)
+
+    def add(self, key: str, value: Any, *, place: str) -> None:
+        """Note a value; "auto" and null leave it to the YAML, and two places of one JSON must agree."""
+        if value is None or value == "auto":
+            return
+        if key in self.values and self.values[key][0] != value:
+            other, other_place = self.values[key]
+            raise ConfigError(
+                f"{other_place}={show(other)} and {place}={show(value)} in {self.source} contradict each other",
+                why=f"both mean {key}",
+                fix='Give them the same value, or set one to "auto".',
+            )
+        self.values[key] = (value, place)
+
+
+def merge_deepspeed_json(config: RunConfig, *, base: Path | None = None) -> RunConfig:
+    """Move what a user's DeepSpeed JSON says into the YAML's own keys; what has no key there stays in zero.deepspeed.
+
+    The JSON fills keys the user left unset; a value that contradicts one the user set raises ConfigError naming both.
+    "auto" stands for the YAML's value. base: the folder zero.config may be relative to, besides the working folder.
+    """
+    zero = config.zero
+    if zero.config is None and zero.deepspeed is None:
+        return config
+    own = copied(zero.deepspeed or {}, source="zero.deepspeed")
+    if zero.config is not None:
+        path = base / zero.config if base is not None and (base / zero.config).exists() else zero.config
+        data, source = _merged(copied(read_deepspeed_json(path), source=str(zero.config)), own), str(zero.config)
+    else:
+        data, source = own, "zero.deepspeed"
+    check_keys(data, source=source)
+    found = _Found(source)
+    _take_precision(data, found, config)
+    for dotted, key in _SAME.items():
+        found.add(key, _pop(data, dotted), place=dotted)
+    _take_optimizer(data, found)
+    _take_scheduler(data, found, config)
+    _check_accumulation(data, found, config)
+    raw = config.model_dump(exclude_unset=True)
+    _reconcile(config, found, raw)
+    raw.setdefault("zero", {}).update(config=None, deepspeed=_pruned(data) or None)
+    return validate(raw, origins={key: f"{place} in {source}" for key, (_, place) in found.values.items()})
+
+
+def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
+    """The whole configuration DeepSpeed gets, with no "auto" left.
+
+    DeepSpeed sees one micro-batch per step: megatron-core's schedule accumulates, and divides by their number. So
+    train_batch_size is micro_batch_size x dp, in sequences. Raises ConfigError where the user's JSON asks for another accumulation.
+    """
+    config = merge_deepspeed_json(config)
+    rest: dict[str, Any] = copied(config.zero.deepspeed or {}, source="zero.deepspeed")
+    wanted = accumulation(config)
+    if wanted is not None and wanted != layout.num_microbatches:
+        raise ConfigError(
+            f"gradient_accumulation_steps={wanted} in the DeepSpeed JSON contradicts train.global_batch_size={config.train.global_batch_size}",
+            why=f"with train.micro_batch_size={layout.micro_batch_size} and {layout.dp} data-parallel ranks it makes "
+            f"{layout.num_microbatches} micro-batches",
+            fix=f'Set it to {layout.num_microbatches} or "auto".',
+        )
+    zero = _zero_section(config, layout, rest.pop("zero_optimization", {}))
+    result: dict[str, Any] = {
+        **rest,
+        "train_batch_size": layout.micro_batch_size * layout.dp,
+        "train_micro_batch_size_per_gpu": layout.micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.train.grad_clip,  # always: DeepSpeed's default is 1.0, not off
+        "bf16": {**rest.get("bf16", {}), "enabled": config.train.precision == "bf16"},
+        "fp16": {**rest.get("fp16", {}), "enabled": config.train.precision == "fp16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": NEVER if rest.get("steps_per_print") in ("auto", None) else rest["steps_per_print"],
+        **_monitors(config, rest),
+    }
+    return _without_auto(result)
+
+
+def accumulation(config: RunConfig) -> int | None:
+    """The number of micro-batches a user's DeepSpeed JSON asks for, or None where it leaves that open."""
+    value = (config.zero.deepspeed or {}).get("gradient_accumulation_steps")
+    return None if value == "auto" else value
+
+
+def zero_key(config: RunConfig, name: str, default: Any = None) -> Any:
+    """A zero_optimization key of the user's DeepSpeed JSON that the YAML has no key for; "auto" counts as unset."""
+    section: dict[str, Any] = (config.zero.deepspeed or {}).get("zero_optimization") or {}
+    value = section.get(name, default)
+    return default if value in ("auto", None) else value
+
+
+def hpz_group(*, tp: int, cp: int, dp: int) -> int:
+    """hpZ's group size where the JSON says "auto": the data-parallel ranks of one node, 1 (off) where they are not neighbours."""
+    return 1 if tp * cp > 1 else max(d for d in range(1, GPUS_PER_NODE + 1) if dp % d == 0)
+
+
+def _zero_section(config: RunConfig, layout: Layout, rest: dict[str, Any]) -> dict[str, Any]:
+    zero, h = config.zero, config.model.hidden_size
+    auto = {  # Hugging Face's values, so that a JSON written for its Trainer behaves the same
+        "reduce_bucket_size": h * h,
+        "stage3_prefetch_bucket_size": h * h * 9 // 10,
+        "stage3_param_persistence_threshold": 10 * h,
+        "zero_hpz_partition_size": hpz_group(tp=layout.tp, cp=layout.cp, dp=layout.dp),
+    }
+    section: dict[str, Any] = {name: auto[name] if value == "auto" and name in auto else value for name, value in rest.items()}
+    section["stage"] = zero.stage
+    for name, device in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_param)):
+        options: dict[str, Any] = section.pop(name, {})
+        if device != "none":
+            section[name] = {**options, "device": device, **({"nvme_path": str(zero.nvme_path)} if device == "nvme" else {})}
+    return section
+
+
+def _monitors(config: RunConfig, rest: dict[str, Any]) -> dict[str, Any]:
+    logs, name = str(config.run.dir / "logs"), config.run.dir.name or "run"
+    own = {
+        "tensorboard": (config.log.tensorboard, {"output_path": logs, "job_name": "tensorboard"}),
+        "wandb": (config.log.wandb, {"project": "toolkit", "group": name}),
+        "csv_monitor": (config.log.csv, {"output_path": logs, "job_name": "csv"}),
+    }
+    return {key: {**defaults, **rest.get(key, {}), "enabled": on} if on else {"enabled": False} for key, (on, defaults) in own.items()}
+
+
+def _take_precision(data: dict[str, Any], found: _Found, config: RunConfig) -> None:
+    if "bfloat16" in data:  # DeepSpeed's old name
+        if "bf16" in data:
+            raise ConfigError(f"{found.source} has both bf16 and bfloat16", fix="Keep bf16.")
+        data["bf16"] = data.pop("bfloat16")
+    states = {name: _pop(data, f"{name}.enabled") for name in ("bf16", "fp16")}
+    for name, state in states.items():
+        if state not in (True, False, "auto", None):
+            raise ConfigError(f"{name}.enabled={show(state)} in {found.source} is not accepted", fix='Set it to true, false or "auto".')
+    on = [name for name, state in states.items() if state is True]
+    off = [name for name, state in states.items() if state is False]
+    if len(on) == 2:
+        raise ConfigError(f"bf16.enabled=true and fp16.enabled=true in {found.source} exclude each other", fix="Keep one.")
+    if on:
+        found.add("train.precision", on[0], place=f"{on[0]}.enabled=true, that is precision")
+    elif off and "auto" not in states.values():
+        found.add("train.precision", "fp32", place=" and ".join(f"{name}.enabled=false" for name in off) + ", that is precision")
+    elif config.train.precision in off:
+        raise ConfigError(
+            f"{config.train.precision}.enabled=false in {found.source} contradicts train.precision={config.train.precision}",
+            fix='Set one of the two, or the JSON\'s to "auto".',
+        )
+
+
+def _take_optimizer(data: dict[str, Any], found: _Found) -> None:
+    section = data.pop("optimizer", None)
+    if section is None:
+        return
+    kind, params = _type_and_params(section, "optimizer", found.source)
+    if kind.lower() not in ("adam", "adamw"):
+        raise ConfigError(
+            f"optimizer.type={show(kind)} in {found.source} cannot be used",
+            why="the toolkit trains with Adam and AdamW",
+            fix='Set it to "AdamW", or leave the section out and set optimizer.name: adamw in the YAML.',
+        )
+    decoupled = kind.lower() == "adamw" or params.pop("adam_w_mode", True)  # DeepSpeed's Adam is AdamW unless told otherwise
+    params.pop("adam_w_mode", None)
+    place = f"optimizer.type={show(kind)}" + ("" if kind.lower() == "adamw" else f" with adam_w_mode={show(decoupled)}") + ", that is name"
+    found.add("optimizer.name", "adamw" if decoupled else "adam", place=place)
+    for name, value in params.items():
+        if name in _ADAM:
+            found.add(_ADAM[name], tuple(value) if isinstance(value, list) else value, place=f"optimizer.params.{name}")
+        elif value not in ("auto", None) and value not in _ADAM_DEFAULTS.get(name, ()):
+            raise ConfigError(
+                f"optimizer.params.{show(name)[1:-1]}={show(value)} in {found.source} cannot be used",
+                why="the toolkit's Adam has lr, betas, eps and weight_decay",
+                fix="Set train.grad_clip instead." if name == "max_grad_norm" else "Leave it out.",
+            )
+
+
+def _take_scheduler(data: dict[str, Any], found: _Found, config: RunConfig) -> None:
+    section = data.pop("scheduler", None)
+    if section is None:
+        return
+    kind, params = _type_and_params(section, "scheduler", found.source)
+    if kind not in _SCHEDULES:
+        raise ConfigError(
+            f"scheduler.type={show(kind)} in {found.source} cannot be used",
+            why="only WarmupLR (constant) and WarmupDecayLR (linear) mean the same here",
+            fix="Leave the section out and set optimizer.schedule to constant, linear, cosine or wsd.",
+        )
+    found.add("optimizer.schedule", _SCHEDULES[kind], place=f"scheduler.type={show(kind)}, that is schedule")
+    steps, shape, start = params.pop("warmup_num_steps", None), params.pop("warmup_type", None), params.pop("warmup_min_lr", None)
+    found.add("optimizer.warmup_steps", steps, place="scheduler.params.warmup_num_steps")
+    found.add("optimizer.lr", params.pop("warmup_max_lr", None), place="scheduler.params.warmup_max_lr")
+    if kind == "WarmupDecayLR":
+        found.add("optimizer.decay_steps", params.pop("total_num_steps", None), place="scheduler.params.total_num_steps")
+        found.add("optimizer.min_lr", 0.0, place="scheduler.type (it decays to 0), that is min_lr")
+    warms = (config.optimizer.warmup_steps if steps in (None, "auto") else steps) != 0
+    if warms and (shape not in ("linear", "auto", None) or (shape is None and isinstance(steps, int))):
+        raise ConfigError(
+            f"scheduler.params.warmup_type={show(shape or 'log')} in {found.source} cannot be used",
+            why="the warm-up here is linear, DeepSpeed's own default is logarithmic",
+            fix='Set warmup_type to "linear".',
+        )
+    if start not in (None, "auto", 0):
+        raise ConfigError(
+            f"scheduler.params.warmup_min_lr={show(start)} in {found.source} cannot be used",
+            why="the warm-up here starts from 0",
+            fix="Set it to 0.",
+        )
+    for name, value in params.items():
+        if value not in ("auto", None, -1):
+            raise ConfigError(f"scheduler.params.{show(name)[1:-1]}={show(value)} in {found.source} is not known", fix="Leave it out.")
+
+
+def _type_and_params(section: Any, name: str, source: str) -> tuple[str, dict[str, Any]]:
+    kind = section.get("type") if isinstance(section, dict) else None
+    params = (section.get("params") or {}) if isinstance(section, dict) else None
+    if not isinstance(kind, str) or not isinstance(params, dict):
+        raise ConfigError(f"{name}={show(section)} in {source} is not accepted", fix='Write {"type": "...", "params": {...}}.')
+    return kind, dict(params)
+
+
+def _check_accumulation(data: dict[str, Any], found: _Found, config: RunConfig) -> None:
+    """Keep an explicit accumulation for the check against the layout; it cannot stand in for a global batch."""
+    steps = data.get("gradient_accumulation_steps")
+    if steps in ("auto", None):
+        data.pop("gradient_accumulation_steps", None)
+        return
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ConfigError(
+            f"gradient_accumulation_steps={show(steps)} in {found.source} is not accepted", fix='Set it to an integer >= 1 or "auto".'
+        )
+    if "train.global_batch_size" not in found.values and "global_batch_size" not in config.train.model_fields_set:
+        raise ConfigError(
+            f"gradient_accumulation_steps={steps} in {found.source} fixes no global batch",
+            why="the batch would grow with the number of processes, and the result with it",
+            fix="Set train.global_batch_size (or train_batch_size in the JSON).",
+        )
+
+
+def _reconcile(config: RunConfig, found: _Found, raw: dict[str, Any]) -> None:
+    """Write the JSON's values into raw, or name every one that contradicts what the user set."""
+    conflicts = []
+    for key, (value, place) in found.values.items():
+        section, name = key.split(".")
+        holder = getattr(config, section)
+        mine = getattr(holder, name)
+        if section in config.model_fields_set and name in holder.model_fields_set:
+            if mine != (Path(value) if isinstance(mine, Path) and isinstance(value, str) else value):
+                conflicts.append(f"{key}={show(mine)} in the YAML contradicts {place}={show(value)} in {found.source}")
+        else:
+            raw.setdefault(section, {})[name] = value
+    if conflicts:
+        what = conflicts[0] if len(conflicts) == 1 else f"{len(conflicts)} settings contradict:\n  " + "\n  ".join(conflicts)
+        raise ConfigError(what, fix='Give both the same value, remove the YAML key, or set the JSON\'s to "auto".')
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Keys of zero.deepspeed win over those of the file."""
+    both = {key: _merged(below[key], above[key]) for key in above if isinstance(below.get(key), dict) and isinstance(above[key], dict)}
+    return {**below, **above, **both}
+
+
+def _pop(data: dict[str, Any], dotted: str) -> Any:
+    *parents, name = dotted.split(".")
+    at: Any = data
+    for parent in parents:
+        at = at.get(parent) if isinstance(at, dict) else None
+    return at.pop(name, None) if isinstance(at, dict) else None
+
+
+def _pruned(data: dict[str, Any]) -> dict[str, Any]:
+    """Without the sections that merging has emptied."""
+    cleaned = {key: _pruned(value) if isinstance(value, dict) else value for key, value in data.items() if value is not None}
+    return {key: value for key, value in cleaned.items() if value != {}}
+
+
+def _without_auto(value: Any) -> Any:
+    """Without the keys still "auto": DeepSpeed's own default applies there."""
+    if isinstance(value, dict):
+        return {key: _without_auto(inner) for key, inner in value.items() if not (isinstance(inner, str) and inner == "auto")}
+    return value

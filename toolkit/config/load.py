@@ -1,0 +1,89 @@
+"""From a YAML file and overrides to a RunConfig, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from toolkit.config.deepspeed import merge_deepspeed_json
+from toolkit.config.describe import show
+from toolkit.config.explain import somewhere, unknown_key, validate
+from toolkit.config.presets import with_preset
+from toolkit.config.schema import RunConfig
+from toolkit.config.yaml_text import read_text, read_yaml, write_yaml
+from toolkit.errors import ConfigError
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML, apply `section.key=value` overrides and validate the whole.
+
+    Relative paths in the file are relative to the working folder; zero.config also to the file's own.
+    Raises ConfigError, and nothing else, for anything wrong with the file or the overrides.
+    """
+    raw = read_yaml(read_text(path, kind="config file"), source=show(path))
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            f"config file {show(path)} holds {show(raw)}, not sections", fix='Start it with "model:" and one "key: value" per line below.'
+        )
+    return parse_config(_overridden(raw, overrides), base=Path(path).parent)
+
+
+def parse_config(raw: Mapping[str, Any], *, base: Path | None = None) -> RunConfig:
+    """Validate a mapping of sections, with presets and the DeepSpeed JSON merged in; raises ConfigError.
+
+    base: the folder that zero.config may be relative to, besides the working folder.
+    """
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{show(raw)} is not a config", fix='It needs sections such as "model:", each with "key: value" lines.')
+    _check_names(raw)
+    sections = {name: section for name, section in raw.items() if section is not None}  # "train:" with nothing below it
+    if isinstance(sections.get("model"), dict):
+        sections["model"] = with_preset(sections["model"])
+    config = validate(sections)
+    return merge_deepspeed_json(config, base=base)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The config as YAML that load_config() reads back to an equal config, every key written out."""
+    return write_yaml(config.model_dump(mode="json"))
+
+
+def _check_names(raw: Mapping[Any, Any]) -> None:
+    for section, body in raw.items():
+        names = [section, *(body if isinstance(body, Mapping) else ())]
+        for name in names:
+            if not isinstance(name, str):
+                where = "" if name is section else f" in {show(section)}"
+                raise ConfigError(f"the key {show(name)}{where} is not a name", fix="Keys are words, such as train or steps.")
+
+
+def _overridden(raw: dict[Any, Any], overrides: Sequence[str]) -> dict[Any, Any]:
+    """A copy of raw with the overrides set, creating sections as needed."""
+    result = dict(raw)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals:
+            raise ConfigError(f"override {show(override)} has no =", fix="Write section.key=value, for example train.steps=100.")
+        *parents, name = key.split(".")
+        if not parents or not all([*parents, name]):
+            owner = somewhere(name)
+            hint = f"Did you mean {owner}?" if owner else "Write section.key=value, for example train.steps=100."
+            raise ConfigError(f"override {show(override)} names no section.key", fix=hint)
+        if parents[0] not in RunConfig.model_fields:
+            what, fix = unknown_key(parents[0])
+            raise ConfigError(f"override {show(override)}: {what}", fix=fix)
+        value = read_yaml(text, source=f"override {show(override)}")
+        target = result
+        for depth, parent in enumerate(parents):
+            inner = target.get(parent)
+            if inner is not None and not isinstance(inner, dict):
+                path = ".".join(parents[: depth + 1])
+                raise ConfigError(f"override {show(override)}: {path}={show(inner)} has no keys of its own", fix=f"Set {path} instead.")
+            target[parent] = dict(inner or {})
+            target = target[parent]
+        target[name] = value
+    return result

@@ -1,0 +1,204 @@
+"""The run's YAML as pydantic models: one class per section, one line per key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+Offload = Literal["none", "cpu", "nvme"]
+
+LARGEST_INT = 2**31 - 1  # sizes beyond this overflow the 32-bit indices of kernels and index files
+
+
+class Section(BaseModel):
+    """A section of the YAML; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what pydantic would quietly turn into something else, and text no file system takes."""
+        is_switch = cls.model_fields[str(info.field_name)].annotation is bool
+        if isinstance(value, bool) != is_switch:
+            raise ValueError("must be true or false" if is_switch else "is a switch, where a value belongs")
+        texts = [value] if isinstance(value, str) else [key for key in value if isinstance(key, str)] if isinstance(value, dict) else []
+        if any(c == "\0" or "\ud800" <= c <= "\udfff" for text in texts for c in text):
+            raise ValueError("holds a character that no file name or terminal can show")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _bounded(cls, value: Any) -> Any:
+        if isinstance(value, int) and value > LARGEST_INT:
+            raise ValueError(f"must be at most {LARGEST_INT}")
+        return value
+
+
+class RunSection(Section):
+    dir: Path = Field(Path("runs/run"), description="folder of this run: config, metrics, logs, checkpoints")
+    seed: int = Field(1234, ge=0, lt=2**31, description="decides initial weights, data order and dropout")
+
+
+class RopeScaling(Section):
+    """Llama-3.1's frequency scaling, with Hugging Face's names."""
+
+    type: Literal["llama3", "linear"] = Field(
+        "llama3", validation_alias=AliasChoices("type", "rope_type"), description="llama3: by wavelength; linear: all alike"
+    )
+    factor: float = Field(8.0, ge=1.0, description="how many times the context grows")
+    low_freq_factor: float = Field(1.0, gt=0, description="llama3 only: wavelengths above context/this are scaled")
+    high_freq_factor: float = Field(4.0, gt=0, description="llama3 only: wavelengths below context/this are kept")
+    original_max_position_embeddings: int = Field(8192, gt=0, description="tokens of context before scaling")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RopeScaling:
+        if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("high_freq_factor must be larger than low_freq_factor")
+        return self
+
+
+class ModelSection(Section):
+    family: Literal["gpt", "llama"] = Field(
+        "llama", description="gpt: learned positions, LayerNorm, GELU, biases; llama: RoPE, RMSNorm, SwiGLU"
+    )
+    preset: str | None = Field(None, description="published shape, e.g. llama3-8b; keys set beside it win")
+    impl: Literal["local", "te"] = Field("local", description="local: PyTorch layers; te: Transformer Engine (CUDA)")
+    num_layers: int = Field(ge=1, description="transformer layers")
+    hidden_size: int = Field(ge=1, description="width of the residual stream")
+    num_attention_heads: int = Field(ge=1, description="query heads")
+    num_query_groups: int | None = Field(None, ge=1, description="key/value heads; null: one per query head")
+    head_dim: int | None = Field(None, ge=1, description="width of one head; null: hidden_size / num_attention_heads")
+    ffn_hidden_size: int | None = Field(None, ge=1, description="inner MLP width; null: 4h (gpt), 8h/3 rounded up to 256 (llama)")
+    vocab_size: int | None = Field(None, ge=1, description="token ids the model knows; null: the tokenizer's")
+    vocab_multiple: int = Field(128, ge=1, description="embedding rows are padded to a multiple of this, never of TP")
+    max_position_embeddings: int = Field(2048, ge=1, description="longest sequence in tokens")
+    tie_embeddings: bool = Field(False, description="output layer shares the word embedding")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="probability, for attention and residual alike")
+    qk_layernorm: bool = Field(False, description="normalise queries and keys per head")
+    rope_theta: float = Field(10000.0, gt=0, description="RoPE base")
+    rope_scaling: RopeScaling | None = Field(None, description="RoPE scaling, as Hugging Face's rope_scaling")
+    norm_eps: float = Field(1e-5, gt=0, description="added to the variance in norms")
+    init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
+    compile: bool = Field(False, description="torch.compile each transformer layer")
+
+    @model_validator(mode="after")
+    def _fill(self) -> ModelSection:
+        if self.num_query_groups is None:
+            self.num_query_groups = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}: "
+                    "heads need a whole width. Set head_dim, or change one of the two"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.ffn_hidden_size is None:
+            self.ffn_hidden_size = 4 * self.hidden_size if self.family == "gpt" else -(-8 * self.hidden_size // 3 // 256) * 256
+        return self
+
+
+class ParallelSection(Section):
+    tp: int = Field(1, ge=1, description="tensor parallel degree")
+    pp: int = Field(1, ge=1, description="pipeline parallel degree (stages)")
+    vpp: int = Field(1, ge=1, description="model chunks per stage (interleaved pipeline)")
+    cp: int = Field(1, ge=1, description="context parallel degree")
+    sequence_parallel: bool = Field(False, description="shard norms and dropout over the tensor parallel ranks")
+
+
+class ZeroSection(Section):
+    stage: int = Field(1, ge=0, le=3, description="0: none, 1: optimizer states, 2: + gradients, 3: + parameters")
+    offload_optimizer: Offload = Field("none", description="where optimizer states live")
+    offload_param: Offload = Field("none", description="where parameters live between uses (stage 3)")
+    nvme_path: Path | None = Field(None, description="folder on a local disk for nvme offload")
+    config: Path | None = Field(None, description="a DeepSpeed JSON to start from; read once, into the keys here and zero.deepspeed")
+    deepspeed: dict[str, Any] | None = Field(None, description="DeepSpeed's own keys that have no key here, passed through")
+
+
+class TrainSection(Section):
+    steps: int = Field(20, ge=1, description="optimizer steps in the whole run")
+    global_batch_size: int = Field(8, ge=1, description="sequences per optimizer step over all ranks")
+    micro_batch_size: int = Field(1, ge=1, description="sequences per forward pass of one data-parallel rank")
+    seq_length: int = Field(2048, ge=1, description="tokens per sequence")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="of parameters and activations in forward and backward")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activation recompute: selective: core attention; full: every layer"
+    )
+    grad_clip: float = Field(1.0, ge=0.0, description="largest global gradient norm; 0: no clipping")
+    eval_every: int = Field(0, ge=0, description="optimizer steps between evaluations; 0: never")
+    eval_steps: int = Field(0, ge=0, description="global batches per evaluation")
+    on_nonfinite: Literal["stop", "skip"] = Field("stop", description="a non-finite loss or gradient: stop, or skip the step")
+
+
+class OptimizerSection(Section):
+    name: Literal["adamw", "adam"] = Field("adamw", description="adamw: decoupled weight decay; adam: L2")
+    lr: float = Field(3e-4, ge=0, description="peak learning rate")
+    min_lr: float = Field(0.0, ge=0, description="learning rate the schedule ends at")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="Adam's moment decay rates")
+    eps: float = Field(1e-8, gt=0, description="Adam's denominator term")
+    weight_decay: float = Field(0.1, ge=0, description="on matrices; norms and biases have none")
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = Field("cosine", description="learning rate after warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
+    decay_steps: int | None = Field(
+        None,
+        ge=1,
+        description="step at which min_lr is reached; null: train.steps. wsd: length of the final decay; null: a tenth of train.steps",
+    )
+
+    @model_validator(mode="after")
+    def _betas(self) -> OptimizerSection:
+        if not all(0.0 <= b < 1.0 for b in self.betas):
+            raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is larger than lr={self.lr}: the schedule only falls. Set min_lr at most {self.lr}")
+        return self
+
+
+class DataSection(Section):
+    source: str | None = Field("python-stdlib", description="built-in name, text/jsonl/parquet path, hub name, or a prepared prefix")
+    tokenizer: str = Field("bytes", description="bytes, a tokenizer.json, a Hugging Face name, or train:N (BPE of N ids)")
+    split: tuple[float, float, float] = Field((98, 1, 1), description="train, valid, test weights")
+    blend: dict[str, float] | None = Field(None, description="prepared prefix: weight; instead of source")
+    workers: int = Field(2, ge=0, description="loader processes per rank")
+    cache_dir: Path | None = Field(None, description="prepared data and indices; null: data/ beside the run folder")
+    text_key: str = Field("text", description="field of jsonl/parquet/hub rows that holds the text")
+
+    @model_validator(mode="after")
+    def _weights(self) -> DataSection:
+        if min(self.split) < 0 or self.split[0] <= 0:
+            raise ValueError(f"split={list(self.split)} needs weights >= 0 and a share for train")
+        if self.blend is not None and (not self.blend or any(w <= 0 for w in self.blend.values())):
+            raise ValueError("blend needs at least one prefix, and weights > 0")
+        return self
+
+
+class CheckpointSection(Section):
+    dir: Path | None = Field(None, description="null: checkpoints/ in the run folder")
+    every: int = Field(0, ge=0, description="optimizer steps between saves; 0: never")
+    keep: int = Field(2, ge=1, description="complete checkpoints kept")
+    resume: Literal["auto", "must", "never"] = Field("auto", description="auto: from the newest complete checkpoint, if any")
+    async_save: bool = Field(True, description="write while training goes on")
+    init_from: Path | None = Field(None, description="weights to start from, with a fresh optimizer")
+
+
+class LogSection(Section):
+    every: int = Field(1, ge=1, description="optimizer steps between step lines")
+    tensorboard: bool = Field(False, description="TensorBoard files in RUN/logs")
+    wandb: bool = Field(False, description="Weights & Biases, under the run folder's name")
+    csv: bool = Field(False, description="CSV files in RUN/logs")
+
+
+class RunConfig(Section):
+    """One run, whole: the result of training depends on nothing else."""
+
+    run: RunSection = Field(default_factory=RunSection)
+    model: ModelSection
+    parallel: ParallelSection = Field(default_factory=ParallelSection)
+    zero: ZeroSection = Field(default_factory=ZeroSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    data: DataSection = Field(default_factory=DataSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    log: LogSection = Field(default_factory=LogSection)
