@@ -36,6 +36,8 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
 
         getattr(mutations, cell["mutation"])(engine)
     schedule = Schedule(engine.views, layout, seq_length=config.train.seq_length, micro_batch_size=config.train.micro_batch_size)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
+    assert {p.dtype for chunk in chunks for p in chunk.parameters()} == {dtype}, "a layout must not change the precision"
     at = layout.coordinates(world.rank)
     losses, norms = [], []
     for step in range(config.train.steps):

@@ -145,6 +145,7 @@ def build_chunks(
             gated=m.family == "llama",
             tp=layout.tp,
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            dtype=DTYPES[config.train.precision],
             device=device,
             partition=partition,
         )
