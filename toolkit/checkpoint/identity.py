@@ -20,8 +20,7 @@ _QUIET = ("run.dir", "checkpoint.", "log.", "data.workers", "data.cache_dir", "z
 
 def identity_of(config: RunConfig, data: PreparedData) -> dict[str, Any]:
     """What decides the meaning of the weights and the order of the samples: equal, or the run is another one."""
-    model = {f"model.{k}": v for k, v in config.model.model_dump(mode="json").items() if k not in _FREE_MODEL_KEYS}
-    return model | {
+    return model_identity(config) | {
         "run.seed": config.run.seed,
         "train.global_batch_size": config.train.global_batch_size,
         "train.seq_length": config.train.seq_length,
@@ -30,6 +29,11 @@ def identity_of(config: RunConfig, data: PreparedData) -> dict[str, Any]:
         "data.source": data.identity,
         "data.blend": list(data.weights),
     }
+
+
+def model_identity(config: RunConfig) -> dict[str, Any]:
+    """What decides the meaning of the weights alone."""
+    return {f"model.{k}": v for k, v in config.model.model_dump(mode="json").items() if k not in _FREE_MODEL_KEYS}
 
 
 def layout_of(config: RunConfig, layout: Layout) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from toolkit.checkpoint.files import sync_folder, write_durably
 from toolkit.checkpoint.manifest import LATEST, FileRecord, Manifest, folder_name, write_manifest
 from toolkit.checkpoint.prune import prune, set_aside
 from toolkit.checkpoint.tensors import write_tensors
+from toolkit.checkpoint.versions import versions
 from toolkit.config.schema import RunConfig
 from toolkit.engine.state import EngineState, generators
 from toolkit.errors import CheckpointError
@@ -88,7 +88,7 @@ class Saver:
             consumed_samples=step * self.config.train.global_batch_size,
             processes=self.layout.world_size,
             probe=probe,
-            versions=_versions(),
+            versions=versions(),
             saved_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             files=[],
             **self.target.facts,
@@ -238,7 +238,3 @@ def _failure(error: Exception, folder: Path) -> CheckpointError:
         why=reason[:1].lower() + reason[1:],
         fix="Checkpoints saved before are untouched. Make room or set checkpoint.dir to another disk, and start again to go on from there.",
     )
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "megatron-core", "deepspeed")}
