@@ -1,16 +1,19 @@
-"""Putting a checkpoint's state back into an engine of the same layout."""
+"""Putting a checkpoint's state back into an engine of the same layout, or its weights into one of any layout."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch import Tensor
 
 from toolkit.checkpoint.agree import everywhere
 from toolkit.checkpoint.resume import Resume
 from toolkit.checkpoint.save import group_file, holder, rank_file
 from toolkit.checkpoint.tensors import read_tensors
+from toolkit.checkpoint.whole import WholeCheckpoint
 from toolkit.config.schema import RunConfig
 from toolkit.engine.state import EngineState, set_generators
 from toolkit.errors import CheckpointError
@@ -50,4 +53,32 @@ def restore(resume: Resume, state: EngineState, config: RunConfig, layout: Layou
 
     state.before_set()
     everywhere(guarded)
+    state.after_set()
+
+
+def load_weights(folder: Path, state: EngineState, layout: Layout) -> None:
+    """Weights of a checkpoint of any layout into this run's masters, and from there into what forward uses; its optimizer stays fresh.
+
+    All ranks call it, on verified files; each reads its own part alone. Raises CheckpointError on all ranks when any cannot.
+    """
+    tp_rank = layout.coordinates(dist.get_rank()).tp
+
+    def fill() -> None:
+        with WholeCheckpoint(folder) as whole:
+            for name, part in state.parameters.items():
+                shape = [n * layout.tp if d == part["dim"] else n for d, n in enumerate(part["shape"])]
+                if whole.shape(name) != shape:
+                    raise CheckpointError(
+                        f"{folder} holds {name} with shape {whole.shape(name)}, and this run's is {shape}",
+                        fix="Use a checkpoint of the same model.",
+                    )
+
+            def read(out: Tensor, name: str, start: int) -> None:
+                whole.read_into(out, name, tp=layout.tp, rank=tp_rank, start=start)
+
+            for i in range(len(state)):
+                state.set_weights(i, read, whole.dtype)
+
+    state.before_set()
+    everywhere(fill)
     state.after_set()

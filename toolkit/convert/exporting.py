@@ -94,7 +94,9 @@ def model_of(manifest: Manifest, folder: Path) -> ModelSection:
     try:
         return ModelSection.model_validate(manifest.config["model"])
     except (KeyError, ValueError) as e:
-        raise CheckpointError(f"{folder} names no model that this version knows", why=str(e), fix="Use the version it was saved with.") from None
+        raise CheckpointError(
+            f"{folder} names no model that this version knows", why=str(e), fix="Use the version it was saved with."
+        ) from None
 
 
 class _Readers:

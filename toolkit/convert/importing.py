@@ -38,7 +38,12 @@ class Imported:
 
 
 def import_model(
-    src: Path, out: Path, *, dtype: str | None = None, tokenizer: bool = True, progress: Callable[[int, int], None] = lambda _done, _all: None
+    src: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    tokenizer: bool = True,
+    progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> Imported:
     """Write SRC's model to the new folder OUT: weights, config.yaml to train with, tokenizer and generation settings.
 
@@ -182,5 +187,7 @@ def _text(run: Mapping[str, Any], source: Source) -> str:
         "#   toolkit train THIS_FILE data.source=PATH parallel.tp=2 --num-procs 2",
     ]
     if "data" not in run:
-        lines.append("# The model came without a tokenizer: set data.tokenizer to the one it was trained with, or data.source to its prepared data.")
+        lines.append(
+            "# The model came without a tokenizer: set data.tokenizer to the one it was trained with, or data.source to its prepared data."
+        )
     return "\n".join(lines) + "\n" + write_yaml(dict(run))

@@ -86,7 +86,9 @@ def open_source(path: Path) -> Source:
     if ggufs:
         raise ConvertError(f"{path} holds {len(ggufs)} GGUF files", fix=f"Name one of them, for example {ggufs[0]}.")
     raise ConvertError(
-        f"{path} holds no config.json", why="that says what the weights are of", fix="Name the folder that transformers loads the model from."
+        f"{path} holds no config.json",
+        why="that says what the weights are of",
+        fix="Name the folder that transformers loads the model from.",
     )
 
 
@@ -300,6 +302,7 @@ class _Prefixed(Tensors):
     def read(self, name: str) -> Tensor:
         return self.inner.read(self._own(name))
 
+
 # -- other formats --------------------------------------------------------------------------------------
 
 
@@ -328,7 +331,9 @@ def _gguf(path: Path) -> Source:
         import gguf  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as e:
-        raise ConvertError(f"{path} needs the package {e.name}", why="transformers reads GGUF with it", fix="pip install 'toolkit[hf]'.") from None
+        raise ConvertError(
+            f"{path} needs the package {e.name}", why="transformers reads GGUF with it", fix="pip install 'toolkit[hf]'."
+        ) from None
     folder, name = str(path.parent), path.name
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)

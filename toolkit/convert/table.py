@@ -59,9 +59,7 @@ LLAMA: tuple[Entry, ...] = (
     ),
     *_linear(_L + "self_attention.linear_proj", (_H + "self_attn.o_proj",), ("hidden",), "query", needs="attention_bias"),
     *_norm(_L + "pre_mlp_layernorm", _H + "post_attention_layernorm", bias=False),
-    *_linear(
-        _L + "mlp.linear_fc1", (_H + "mlp.gate_proj", _H + "mlp.up_proj"), ("ffn", "ffn"), "hidden", join="stack", needs="mlp_bias"
-    ),
+    *_linear(_L + "mlp.linear_fc1", (_H + "mlp.gate_proj", _H + "mlp.up_proj"), ("ffn", "ffn"), "hidden", join="stack", needs="mlp_bias"),
     *_linear(_L + "mlp.linear_fc2", (_H + "mlp.down_proj",), ("hidden",), "ffn", needs="mlp_bias"),
     *_norm("decoder.final_layernorm", "model.norm", bias=False),
     Entry("output_layer.weight", (Part("lm_head.weight", ("vocab", "hidden")),), "rows", needs="untied"),
@@ -71,9 +69,7 @@ NANOGPT: tuple[Entry, ...] = (
     Entry("embedding.word_embeddings.weight", (Part("transformer.wte.weight", ("vocab", "hidden")),), "rows"),
     Entry("embedding.position_embeddings.weight", (Part("transformer.wpe.weight", ("positions", "hidden")),)),
     *_norm(_L + "input_layernorm", _N + "ln_1", bias=True),
-    *_linear(
-        _L + "self_attention.linear_qkv", (_N + "attn.c_attn",), ("query_key_value",), "hidden", join="qkv", needs="attention_bias"
-    ),
+    *_linear(_L + "self_attention.linear_qkv", (_N + "attn.c_attn",), ("query_key_value",), "hidden", join="qkv", needs="attention_bias"),
     *_linear(_L + "self_attention.linear_proj", (_N + "attn.c_proj",), ("hidden",), "query", needs="attention_bias"),
     *_norm(_L + "pre_mlp_layernorm", _N + "ln_2", bias=True),
     *_linear(_L + "mlp.linear_fc1", (_N + "mlp.c_fc",), ("ffn",), "hidden", needs="mlp_bias"),

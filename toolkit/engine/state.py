@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from toolkit.model.init import global_parameters, shard_of
 
 MASTER = "master"
+_READ = 1 << 24  # elements of a parameter that are in memory beside the masters
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
@@ -89,18 +90,36 @@ class EngineState:
             with_parameters = value.dim() > 0 or group.get("fused") or group.get("capturable")
             states[key] = value.to(device=master.device if with_parameters else "cpu", copy=True)
         states.update(numbers)
+        self._set_done(index, swapped)
+
+    @torch.no_grad()
+    def set_weights(self, index: int, read: Callable[[Tensor, str, int], None], dtype: Callable[[str], torch.dtype]) -> None:
+        """Give a partition's masters their values and leave the optimizer's states as they are.
+
+        read(out, name, start) fills a flat CPU tensor of dtype(name) with this rank's part of a parameter from element start on.
+        """
+        swapped = self._swap_in(index)
+        master = self._master(index)
+        for f in self._fragments(index):
+            for done in range(0, f.count, _READ):
+                piece = torch.empty(min(_READ, f.count - done), dtype=dtype(f.name))
+                read(piece, f.name, f.start + done)
+                master.data[f.at + done : f.at + done + piece.numel()].copy_(piece)
+        self._set_done(index, swapped)
+
+    def _set_done(self, index: int, swapped: bool) -> None:
         if self.sharded:
             self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
         if swapped:
             self.optimizer._optimizer_states_and_gradient_swap_out(index)
 
     def before_set(self) -> None:
-        """Call before the first set()."""
+        """Call before the first set() or set_weights()."""
         if self.sharded:
             self.optimizer.checkpoint_event_prologue()
 
     def after_set(self) -> None:
-        """Bring the weights used in forward in line with the masters; every rank calls it after its last set()."""
+        """Bring the weights used in forward in line with the masters; every rank calls it after the last of these."""
         if self.sharded:
             self.optimizer.checkpoint_event_epilogue()
         else:

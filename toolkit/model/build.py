@@ -108,10 +108,12 @@ def build_chunks(
     *,
     device: torch.device,
     partition: Callable[[torch.nn.Parameter], None] | None = None,
+    blank: bool = False,
 ) -> list[GPTModel]:
     """The chunks of this rank's stage, initialised; process groups must be up.
 
-    partition: called on each parameter once it has its value (ZeRO-3 frees all but its part there).
+    partition: called on each parameter once it has its value (ZeRO-3 frees all but its part there). blank: weights are 0,
+    for a checkpoint's to be read into.
     """
     m = config.model
     assert m.vocab_size is not None, "the vocabulary is known once the data is resolved"
@@ -151,6 +153,7 @@ def build_chunks(
             dtype=DTYPES[config.train.precision],
             device=device,
             partition=partition,
+            blank=blank,
         )
         if last:
             mask_padding(model.output_layer, vocab_size=m.vocab_size, rows=rows)

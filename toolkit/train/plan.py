@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+from toolkit.checkpoint.start import starting_weights
 from toolkit.cluster.environment import gpu_count
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData, resolve_data
@@ -27,4 +28,6 @@ def plan(config: RunConfig, world_size: int) -> tuple[Layout, PreparedData]:
         config.model.vocab_size = data.vocab_size
     if data.tokenizer is not None:
         config.data.tokenizer = data.tokenizer  # the resolved config names what was used
-    return check(config, world_size, machine=machine()), data
+    layout = check(config, world_size, machine=machine())
+    starting_weights(config)
+    return layout, data
