@@ -23,6 +23,7 @@ from toolkit.errors import ConfigError, ConvertError
 
 CONFIG = "config.yaml"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_UNKNOWN = "./the-tokenizer-of-this-model"  # refused as missing: any other would train it on ids that mean something else
 _GPT2_IDS = range(50257, 50305)  # GPT-2's tokenizer, as nanoGPT uses it, and rounded up
 
 
@@ -163,7 +164,7 @@ def _tokenizer(source: Source, out: Path, files: Mapping[str, bytes], model: Mod
 def _run(model: ModelSection, out: Path, *, precision: str, tokenizer: str | None) -> dict[str, Any]:
     """A run that goes on training the model: every key of its shape, and the few others that a person will look at first."""
     shape = {k: v for k, v in model.model_dump(mode="json").items() if v is not None and k != "compile"}
-    run: dict[str, Any] = {
+    return {
         "run": {"dir": f"runs/{out.name}"},
         "model": shape,
         "train": {
@@ -174,11 +175,9 @@ def _run(model: ModelSection, out: Path, *, precision: str, tokenizer: str | Non
             "precision": "fp32" if precision == "fp32" else "bf16",
         },
         "optimizer": {"lr": 2e-5, "warmup_steps": 10},
+        "data": {"tokenizer": tokenizer or _UNKNOWN},
         "checkpoint": {"init_from": str(out)},
     }
-    if tokenizer is not None:
-        run["data"] = {"tokenizer": tokenizer}
-    return run
 
 
 def _text(run: Mapping[str, Any], source: Source) -> str:
