@@ -51,14 +51,18 @@ def start(raw: dict[str, Any]) -> Any:
 
 @torch.no_grad()
 def logits(raw: dict[str, Any]) -> np.ndarray | None:
-    """Logits [b, s, padded vocabulary] of the model that a run starts with; on the last stage, None elsewhere."""
+    """Logits [b, s, padded vocabulary] of the model that a run starts with; on the last stage, None elsewhere.
+
+    raw: the YAML, and as "tokens" a file of ids [b, s], if not the usual ones.
+    """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    given = raw.pop("tokens", None)
     config, layout, checkpoints, engine = start(raw)
     engine.evaluation(True)  # GPT-2 comes with dropout
-    ids = tokens(config.model.vocab_size)
-    positions = torch.arange(TOKENS).expand_as(ids)
+    ids = tokens(config.model.vocab_size) if given is None else torch.from_numpy(np.load(given))
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
 
     def step(_: Any, view: Any) -> Any:
         return view(ids, positions, None), lambda output, **_: output
@@ -68,8 +72,8 @@ def logits(raw: dict[str, Any]) -> np.ndarray | None:
         data_iterator=[None] * len(engine.views) if len(engine.views) > 1 else None,
         model=engine.views if len(engine.views) > 1 else engine.views[0],
         num_microbatches=layout.pp,  # an interleaved schedule needs a round of them
-        seq_length=TOKENS,
-        micro_batch_size=2,
+        seq_length=ids.shape[1],
+        micro_batch_size=len(ids),
         forward_only=True,
         collect_non_loss_data=True,
     )

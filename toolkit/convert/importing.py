@@ -185,8 +185,6 @@ def _text(run: Mapping[str, Any], source: Source) -> str:
         f"# Imported from {source.where}. Start from these weights with a fresh optimizer:",
         "#   toolkit train THIS_FILE data.source=PATH parallel.tp=2 --num-procs 2",
     ]
-    if "data" not in run:
-        lines.append(
-            "# The model came without a tokenizer: set data.tokenizer to the one it was trained with, or data.source to its prepared data."
-        )
+    if run["data"]["tokenizer"] == _UNKNOWN:
+        lines.append("# The model came without a tokenizer: set data.tokenizer to the one it was trained with.")
     return "\n".join(lines) + "\n" + write_yaml(dict(run))
