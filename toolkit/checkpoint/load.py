@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from toolkit.checkpoint.agree import everywhere
 from toolkit.checkpoint.identity import layout_of, same_degrees
 from toolkit.checkpoint.move import fill
+from toolkit.checkpoint.names import group_file, holder, rank_file
 from toolkit.checkpoint.resume import Resume
-from toolkit.checkpoint.save import group_file, holder, rank_file
 from toolkit.checkpoint.tensors import read_metadata, read_tensors
 from toolkit.checkpoint.whole import WholeCheckpoint
 from toolkit.config.schema import RunConfig

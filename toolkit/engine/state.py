@@ -11,20 +11,11 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
+from toolkit.engine.partitions import Fragment
 from toolkit.model.init import global_parameters, shard_of
 
 MASTER = "master"
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """flat[at : at + count] of a partition is parameter.flatten()[start : start + count] of this rank's parameter."""
-
-    name: str
-    start: int
-    at: int
-    count: int
 
 
 @dataclass(frozen=True)
