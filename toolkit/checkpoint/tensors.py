@@ -59,3 +59,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file; the tensors are read from disk when they are used."""
     with safe_open(path, framework="pt", device="cpu") as f:
         return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118  not a dict
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """A file's metadata alone."""
+    with safe_open(path, framework="pt", device="cpu") as f:
+        return f.metadata() or {}

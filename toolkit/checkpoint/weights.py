@@ -14,6 +14,7 @@ from torch import Tensor
 from toolkit.checkpoint.files import remove_tree, sync_folder, write_durably
 from toolkit.checkpoint.identity import layout_of, model_identity
 from toolkit.checkpoint.manifest import FileRecord, Manifest, write_manifest
+from toolkit.checkpoint.names import weights_file
 from toolkit.checkpoint.tensors import write_tensors
 from toolkit.checkpoint.versions import versions
 from toolkit.config.schema import RunConfig
@@ -120,7 +121,7 @@ class WeightsWriter:
 
     def _write(self) -> None:
         if self.shard:
-            shard, path = self.shard, self.partial / f"weights-{self.count:05d}.safetensors"
+            shard, path = self.shard, self.partial / weights_file(self.count)
             self.shard, self.count = {}, self.count + 1
             size = _bytes(shard)
             self._settle(max(0, self.shard_bytes - size))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,15 +16,13 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint.manifest import Manifest, read_manifest
+from toolkit.checkpoint.names import GROUP_FILE, WEIGHTS_FILE, rank_file
 from toolkit.checkpoint.tensors import DTYPES
 from toolkit.errors import CheckpointError
 from toolkit.model.init import known_shard
 from toolkit.parallel.layout import Layout
 
 MASTER = "master"
-_GROUP = re.compile(r"rank-(\d{5,})\.group-(\d{3,})\.safetensors")
-_WEIGHTS = re.compile(r"weights-(\d{5,})\.safetensors")
-_STATE = "rank-00000.state.safetensors"
 _TYPES = {text: dtype for dtype, text in DTYPES.items()}
 _BUFFER = 1 << 22  # bytes read at a time where columns have to be picked out
 _SMALL = 1 << 12  # bytes of a row from which on reading it by itself beats reading its neighbours too
@@ -103,7 +100,7 @@ class WholeCheckpoint:
             self.manifest: Manifest = read_manifest(folder)
             self._flats: list[_Flat] = []
             names = [f.name for f in self.manifest.files]
-            self._files = [_header(folder / n) for n in sorted(names) if _GROUP.fullmatch(n) or _WEIGHTS.fullmatch(n)]
+            self._files = [_header(folder / n) for n in sorted(names) if GROUP_FILE.fullmatch(n) or WEIGHTS_FILE.fullmatch(n)]
             found = self._whole_tensors() if self.manifest.weights_only else self._partitions()
             self.numbers: dict[str, Any] = {} if self.manifest.weights_only else self._numbers(names)
         except (ValueError, KeyError, TypeError, IndexError) as e:
@@ -237,7 +234,7 @@ class WholeCheckpoint:
         found: dict[str, Parameter] = {}
         stage_of: dict[str, int] = {}
         for header in sorted(self._files, key=lambda h: _sort_key(h.path, layout)):
-            at = layout.coordinates(int(_GROUP.fullmatch(header.path.name)[1]))  # type: ignore[index]
+            at = layout.coordinates(int(GROUP_FILE.fullmatch(header.path.name)[1]))  # type: ignore[index]
             parameters = json.loads(header.metadata["parameters"])
             flat = {k: e for k, e in header.entries.items() if e.shape == header.entries[MASTER].shape}
             self._flats.append(_Flat(header.path, flat))
@@ -270,8 +267,9 @@ class WholeCheckpoint:
 
     def _numbers(self, names: Iterable[str]) -> dict[str, Any]:
         """counters, loss_scaler: as EngineState.numbers(); step: the optimizer's count of its updates, None where it has none."""
-        if _STATE not in names:
-            raise ValueError(f"{self.folder / _STATE} is missing")
+        path = self.folder / rank_file(0)
+        if path.name not in names:
+            raise ValueError(f"{path} is missing")
         steps = set()
         for header in self._files:
             if entry := header.entries.get("step"):
@@ -283,7 +281,7 @@ class WholeCheckpoint:
                 steps.add(int(numbers["step"]))
         if len(steps) > 1:
             raise ValueError(f"its optimizer groups have taken different numbers of steps: {sorted(steps)}")
-        state = json.loads(_header(self.folder / _STATE).metadata["numbers"])
+        state = json.loads(_header(path).metadata["numbers"])
         return {"step": next(iter(steps), None), **state}
 
 
@@ -321,7 +319,7 @@ def _rectangles(start: int, end: int, width: int) -> Iterator[tuple[int, int, in
 
 def _sort_key(path: Path, layout: Layout) -> tuple[int, int, int]:
     """Stage by stage and group by group, so that names appear in model order within each group."""
-    match = _GROUP.fullmatch(path.name)
+    match = GROUP_FILE.fullmatch(path.name)
     if match is None:
         raise ValueError(f"{path} does not belong to a checkpoint with optimizer states")
     rank = int(match[1])

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 
+from toolkit.checkpoint.claim import checkpoint_folder
+from toolkit.checkpoint.manifest import discover
 from toolkit.checkpoint.start import starting_weights
 from toolkit.cluster.environment import gpu_count
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData, resolve_data
 from toolkit.parallel.layout import Layout
-from toolkit.parallel.rules import Machine, check
+from toolkit.parallel.rules import Case, Machine, check, legal
+
+log = logging.getLogger("toolkit.train")
 
 
 def machine() -> Machine:
@@ -20,8 +25,10 @@ def machine() -> Machine:
 def plan(config: RunConfig, world_size: int) -> tuple[Layout, PreparedData]:
     """Check a config against the rules and its data, preparing the data where it is missing.
 
-    Fills model.vocab_size and data.tokenizer from the data. Raises ToolkitError.
+    Fills model.vocab_size and data.tokenizer from the data, and lowers train.micro_batch_size where a run that resumes needs it.
+    Raises ToolkitError.
     """
+    _fit_micro_batch(config, world_size)
     check(config, world_size, machine=machine())
     data = resolve_data(config, prepare_missing=True)
     if config.model.vocab_size is None:
@@ -31,3 +38,22 @@ def plan(config: RunConfig, world_size: int) -> tuple[Layout, PreparedData]:
     layout = check(config, world_size, machine=machine())
     starting_weights(config)
     return layout, data
+
+
+def _fit_micro_batch(config: RunConfig, world_size: int) -> None:
+    """A resumed run keeps its global batch on any number of ranks: take the largest micro-batch up to the configured one that fits."""
+    case, configured = Case.of(config, max(1, world_size), machine=machine()), config.train.micro_batch_size
+    if legal(case) or config.checkpoint.resume == "never" or not any(f.manifest for f in discover(checkpoint_folder(config))):
+        return
+    for micro in range(min(configured, config.train.global_batch_size), 0, -1):
+        if legal(case.changed({"train.micro_batch_size": micro})):
+            config.train.micro_batch_size = micro
+            log.info(
+                "train.micro_batch_size=%d does not fit the global batch of %d on %d data-parallel ranks: resuming with %d and %d micro-batches",
+                configured,
+                config.train.global_batch_size,
+                case.dp,
+                micro,
+                config.train.global_batch_size // (micro * case.dp),
+            )
+            return
