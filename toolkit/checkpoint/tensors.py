@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +29,47 @@ DTYPES = {
 _CHUNK = 1 << 22  # small enough to be hashed and written out of the processor's cache
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> FileRecord:
+class Rows:
+    """Tensors one above the other that pass for one, without the copy that putting them together would be."""
+
+    def __init__(self, pieces: Sequence[Tensor]) -> None:
+        self.pieces = list(pieces)
+        self.dtype = pieces[0].dtype
+        self.shape = torch.Size([sum(len(p) for p in pieces), *pieces[0].shape[1:]])
+        self.nbytes = sum(p.nbytes for p in pieces)
+
+    def whole(self) -> Tensor:
+        """The one tensor."""
+        return torch.cat(self.pieces) if len(self.pieces) > 1 else self.pieces[0]
+
+
+def mapped(path: Path, *, dtype: torch.dtype, shape: Sequence[int], offset: int) -> Tensor:
+    """A tensor in a file as a mapping of its own: nothing is copied, and its pages leave this process with the tensor."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if not size:
+        return torch.empty(tuple(shape), dtype=dtype)
+    first = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as f:
+        pages = mmap.mmap(f.fileno(), offset - first + size, offset=first, access=mmap.ACCESS_COPY)
+    pages.madvise(mmap.MADV_SEQUENTIAL)
+    flat = torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=offset - first)
+    return (flat if offset % dtype.itemsize == 0 else flat.clone()).view(dtype).view(tuple(shape))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor | Rows], *, metadata: Mapping[str, str]) -> FileRecord:
     """Write a new file and sync it. The library's own writer neither syncs nor tells the checksum of what it wrote."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
+        size = tensor.nbytes
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest, total = hashlib.sha256(), 0
     with path.open("xb", buffering=0) as f:
-        for data in (len(text).to_bytes(8, "little") + text, *(map(_bytes, tensors.values()))):
+        pieces = (p for tensor in tensors.values() for p in (tensor.pieces if isinstance(tensor, Rows) else [tensor]))
+        for data in chain([len(text).to_bytes(8, "little") + text], map(_bytes, pieces)):
             view = memoryview(data)
             for start in range(0, len(view), _CHUNK):
                 piece = view[start : start + _CHUNK]
