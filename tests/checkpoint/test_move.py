@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,27 @@ def test_a_run_that_moves(chain: str, pool: Pool, tmp_path: Path, compiled: Call
         check_whole(step, gated=chain != "gpt")
         check_same_files(step, resharded(step, tmp_path / f"again-{i}", like=step))
         assert moved["scale"] == (unmoved["scale"] if chain == "fp16" else 1.0)
+
+
+def test_offline_and_on_the_fly_are_the_same(pool: Pool, tmp_path: Path) -> None:
+    """What was cut beforehand is read back rank by rank, and gives the bits of the run that cut it while loading."""
+    base = {"train.precision": "bf16", "model.dropout": 0.1, "model.tie_embeddings": True}
+    run(pool, tmp_path / "source", base, leg(2, 1, **TP), steps=LEG)
+    there = leg(4, 3, **PP)
+    shutil.copytree(tmp_path / "source", tmp_path / "fly")
+    fly = run(pool, tmp_path / "fly", base, there, steps=2 * LEG)
+    first = tmp_path / f"source/checkpoints/step-{LEG:08d}"
+    resharded(first, tmp_path / "offline/checkpoints", like=tmp_path / f"fly/checkpoints/step-{2 * LEG:08d}")
+    assert not check_cut(tmp_path / "fly", tmp_path / "offline")
+    offline = run(pool, tmp_path / "offline", base, there, steps=2 * LEG)
+    assert offline == fly and offline["first"] == LEG + 1
+
+
+def check_cut(one: Path, other: Path) -> set[str]:
+    """Files that one run's last checkpoint and another's first do not share by name."""
+    return {p.name for p in (one / f"checkpoints/step-{2 * LEG:08d}").iterdir()} ^ {
+        p.name for p in (other / f"checkpoints/step-{LEG:08d}").iterdir()
+    }
 
 
 def check_whole(folder: Path, *, gated: bool) -> None:

@@ -7,6 +7,7 @@ import multiprocessing as mp
 import os
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -25,7 +26,6 @@ from toolkit.checkpoint.names import group_file, rank_file
 from toolkit.checkpoint.target import Target
 from toolkit.checkpoint.tensors import read_tensors, write_stream, write_tensors
 from toolkit.checkpoint.whole import WholeCheckpoint
-from toolkit.data.workers import end_with_parent
 from toolkit.engine.partitions import Cut
 from toolkit.errors import CheckpointError
 
@@ -132,10 +132,11 @@ class _Workers:
         self.context = _Context(source, partial, target, progress, [])
         self.pool: ProcessPoolExecutor | None = None
         if count > 1:
-            # spawn: a fork would copy the locks of torch's threads
-            context = mp.get_context("spawn")
+            # a server that has imported torch once forks the workers: a fork of this process would copy the locks of its threads
+            context = mp.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
             self.done = context.Value("Q", 0)
-            self.pool = ProcessPoolExecutor(count, context, _start, (os.getpid(), self.done, source, partial, target))
+            self.pool = ProcessPoolExecutor(count, context, _start, (self.done, source, partial, target))
 
     def __enter__(self) -> _Workers:
         return self
@@ -169,8 +170,8 @@ class _Workers:
 _of_this_process: list[_Context] = []
 
 
-def _start(parent: int, done: Any, source: Path, partial: Path, target: Target) -> None:
-    end_with_parent(parent)
+def _start(done: Any, source: Path, partial: Path, target: Target) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 
     def count(n: int) -> None:
@@ -178,6 +179,14 @@ def _start(parent: int, done: Any, source: Path, partial: Path, target: Target) 
             done.value += n
 
     _of_this_process.append(_Context(source, partial, target, count, []))
+
+
+def _end_with_parent() -> None:
+    """A killed command cannot tell its workers."""
+    parent = mp.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _act(action: Callable[[_Context, Any], FileRecord | None], job: Any) -> FileRecord | None:
