@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 COMPAT_PYTHON ?= python3.12
 COMPAT_VENV ?= .venv-compat
 
-.PHONY: help quickstart test test-compat parity checks format docs bench score-planner clean
+.PHONY: help quickstart test test-compat parity checks format docs bench bench-checkpoints score-planner clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -57,6 +57,9 @@ docs: $(VENV)/.run  ## the generated tables of docs/
 
 bench: $(VENV)/.bench  ## step time against a bare megatron-core loop and Hugging Face Trainer + DeepSpeed
 	$(BIN)/python -m tests.bench.overhead --write docs/performance.md
+
+bench-checkpoints: $(VENV)/.dev  ## save pause, write and reshard throughput, beside DeepSpeed's own tools
+	$(BIN)/python -m tests.bench.checkpoints --write docs/checkpoints.md
 
 score-planner: $(VENV)/.run  ## docs/planner.md: predictions against published measurements
 	$(BIN)/python -m toolkit.plan.score ../shared/planner/published_dev.jsonl ../shared/planner/score_planner.py --out docs/planner.md

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.checkpoint.run import config_of
 from tests.checkpoint.runs import Run, metrics, write_config
 from tests.parity.cells import BOUNDS
 from tests.pool import Pool
-from toolkit.checkpoint.manifest import discover
-from toolkit.config.load import load_config
+from toolkit.checkpoint.manifest import discover, read_manifest, verify_files
+from toolkit.checkpoint.reshard import reshard
+from toolkit.checkpoint.target import Target
+from toolkit.checkpoint.tensors import read_tensors
+from toolkit.checkpoint.whole import MASTER, WholeCheckpoint, layout_of_manifest
+from toolkit.config.load import load_config, override_config
 from toolkit.data.loader import batches
+from toolkit.model.init import Shard, known_shard
 from toolkit.parallel.layout import Layout
 from toolkit.train.plan import plan
 
@@ -41,7 +49,7 @@ CHAINS: dict[str, tuple[dict[str, Any], list[tuple[int, dict[str, Any]]]]] = {
             leg(4, 2, **TP),
             leg(1, 0),
             leg(2, 3, **CPU, zero__offload_param="cpu"),
-            leg(4, 3, **TP, **PP),
+            leg(4, 3, **TP, **PP, zero__deepspeed={"zero_optimization": {"sub_group_size": 3000}}),
             leg(2, 0),
         ],
     ),
@@ -78,7 +86,76 @@ def test_a_run_that_moves(chain: str, pool: Pool, tmp_path: Path, compiled: Call
         part = slice(LEG * i, LEG * (i + 1))
         assert moved["losses"] == pytest.approx(unmoved["losses"][part], rel=loss), one
         assert moved["norms"] == pytest.approx(unmoved["norms"][part], rel=norm), one
+        step = tmp_path / f"moved/checkpoints/step-{LEG * (i + 1):08d}"
+        check_whole(step, gated=chain != "gpt")
+        check_same_files(step, resharded(step, tmp_path / f"again-{i}", like=step))
         assert moved["scale"] == (unmoved["scale"] if chain == "fp16" else 1.0)
+
+
+def test_offline_and_on_the_fly_are_the_same(pool: Pool, tmp_path: Path) -> None:
+    """What was cut beforehand is read back rank by rank, and gives the bits of the run that cut it while loading."""
+    base = {"train.precision": "bf16", "model.dropout": 0.1, "model.tie_embeddings": True}
+    run(pool, tmp_path / "source", base, leg(2, 1, **TP), steps=LEG)
+    there = leg(4, 3, **PP)
+    shutil.copytree(tmp_path / "source", tmp_path / "fly")
+    fly = run(pool, tmp_path / "fly", base, there, steps=2 * LEG)
+    first = tmp_path / f"source/checkpoints/step-{LEG:08d}"
+    resharded(first, tmp_path / "offline/checkpoints", like=tmp_path / f"fly/checkpoints/step-{2 * LEG:08d}")
+    assert not check_cut(tmp_path / "fly", tmp_path / "offline")
+    offline = run(pool, tmp_path / "offline", base, there, steps=2 * LEG)
+    assert offline == fly and offline["first"] == LEG + 1
+
+
+def check_cut(one: Path, other: Path) -> set[str]:
+    """Files that one run's last checkpoint and another's first do not share by name."""
+    return {p.name for p in (one / f"checkpoints/step-{2 * LEG:08d}").iterdir()} ^ {
+        p.name for p in (other / f"checkpoints/step-{LEG:08d}").iterdir()
+    }
+
+
+def check_whole(folder: Path, *, gated: bool) -> None:
+    """Every fragment in every file is that part of the whole tensor."""
+    with WholeCheckpoint(folder) as whole:
+        layout, steps = layout_of_manifest(whole.manifest), whole.manifest.step
+        assert whole.numbers["step"] == whole.numbers["counters"]["global_steps"] == steps
+        assert whole.names[0] == "embedding.word_embeddings.weight" and len(whole.names) == len(set(whole.names))
+        layers = [int(n.split(".")[2]) for n in whole.names if ".layers." in n]
+        assert layers == sorted(layers) and set(layers) == {0, 1, 2, 3}
+        seen = set()
+        for path in folder.glob("*.group-*"):
+            tensors, metadata = read_tensors(path)
+            tp, parameters = layout.coordinates(int(path.name[5:10])).tp, json.loads(metadata["parameters"])
+            for name, start, at, count in json.loads(metadata["fragments"]):
+                shard = Shard(parameters[name]["dim"], parameters[name]["blocks"])
+                assert shard == known_shard(name, gated=gated), name
+                assert set(whole.keys(name)) == {MASTER, "exp_avg", "exp_avg_sq"} and whole.dtype(name) == torch.float32
+                for key in whole.keys(name):
+                    part = shard.cut(whole.read(name, key), tp=layout.tp, rank=tp)
+                    assert list(part.shape) == parameters[name]["shape"]
+                    assert torch.equal(part.flatten()[start : start + count], tensors[key][at : at + count]), (name, key)
+                seen.add(name)
+        assert seen == set(whole.names)
+
+
+def resharded(source: Path, out: Path, *, like: Path, workers: int = 1) -> Path:
+    """`source` cut as `like` is, without an engine."""
+    manifest = read_manifest(like)
+    target = Target(override_config(manifest.config, []), layout_of_manifest(manifest))
+    return reshard(source, out, target, workers=workers)
+
+
+def check_same_files(one: Path, other: Path) -> None:
+    """Equal tensors, numbers and descriptions in files of equal names."""
+    names = {p.name for p in one.iterdir()}
+    assert names == {p.name for p in other.iterdir()}
+    manifest = read_manifest(other)
+    assert verify_files(other, manifest.files) == "" and {f.name for f in manifest.files} | {"manifest.json"} == names
+    for name in names - {"manifest.json"}:
+        (tensors, metadata), (there, metadata_there) = read_tensors(one / name), read_tensors(other / name)
+        assert {k: json.loads(v) for k, v in metadata.items()} == {k: json.loads(v) for k, v in metadata_there.items()}, name
+        assert tensors.keys() == there.keys(), name
+        for key, value in tensors.items():
+            assert value.dtype == there[key].dtype and torch.equal(value, there[key]), (name, key)
 
 
 # -- the same global batch on any number of data-parallel ranks ------------------------------------------

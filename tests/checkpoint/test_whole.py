@@ -1,65 +1,20 @@
-"""Any checkpoint read as whole tensors, and the weights-only kind that is written so."""
+"""Weights-only checkpoints, and parts of whole tensors; test_move.py reads real ones of every layout."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.checkpoint.run import config_of
-from tests.pool import Pool
 from toolkit.checkpoint.manifest import read_manifest, verify_files
-from toolkit.checkpoint.tensors import read_tensors
 from toolkit.checkpoint.weights import WeightsWriter, weights_manifest
-from toolkit.checkpoint.whole import MASTER, WholeCheckpoint, layout_of_manifest
+from toolkit.checkpoint.whole import MASTER, WholeCheckpoint
 from toolkit.config.load import parse_config
 from toolkit.errors import CheckpointError
-from toolkit.model.init import Shard, known_shard
-
-STEP = "checkpoints/step-00000002"
-GPT = {"model.family": "gpt", "model.num_query_groups": 4, "model.qk_layernorm": True}
-
-SOURCES: dict[str, tuple[int, dict[str, Any]]] = {
-    "llama tp2 pp2 zero1 tied": (4, {"zero.stage": 1, "parallel.tp": 2, "parallel.pp": 2, "model.tie_embeddings": True}),
-    "gpt tp2 zero3 dp2 bf16": (4, {"zero.stage": 3, "parallel.tp": 2, "train.precision": "bf16"} | GPT),
-    "llama vpp2 zero2 offload": (4, {"zero.stage": 2, "parallel.pp": 2, "parallel.vpp": 2, "zero.offload_optimizer": "cpu"}),
-}
-
-
-@pytest.mark.parametrize("source", SOURCES)
-def test_a_real_checkpoint_as_whole_tensors(source: str, pool: Pool, tmp_path: Path, compiled: Callable[[dict[str, Any]], None]) -> None:
-    world, keys = SOURCES[source]
-    compiled(keys)
-    pool.run("tests.checkpoint.run:train", world, config_of(tmp_path, keys, steps=2, checkpoint={"every": 2}), deadline_s=300)
-    whole = WholeCheckpoint(tmp_path / STEP)
-    layout, gated = layout_of_manifest(whole.manifest), keys.get("model.family") != "gpt"
-    assert whole.numbers["step"] == 2 and whole.numbers["counters"]["global_steps"] == 2
-    assert whole.names[0] == "embedding.word_embeddings.weight" and len(whole.names) == len(set(whole.names))
-    assert (whole.names[-1] == "output_layer.weight") != keys.get("model.tie_embeddings", False)
-    layers = [int(n.split(".")[2]) for n in whole.names if ".layers." in n]
-    assert layers == sorted(layers) and set(layers) == {0, 1, 2, 3}
-    seen = 0
-    for path in (tmp_path / STEP).glob("*.group-*"):
-        tensors, metadata = read_tensors(path)
-        tp = layout.coordinates(int(path.name[5:10])).tp
-        for name, start, at, count in json.loads(metadata["fragments"]):
-            cut = json.loads(metadata["parameters"])[name]
-            shard = Shard(cut["dim"], cut["blocks"])
-            assert shard == known_shard(name, gated=gated), name
-            assert set(whole.keys(name)) == {MASTER, "exp_avg", "exp_avg_sq"} and whole.dtype(name) == torch.float32
-            for key in whole.keys(name):
-                part = shard.cut(whole.read(name, key), tp=layout.tp, rank=tp)
-                assert list(part.shape) == cut["shape"]
-                assert torch.equal(part.flatten()[start : start + count], tensors[key][at : at + count]), (name, key)
-            seen += 1
-    assert seen >= len(whole.names)
-
+from toolkit.model.init import known_shard
 
 # -- weights only -------------------------------------------------------------------------------------
 
@@ -112,6 +67,14 @@ def test_a_part_of_a_part(opened: WholeCheckpoint, data: st.DataObject) -> None:
     out = torch.empty(end - start, dtype=part.dtype)
     opened.read_into(out, name, tp=tp, rank=rank, start=start)
     assert torch.equal(out, part[start:end])
+
+
+def test_no_run_resumes_from_weights_alone(tmp_path: Path) -> None:
+    from toolkit.checkpoint.resume import _check
+
+    folder = weights(tmp_path / "step-00000007", TENSORS)
+    with pytest.raises(CheckpointError, match=r"holds weights without optimizer states.*set checkpoint\.init_from to it"):
+        _check(read_manifest(folder), folder, {})
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:

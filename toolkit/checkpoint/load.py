@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -24,6 +25,8 @@ from toolkit.engine.state import EngineState, set_generators
 from toolkit.errors import CheckpointError
 from toolkit.parallel.groups import seed_generators
 from toolkit.parallel.layout import Layout
+
+T = TypeVar("T")
 
 log = logging.getLogger("toolkit.train")
 
@@ -51,9 +54,8 @@ def restore(resume: Resume, state: EngineState, config: RunConfig, layout: Layou
         everywhere(lambda: opened.append(WholeCheckpoint(folder)))
         fill(state, opened[0], tp=layout.tp, tp_rank=layout.coordinates(rank).tp)
         state.set_numbers(opened[0].numbers, same_precision=here["train.precision"] == there["train.precision"])
-    if same_degrees(here, there):
-        everywhere(lambda: _guarded(folder, lambda: _read_generators(folder, rank)))
-    else:
+    # a checkpoint that was cut for these degrees offline has no generators to give
+    if not all(everywhere(lambda: same_degrees(here, there) and _guarded(folder, lambda: _read_generators(folder, rank)))):
         digest = hashlib.sha256(f"{config.run.seed}:{resume.step}".encode()).digest()
         seed_generators(layout.coordinates(rank), seed=int.from_bytes(digest[:4], "little"))
         if config.model.dropout > 0 and rank == 0:
@@ -75,11 +77,14 @@ def _read_own(state: EngineState, folder: Path, source: int) -> None:
     state.set_numbers(json.loads(read_metadata(folder / rank_file(dist.get_rank()))["numbers"]))
 
 
-def _read_generators(folder: Path, rank: int) -> None:
-    set_generators(read_tensors(folder / rank_file(rank))[0])
+def _read_generators(folder: Path, rank: int) -> bool:
+    states, _ = read_tensors(folder / rank_file(rank))
+    if states:
+        set_generators(states)
+    return bool(states)
 
 
-def _guarded(folder: Path, action: Callable[[], bool | None]) -> bool | None:
+def _guarded(folder: Path, action: Callable[[], T]) -> T:
     try:
         return action()
     except (ValueError, KeyError, SafetensorError) as e:

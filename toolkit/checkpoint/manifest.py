@@ -89,6 +89,10 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def is_folder_name(name: str) -> bool:
+    return _STEP.fullmatch(name) is not None
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """The last act of saving: from here on the checkpoint counts."""
     manifest = manifest.model_copy(update={"checksum": manifest.digest()})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -58,18 +58,28 @@ def mapped(path: Path, *, dtype: torch.dtype, shape: Sequence[int], offset: int)
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor | Rows], *, metadata: Mapping[str, str]) -> FileRecord:
     """Write a new file and sync it. The library's own writer neither syncs nor tells the checksum of what it wrote."""
+    entries = {n: (t.dtype, list(t.shape), iter(t.pieces if isinstance(t, Rows) else (t,))) for n, t in tensors.items()}
+    return write_stream(path, entries, metadata=metadata)
+
+
+def write_stream(
+    path: Path, entries: Mapping[str, tuple[torch.dtype, list[int], Iterator[Tensor]]], *, metadata: Mapping[str, str]
+) -> FileRecord:
+    """The same with tensors given as dtype, shape and the pieces that they are made of, in order; only one piece need exist at a time.
+
+    Raises ValueError where the pieces do not make up the shape.
+    """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
-    for name, tensor in tensors.items():
-        size = tensor.nbytes
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+    for name, (dtype, shape, _) in entries.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest, total = hashlib.sha256(), 0
     with path.open("xb", buffering=0) as f:
-        pieces = (p for tensor in tensors.values() for p in (tensor.pieces if isinstance(tensor, Rows) else [tensor]))
-        for data in chain([len(text).to_bytes(8, "little") + text], map(_bytes, pieces)):
+        for data in chain((len(text).to_bytes(8, "little") + text,), (_bytes(t) for _, _, pieces in entries.values() for t in pieces)):
             view = memoryview(data)
             for start in range(0, len(view), _CHUNK):
                 piece = view[start : start + _CHUNK]
@@ -78,6 +88,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | Rows], *, metadata:
                 while len(piece):  # a raw file may take less than it is given
                     piece = piece[f.write(piece) :]
         os.fsync(f.fileno())
+    if total != 8 + len(text) + offset:
+        raise ValueError(f"{path} got {total} bytes, and its header tells of {8 + len(text) + offset}")
     return FileRecord(name=path.name, bytes=total, sha256=digest.hexdigest())
 
 

@@ -12,7 +12,7 @@ from toolkit.cluster.environment import gpu_count
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData, resolve_data
 from toolkit.parallel.layout import Layout
-from toolkit.parallel.rules import Case, Machine, check, legal
+from toolkit.parallel.rules import Machine, check, fitting_micro_batch
 
 log = logging.getLogger("toolkit.train")
 
@@ -42,18 +42,25 @@ def plan(config: RunConfig, world_size: int) -> tuple[Layout, PreparedData]:
 
 def _fit_micro_batch(config: RunConfig, world_size: int) -> None:
     """A resumed run keeps its global batch on any number of ranks: take the largest micro-batch up to the configured one that fits."""
-    case, configured = Case.of(config, max(1, world_size), machine=machine()), config.train.micro_batch_size
-    if legal(case) or config.checkpoint.resume == "never" or not any(f.manifest for f in discover(checkpoint_folder(config))):
+    configured, whole = config.train.micro_batch_size, config.train.global_batch_size
+    micro = fitting_micro_batch(config, world_size, machine=machine())
+    if micro is None or micro == configured or not _resumes(config):
         return
-    for micro in range(min(configured, config.train.global_batch_size), 0, -1):
-        if legal(case.changed({"train.micro_batch_size": micro})):
-            config.train.micro_batch_size = micro
-            log.info(
-                "train.micro_batch_size=%d does not fit the global batch of %d on %d data-parallel ranks: resuming with %d and %d micro-batches",
-                configured,
-                config.train.global_batch_size,
-                case.dp,
-                micro,
-                config.train.global_batch_size // (micro * case.dp),
-            )
-            return
+    config.train.micro_batch_size = micro
+    layout = Layout.of(config, world_size)
+    log.info(
+        "train.micro_batch_size=%d does not fit the global batch of %d on %d data-parallel ranks: resuming with %d and %d micro-batches",
+        configured,
+        whole,
+        layout.dp,
+        micro,
+        layout.num_microbatches,
+    )
+
+
+def _resumes(config: RunConfig) -> bool:
+    """Whether there is a checkpoint to go on from; whether it is good is found out later."""
+    try:
+        return config.checkpoint.resume != "never" and any(f.manifest for f in discover(checkpoint_folder(config)))
+    except OSError:
+        return False  # who locks the folder will say what is wrong with it
