@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
