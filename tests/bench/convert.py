@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 128256,
