@@ -39,7 +39,7 @@ def model_of(gib: float) -> dict[str, Any]:
     model = {"num_layers": 2, "hidden_size": 1024, "num_attention_heads": 16, "ffn_hidden_size": 2816, "vocab_size": 16384, **shape}
     model |= {"num_query_groups": 4 if small else 16, "max_position_embeddings": 32}
     two, four = (synthetic.state_bytes({**model, "num_layers": n})[0] for n in (2, 4))
-    layers = 2 + 2 * max(0, round((gib * GIB - two) / (four - two)))
+    layers = 2 + 2 * max(0, round((gib * GIB - two) / (four - two)))  # two stages share them equally
     return {**model, "num_layers": layers}
 
 
