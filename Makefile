@@ -41,7 +41,7 @@ test-compat: $(COMPAT_VENV)/.dev  ## the parity suite with the other interpreter
 	$(COMPAT_VENV)/bin/python -m pytest tests/parity
 
 parity: $(VENV)/.dev  ## the parity suite, and docs/parity.md from what it measured
-	$(BIN)/python -m pytest tests/parity tests/checkpoint --all-cells
+	$(BIN)/python -m pytest tests/parity tests/checkpoint tests/convert --all-cells
 	$(BIN)/python -m tests.parity.report > docs/parity.md
 
 checks: $(VENV)/.dev  ## format, lint and types
