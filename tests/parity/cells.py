@@ -96,7 +96,8 @@ BASE: dict[str, Any] = {
         "init_std": 0.05,
     },
     "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "seq_length": 32, "precision": "fp32"},
-    "optimizer": {"lr": 1.0e-3, "schedule": "constant"},
+    # gentle: a training that is itself unstable turns rounding of 1e-7 into 1e-4 within 20 steps, differently on each processor
+    "optimizer": {"lr": 3.0e-4, "schedule": "constant"},
 }
 EIGHT_LAYERS = {"model.num_layers": 8}
 THREES = {  # a shape that three ranks can share
