@@ -46,6 +46,17 @@ def shard_of(name: str, parameter: Tensor, *, gated: bool) -> Shard:
     return Shard(dim, 2 if gated and ".linear_fc1." in name else 1)
 
 
+def known_shard(name: str, *, gated: bool) -> Shard:
+    """The same from a global name alone, for who has no model: Megatron's column-parallel parts are cut by rows, row-parallel ones by columns."""
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return Shard(1)
+    if name.startswith(("embedding.word_embeddings.", "output_layer.")) or (".linear_qkv." in name and "layer_norm" not in name):
+        return Shard(0)
+    if ".linear_fc1." in name and "layer_norm" not in name:
+        return Shard(0, 2 if gated else 1)
+    return Shard(None)
+
+
 def global_name(chunk: torch.nn.Module, name: str, *, tied: bool) -> str:
     """A parameter's name with layers numbered over the whole model, whatever stage or chunk holds them."""
     if name.startswith("decoder.layers."):
