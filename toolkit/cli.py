@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from toolkit.checkpoint.commands import app as checkpoint_app
+from toolkit.convert.commands import app as convert_app
 from toolkit.errors import ConfigError, ToolkitError
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Text to tokens.")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(convert_app, name="convert")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, each replacing one key of the YAML")]
 

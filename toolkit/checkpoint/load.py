@@ -89,3 +89,10 @@ def _guarded(folder: Path, action: Callable[[], T]) -> T:
         return action()
     except (ValueError, KeyError, SafetensorError) as e:
         raise CheckpointError(f"{folder} does not fit this run", why=str(e), fix="Use the versions that it was saved with.") from e
+
+
+def load_weights(folder: Path, state: EngineState, layout: Layout) -> None:
+    """Weights of a verified checkpoint of any layout, and nothing else of it; all ranks call it and read their own parts alone."""
+    opened: list[WholeCheckpoint] = []
+    everywhere(lambda: opened.append(WholeCheckpoint(folder)))
+    fill(state, opened[0], tp=layout.tp, tp_rank=layout.coordinates(dist.get_rank()).tp, weights_only=True)

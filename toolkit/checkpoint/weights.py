@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from toolkit.checkpoint.files import remove_tree, sync_folder
+from toolkit.checkpoint.files import remove_tree, sync_folder, write_durably
 from toolkit.checkpoint.identity import layout_of, model_identity
 from toolkit.checkpoint.manifest import FileRecord, Manifest, write_manifest
 from toolkit.checkpoint.names import weights_file
@@ -66,6 +67,7 @@ class WeightsWriter:
         self.writing: list[tuple[int, Future[FileRecord]]] = []
         self.records: list[FileRecord] = []
         self.names: set[str] = set()
+        self.files: dict[str, bytes] = {}
         self.count = 0
         self.threads = ThreadPoolExecutor(threads, thread_name_prefix="weights")
 
@@ -92,6 +94,10 @@ class WeightsWriter:
         if _bytes(self.shard) >= self.shard_bytes:
             self._write()
 
+    def add_file(self, name: str, data: bytes) -> None:
+        """Take a small file along, under the manifest's checksums like the rest."""
+        self.files[name] = data
+
     def __exit__(self, kind: Any, *_: object) -> None:
         try:
             if kind is None:
@@ -103,6 +109,9 @@ class WeightsWriter:
                 remove_tree(self.partial, token="")
         if kind is None:
             try:
+                for name, data in self.files.items():
+                    write_durably(self.partial / name, data)
+                    self.records.append(FileRecord(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
                 sync_folder(self.partial)
                 self.partial.rename(self.folder)
                 sync_folder(self.folder.parent)

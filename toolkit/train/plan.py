@@ -7,6 +7,7 @@ import logging
 
 from toolkit.checkpoint.claim import checkpoint_folder
 from toolkit.checkpoint.manifest import discover
+from toolkit.checkpoint.start import starting_weights
 from toolkit.cluster.environment import gpu_count
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData, resolve_data
@@ -34,7 +35,9 @@ def plan(config: RunConfig, world_size: int) -> tuple[Layout, PreparedData]:
         config.model.vocab_size = data.vocab_size
     if data.tokenizer is not None:
         config.data.tokenizer = data.tokenizer  # the resolved config names what was used
-    return check(config, world_size, machine=machine()), data
+    layout = check(config, world_size, machine=machine())
+    starting_weights(config)
+    return layout, data
 
 
 def _fit_micro_batch(config: RunConfig, world_size: int) -> None:
