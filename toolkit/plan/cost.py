@@ -182,9 +182,9 @@ def _optimizer(w: Workload, hardware: Hardware, compute: float) -> tuple[float, 
     params = max(w.parameters_on(stage) for stage in (0, w.pp - 1)) / shards
     gpu = hardware.gpu
     zeroing = kernels.stream_time(8.0 * w.parameters_on(0) / (shards if w.zero >= 2 else 1), gpu=gpu)
-    step = offload = 0.0
+    step, offload = zeroing, 0.0
     if w.offload_optimizer == "none":
-        step += kernels.stream_time(30.0 * params, gpu=gpu, kernels=4) + zeroing
+        step += kernels.stream_time(30.0 * params, gpu=gpu, kernels=4)
     else:
         ranks = min(hardware.gpus_per_node, w.world)
         offload += 2 * w.width * params / (gpu.pcie_gb_s * GB * network.PCIE)

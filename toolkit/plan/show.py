@@ -15,13 +15,16 @@ from toolkit.plan.hardware import Hardware, parse_hardware
 from toolkit.plan.workload import Workload
 
 
-def estimate_json(config: RunConfig, hardware_spec: str, *, hardware_file: Path | None = None) -> dict[str, Any]:
+def estimate_json(
+    config: RunConfig, hardware_spec: str, *, hardware_file: Path | None = None, calibrated: Path | None = None
+) -> dict[str, Any]:
     """Memory by part of every stage (GiB) and step time by part (seconds) of a config on `GPU:PER_NODExNODES`.
 
-    Raises ConfigError for unknown hardware, LayoutError where the GPUs do not divide into the config's degrees.
+    calibrated: a file of `toolkit calibrate`. Raises ConfigError for unknown hardware, LayoutError where the GPUs do not divide into the config's degrees.
     """
     hardware, workload = _resolve(config, hardware_spec, hardware_file)
-    memory, time = estimate(workload, hardware), step_time(workload, hardware)
+    scale = calibration.scale_for(hardware.gpu, workload.precision, own=calibrated)
+    memory, time = estimate(workload, hardware), step_time(workload, hardware, scale=scale)
     worst = memory.worst
     return {
         "hardware": str(hardware),
@@ -53,16 +56,19 @@ def estimate_json(config: RunConfig, hardware_spec: str, *, hardware_file: Path 
         "tokens_per_s": time.tokens / time.step,
         "tokens_per_s_per_gpu": time.tokens_per_s_per_gpu,
         "model_tflops_per_gpu": _model_flops(workload) / time.step / workload.world / 1e12,
-        "calibration": calibration.scale_for(hardware.gpu, workload.precision),
+        "calibration": scale,
     }
 
 
-def estimate_text(config: RunConfig, hardware_spec: str, *, hardware_file: Path | None = None, width: int = 100) -> str:
+def estimate_text(
+    config: RunConfig, hardware_spec: str, *, hardware_file: Path | None = None, calibrated: Path | None = None, width: int = 100
+) -> str:
     """The same as two tables and a verdict, for a terminal."""
     from rich.console import Console
 
     hardware, workload = _resolve(config, hardware_spec, hardware_file)
-    memory, time = estimate(workload, hardware), step_time(workload, hardware)
+    scale = calibration.scale_for(hardware.gpu, workload.precision, own=calibrated)
+    memory, time = estimate(workload, hardware), step_time(workload, hardware, scale=scale)
     out = Console(file=io.StringIO(), width=width, force_terminal=False)
     w = workload
     out.print(
@@ -71,11 +77,10 @@ def estimate_text(config: RunConfig, hardware_spec: str, *, hardware_file: Path 
         highlight=False,
     )
     out.print(_memory_table(memory))
-    out.print(_verdict(memory, workload), highlight=False)
+    out.print(_verdict(memory, workload, hardware), highlight=False)
     out.print(_time_table(time))
-    mfu = _model_flops(w) / time.step / w.world / hardware.gpu.peak(w.precision)
     out.print(
-        f"step {time.step:.3g} s · {time.tokens / time.step:,.0f} tokens/s · {time.tokens_per_s_per_gpu:,.0f} tokens/s per GPU · MFU {mfu:.1%}",
+        f"step {time.step:.3g} s · {time.tokens / time.step:,.0f} tokens/s · {time.tokens_per_s_per_gpu:,.0f} tokens/s per GPU · MFU {mfu(w, time, hardware):.1%}",
         highlight=False,
     )
     text = out.file.getvalue()  # type: ignore[attr-defined]
@@ -104,6 +109,11 @@ def _resolve(config: RunConfig, spec: str, extra: Path | None) -> tuple[Hardware
 
 def _first_rank(w: Workload, stage: int) -> int:
     return stage * w.tp * w.cp * w.dp
+
+
+def mfu(w: Workload, time: TimeEstimate, hardware: Hardware) -> float:
+    """Model FLOPs utilisation: _model_flops() of a step over what the GPUs could do at peak in that time."""
+    return _model_flops(w) / time.step / w.world / hardware.gpu.peak(w.precision)
 
 
 def _model_flops(w: Workload) -> float:
@@ -141,7 +151,7 @@ def _memory_table(memory: MemoryEstimate) -> Any:
     return table
 
 
-def _verdict(memory: MemoryEstimate, w: Workload) -> str:
+def _verdict(memory: MemoryEstimate, w: Workload, hardware: Hardware) -> str:
     worst = memory.worst
     where = f"stage {worst.stage} (from rank {_first_rank(w, worst.stage)})"
     unit, size = _unit(worst.device)
@@ -150,6 +160,8 @@ def _verdict(memory: MemoryEstimate, w: Workload) -> str:
         text += f", {(worst.device + HEADROOM - memory.capacity) / GIB:.1f} GiB too much with {HEADROOM / GIB:.0f} GiB of headroom"
     if memory.host or memory.nvme:
         text += f"; offloading takes {memory.host / GIB:.1f} GiB of RAM and {memory.nvme / GIB:.1f} GiB of NVMe a node"
+        if memory.host > hardware.gpu.host_gib * GIB:
+            text += f", which has {hardware.gpu.host_gib:.0f} GiB of RAM"
     return text
 
 
