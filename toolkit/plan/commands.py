@@ -145,5 +145,5 @@ def _question(
 def _log_to_stderr() -> None:
     """Progress of trials beside JSON, not in it."""
     for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if type(handler) is logging.StreamHandler and handler.stream is sys.stdout:
             handler.setStream(sys.stderr)

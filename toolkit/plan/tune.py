@@ -9,7 +9,7 @@ from typing import Any
 from toolkit.config.explain import validate
 from toolkit.config.schema import RunConfig
 from toolkit.errors import ConfigError, LayoutError
-from toolkit.memory.estimate import GIB, estimate
+from toolkit.memory.estimate import GIB, MemoryEstimate, estimate
 from toolkit.parallel import rules
 from toolkit.parallel.case import Machine
 from toolkit.plan.hardware import Hardware, catalogue
@@ -133,7 +133,8 @@ def _nothing_legal(question: Question) -> LayoutError:
     """Say which rule refuses the user's own settings, since no choice of the free ones mends it."""
     raw = question.config.model_dump()
     raw["parallel"] |= {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "sequence_parallel": False}
-    raw["zero"] |= {"stage": 1, "offload_optimizer": "none", "offload_param": "none"}
+    offloads = any(question.fixed.get(axis, ("none",))[0] != "none" for axis in ("offload_optimizer", "offload_param"))
+    raw["zero"] |= {"stage": 3 if offloads else 1, "offload_optimizer": "none", "offload_param": "none"}
     raw["train"] |= {"micro_batch_size": 1, "recompute": "none"}
     for axis, values in question.fixed.items():
         if dotted := AXES[axis][0]:
@@ -154,7 +155,8 @@ def _nothing_legal(question: Question) -> LayoutError:
             why=f"no number of copies divides train.global_batch_size={question.config.train.global_batch_size} and fills whole nodes",
             fix="Change the batch, the GPUs or what is fixed.",
         )
-    return LayoutError(where, why="\n  ".join(str(v).rstrip(".") for v in found))
+    more = f" ({len(found) - 1} more rules are broken.)" if len(found) > 1 else ""
+    return LayoutError(where, why=f"{found[0]}{more}")
 
 
 def _fits_without_targets(question: Question) -> bool:
@@ -191,41 +193,50 @@ def _each_alone(question: Question) -> bool:
 
 
 def _nothing_fits(question: Question) -> LayoutError:
-    """By how much the layout that needs least misses, and what would make something fit."""
-    least, workload = _smallest(question)
-    capacity = question.hardware.gpu.memory_gib * GIB
-    over = least + question.limits.headroom - capacity
-    if over > 0:
-        why = f"takes {size(least)} a GPU, {size(over)} more than the {size(capacity)} there less {size(question.limits.headroom)} of headroom"
-    else:  # the device would do, what is offloaded is too much
-        host = estimate(workload, question.hardware).host
-        why = f"takes {size(host)} of a node's RAM, {size(host - HOST_SHARE * question.hardware.gpu.host_gib * GIB)} more than it can give"
+    """By how much the layout that comes nearest misses, and what would make something fit."""
+    hardware, headroom = question.hardware, question.limits.headroom
+    sized = _all_sized(question)
+    memory, workload = min(sized, key=lambda entry: _overfull(question, *entry))
+    capacity, taken, ram = memory.capacity, needed(memory, workload, hardware), HOST_SHARE * hardware.gpu.host_gib * GIB
+    misses = []
+    if taken + headroom > capacity:
+        over = size(taken + headroom - capacity)
+        misses.append(f"takes {size(taken)} a GPU, {over} more than the {size(capacity)} there less {size(headroom)} of headroom")
+    if not host_fits(memory, hardware):
+        misses.append(
+            f"offloads {size(memory.host)} to a node's RAM, {size(memory.host - ram)} more than the {size(ram)} that are free there"
+        )
+    alone = [needed(m, w, hardware) for m, w in sized if host_fits(m, hardware)]
     return LayoutError(
-        f"{workload.shape.parameters / 1e9:.3g} B parameters fit in no legal layout on up to {question.space().max_gpus} GPUs of {question.hardware}",
-        why=f"the one that needs least ({layout_words(workload)}) {why}",
-        fix=" ".join(_remedies(question, least)),
+        f"{workload.shape.parameters / 1e9:.3g} B parameters fit in no legal layout on up to {question.space().max_gpus} GPUs of {hardware}",
+        why=f"the one that comes nearest ({layout_words(workload)}) {' and '.join(misses)}",
+        fix=" ".join(_remedies(question, min(alone, default=None))),
     )
 
 
-def _smallest(question: Question) -> tuple[float, Workload]:
-    """Device bytes and layout of the legal candidate whose worst rank needs least, of those whose offloaded states the RAM holds."""
-    space, hardware = question.space(), question.hardware
-    found: list[tuple[bool, float, int, Workload]] = []
+def _all_sized(question: Question) -> list[tuple[MemoryEstimate, Workload]]:
+    """Every legal candidate of the smallest micro-batch and most recomputation, with its memory."""
+    space, recompute = question.space(), question.space().recomputes()[-1]
+    found = []
     for cut, shardings in space.structures():
         for dp in space.copies(cut):
             for micro in space.micros(dp)[:1]:
-                for recompute in space.recomputes()[-1:]:
-                    for sharding in shardings:
-                        if space.legal(cut, dp, micro, recompute, sharding):
-                            w = space.workload(cut, dp, micro, recompute, sharding)
-                            memory = estimate(w, hardware)
-                            found.append((not host_fits(memory, hardware), needed(memory, w, hardware), len(found), w))
-    _, least, _, workload = min(found, key=lambda entry: entry[:3])
-    return least, workload
+                for sharding in shardings:
+                    if space.legal(cut, dp, micro, recompute, sharding):
+                        w = space.workload(cut, dp, micro, recompute, sharding)
+                        found.append((estimate(w, question.hardware), w))
+    return found
 
 
-def _remedies(question: Question, least: float) -> Iterator[str]:
-    """Changes after which something fits, each tried."""
+def _overfull(question: Question, memory: MemoryEstimate, w: Workload) -> float:
+    """How many times over the fuller of device and RAM would be full."""
+    hardware = question.hardware
+    device = (needed(memory, w, hardware) + question.limits.headroom) / memory.capacity
+    return max(device, memory.host / (HOST_SHARE * hardware.gpu.host_gib * GIB)) if hardware.gpu.accelerator else device
+
+
+def _remedies(question: Question, least: float | None) -> Iterator[str]:
+    """Changes after which something fits, each tried; least: device bytes of the leanest layout whose offload the RAM holds."""
     released = {axis: values for axis, values in question.fixed.items() if axis not in ("offload_optimizer", "offload_param", "zero")}
     for axis in ("recompute", "micro"):
         if axis in question.fixed and _tried(replace(question, fixed={a: v for a, v in question.fixed.items() if a != axis})):
@@ -247,12 +258,10 @@ def _remedies(question: Question, least: float) -> Iterator[str]:
         if plan := _tried(replace(question, hardware=replace(hardware, nodes=nodes), max_gpus=None)):
             yield f"It fits on {spec(hardware, plan.gpus)} ({plan.gpus} GPUs)."
             break
-    gib = (least + question.limits.headroom) / GIB
-    larger = sorted((g for g in catalogue().values() if g.accelerator and g.memory_gib >= gib), key=lambda g: g.memory_gib)
-    if larger and gib > hardware.gpu.memory_gib:
-        yield f"A GPU of {gib:.0f} GiB would do, such as {larger[0].name}."
-    elif not larger:
-        yield f"A GPU would need {gib:.0f} GiB, which none in the catalogue has."
+    gib = (least or 0) + question.limits.headroom
+    larger = sorted((g for g in catalogue().values() if g.accelerator and g.memory_gib * GIB >= gib), key=lambda g: g.memory_gib)
+    if least is not None and hardware.gpu.accelerator and gib > hardware.gpu.memory_gib * GIB:
+        yield f"A GPU of {size(gib)} would do, " + (f"such as {larger[0].name}." if larger else "which none in the catalogue has.")
 
 
 def _tried(question: Question) -> Plan | None:

@@ -33,7 +33,7 @@ def tune_json(answer: Answer, *, trials: list[Trial] | None = None) -> dict[str,
         "memory": memory_words(best, headroom=question.limits.headroom),
         "plans": [plan_json(answer, plan) | {"why_not": _why(answer, plan)} for plan in found.plans],
         "what_if": [{"change": w.change, "answer": w.text, "plan": plan_json(answer, w.plan) if w.plan else None} for w in answer.what_if],
-        **({"trials": [t.as_json() for t in trials]} if trials is not None else {}),
+        **({"trials": [{"plan": found.plans.index(t.plan) + 1} | t.as_json() for t in trials]} if trials is not None else {}),
     }
 
 
