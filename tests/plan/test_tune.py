@@ -139,7 +139,7 @@ def test_a_model_that_fits_nowhere_says_by_how_much_and_what_would_help() -> Non
     assert tune(asked.with_host_gib(1.01 * ram), what_if=False).found.plans
     spec_named = text.split("It fits on ")[1].split(" ")[0]
     assert tune(question(spec_named, model=large, seq=2048), what_if=False).found.plans
-    with pytest.raises(LayoutError, match="GiB more than the 64.0 GiB there"):
+    with pytest.raises(LayoutError, match=r"GiB more than the 64\.0 GiB there"):
         tune(question("cpu:1", model=large, seq=2048))
     fixed = replace(question("h100-80gb:1", model=large, seq=8192), fixed={"recompute": ("none",), "offload_optimizer": ("none",)})
     with pytest.raises(LayoutError, match="Fixing nothing makes it fit"):
