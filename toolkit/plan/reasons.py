@@ -85,13 +85,14 @@ def differences(before: Workload, after: Workload) -> str:
 
 def why_not(plan: Plan, best: Plan, *, objective: Objective) -> str:
     """Why a plan is listed below the best one: which parts of its step are longer, in percent of the best one's step."""
-    reasons = []
+    reasons, work = [], 1.0
     if plan.gpus < best.gpus:
+        work = best.gpus / plan.gpus  # each of fewer GPUs does more: only what comes on top of that is a reason of its own
         reasons.append(f"uses {plan.gpus} of {best.gpus} GPUs")
     elif plan.gpus > best.gpus and objective != "tokens/s":
         reasons.append(f"needs {plan.gpus - best.gpus} GPUs more")
     step = best.time.step
-    change = {name: (plan.time.parts[name] - best.time.parts[name]) / step for name in best.time.parts}
+    change = {name: (plan.time.parts[name] - best.time.parts[name] * work) / step for name in best.time.parts}
     longer = sorted((name for name in change if change[name] >= SMALL), key=lambda name: -change[name])[:3]
     shorter = sorted((name for name in change if change[name] <= -SMALL), key=lambda name: change[name])[:1]
     reasons += [f"{_MORE[name]} +{change[name]:.1%}" for name in longer]

@@ -72,7 +72,7 @@ def estimate_text(
     out = Console(file=io.StringIO(), width=width, force_terminal=False)
     w = workload
     out.print(
-        f"{_count(w.shape.parameters)} parameters on {hardware} ({w.world} GPUs): tp {w.tp} · pp {w.pp} · vpp {w.vpp} · cp {w.cp} · dp {w.dp}"
+        f"{count(w.shape.parameters)} parameters on {hardware} ({w.world} GPUs): tp {w.tp} · pp {w.pp} · vpp {w.vpp} · cp {w.cp} · dp {w.dp}"
         f" · ZeRO-{w.zero} · {w.microbatches} micro-batches of {w.micro} × {w.seq} · {w.precision}, recompute {w.recompute}",
         highlight=False,
     )
@@ -123,7 +123,8 @@ def _model_flops(w: Workload) -> float:
     return 3.0 * (s.layers * layer + 2 * s.hidden * s.vocab) * w.batch * w.seq
 
 
-def _count(number: int) -> str:
+def count(number: int) -> str:
+    """A number of parameters as people say it: 70.6 B."""
     return next((f"{number / size:.3g} {name}" for name, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)) if number >= size), str(number))
 
 

@@ -15,6 +15,7 @@ from toolkit.parallel.case import Machine
 from toolkit.plan.hardware import Hardware, catalogue
 from toolkit.plan.reasons import differences, layout_words, share, size
 from toolkit.plan.search import HOST_SHARE, Found, Limits, Objective, Plan, host_fits, needed, search
+from toolkit.plan.show import count
 from toolkit.plan.space import AXES, Space, spec
 from toolkit.plan.workload import Workload
 
@@ -208,7 +209,7 @@ def _nothing_fits(question: Question) -> LayoutError:
         )
     alone = [needed(m, w, hardware) for m, w in sized if host_fits(m, hardware)]
     return LayoutError(
-        f"{workload.shape.parameters / 1e9:.3g} B parameters fit in no legal layout on up to {question.space().max_gpus} GPUs of {hardware}",
+        f"{count(workload.shape.parameters)} parameters fit in no legal layout on up to {question.space().max_gpus} GPUs of {hardware}",
         why=f"the one that comes nearest ({layout_words(workload)}) {' and '.join(misses)}",
         fix=" ".join(_remedies(question, min(alone, default=None))),
     )

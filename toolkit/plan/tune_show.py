@@ -8,7 +8,7 @@ from typing import Any
 from toolkit.memory.estimate import GIB
 from toolkit.plan.reasons import degree_words, layout_words, limits, memory_words, safer, state_words, why_not
 from toolkit.plan.search import Plan
-from toolkit.plan.show import mfu
+from toolkit.plan.show import count, mfu
 from toolkit.plan.space import AXES, spec
 from toolkit.plan.trials import Trial
 from toolkit.plan.tune import Answer
@@ -68,7 +68,7 @@ def tune_text(answer: Answer, *, width: int = 150) -> str:
     out = Console(file=io.StringIO(), width=width, force_terminal=False)
     shape, t = best.workload.shape, question.config.train
     out.print(
-        f"{shape.parameters / 1e9:.3g} B parameters, {t.global_batch_size} × {t.seq_length} tokens a step in {t.precision}, on up to "
+        f"{count(shape.parameters)} parameters, {t.global_batch_size} × {t.seq_length} tokens a step in {t.precision}, on up to "
         f"{question.space().max_gpus} of {question.hardware}: {found.candidates:,} candidates, {found.sized:,} sized, {found.timed:,} timed, "
         f"the rest ruled out by bounds; best {question.objective} first",
         highlight=False,
