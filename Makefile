@@ -6,7 +6,7 @@ COMPAT_PYTHON ?= $(firstword $(shell for p in python3.12 python3.13 "$$HOME"/.py
 	"$$p" -c 'import ensurepip' >/dev/null 2>&1 && echo "$$p"; done))
 COMPAT_VENV ?= .venv-compat
 
-.PHONY: help quickstart test test-compat parity checks format docs bench score-planner clean
+.PHONY: help quickstart test test-compat parity checks format docs bench bench-search score-planner clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -60,7 +60,10 @@ docs: $(VENV)/.run  ## the generated tables of docs/
 	$(BIN)/python -m toolkit.parallel.rules > docs/rules.md
 	$(BIN)/python -m toolkit.config.schema_docs > docs/configuration.md
 
-bench: $(VENV)/.bench  ## step time against a bare megatron-core loop and Hugging Face Trainer + DeepSpeed
+bench-search: $(VENV)/.run  ## how long the planner searches, into docs/tune.md
+	$(BIN)/python -m tests.bench.search --write docs/tune.md
+
+bench: $(VENV)/.bench bench-search  ## step time against a bare megatron-core loop and Hugging Face Trainer + DeepSpeed
 	$(BIN)/python -m tests.bench.overhead --write docs/performance.md
 
 score-planner: $(VENV)/.run  ## docs/planner.md: predictions against published measurements
