@@ -32,6 +32,7 @@ class Shape:
     positions: int = 0
     biases: bool = False
     dropout: bool = False
+    qk_norm: bool = False
 
     @property
     def query(self) -> int:
@@ -45,10 +46,10 @@ class Shape:
 
     @cached_property
     def layer_parameters(self) -> int:
-        """Weights of one layer: attention, MLP, two norms."""
+        """Weights of one layer: attention, MLP, two norms, those of queries and keys."""
         matrices = self.hidden * (2 * self.query + self.key_value) + (3 if self.gated else 2) * self.hidden * self.ffn
         biases = self.query + self.key_value + self.ffn + 6 * self.hidden if self.biases else 2 * self.hidden
-        return matrices + biases
+        return matrices + biases + ((4 if self.biases else 2) * self.head_dim if self.qk_norm else 0)
 
     @property
     def embedding_parameters(self) -> int:
@@ -92,6 +93,8 @@ class Workload:
     deterministic: bool = False
     fused_accumulation: bool = True  # weight gradients are added to the kept ones inside the GEMM, where the stack keeps them
     stack: Stack = TOOLKIT
+    bucket: float = 5e8  # elements of DeepSpeed's reduce bucket (its default)
+    persist: float = 1e5  # elements up to which ZeRO-3 keeps a weight whole (DeepSpeed's default)
 
     @property
     def world(self) -> int:
@@ -159,7 +162,9 @@ class Workload:
             positions=m.max_position_embeddings if m.family == "gpt" else 0,
             biases=m.family == "gpt",
             dropout=m.dropout > 0,
+            qk_norm=m.qk_layernorm,
         )
+        bucket, persist = _buffers(config)
         return cls(
             shape=shape,
             seq=t.seq_length,
@@ -177,4 +182,20 @@ class Workload:
             recompute=t.recompute,
             precision=t.precision,
             stack=TOOLKIT if m.impl == "local" else TOOLKIT_TE,
+            bucket=bucket,
+            persist=persist,
         )
+
+
+def _buffers(config: RunConfig) -> tuple[float, float]:
+    """Elements of the reduce bucket and of the largest weight ZeRO-3 keeps whole, from the DeepSpeed JSON ("auto": as the engine fills it)."""
+    section = (config.zero.deepspeed or {}).get("zero_optimization") or {}
+    hidden = config.model.hidden_size
+    found = []
+    for names, default, auto in (
+        (("reduce_bucket_size",), 5e8, hidden * hidden),
+        (("stage3_param_persistence_threshold", "param_persistence_threshold"), 1e5, 10 * hidden),
+    ):
+        value = next((section[n] for n in names if section.get(n) is not None), default)
+        found.append(float(auto if value == "auto" else value))
+    return found[0], found[1]
