@@ -10,8 +10,7 @@ from tests.parity.run import micro_batches
 def measure_cell(cell: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Two steps of cell["config"], the second measured; bytes by part, predicted and measured.
 
-    cell["follow"]: follow every storage as well. cell["bucket"]: elements of DeepSpeed's reduce bucket, where its default of 2 GB would
-    take the machine's memory.
+    cell["follow"]: follow every storage as well.
     """
     from toolkit.config.deepspeed import deepspeed_config
     from toolkit.config.load import parse_config
@@ -35,7 +34,8 @@ def measure_cell(cell: dict[str, Any]) -> dict[str, dict[str, float]]:
     at = layout.coordinates(world.rank)
 
     def step(number: int) -> None:
-        micro = list(micro_batches(config, layout, at.dp, number))
+        # clones: views would keep the whole global batch, which a real loader never makes
+        micro = [{k: v.clone() for k, v in batch.items()} for batch in micro_batches(config, layout, at.dp, number)]
         engine.begin()
         schedule(lambda: iter(micro), num_microbatches=layout.num_microbatches)
         engine.finish()

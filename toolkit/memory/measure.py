@@ -246,6 +246,9 @@ class StepMeter:
             if chunk.post_process:
                 handle = chunk.output_layer.register_forward_pre_hook(lambda *_: setattr(self.saved, "part", "logits"))
                 self.stack.callback(handle.remove)
+            # a moment in which the buckets that DeepSpeed frees at the end of every backward are there
+            handle = next(chunk.parameters()).register_post_accumulate_grad_hook(lambda _: self._note_buckets())
+            self.stack.callback(handle.remove)
         wrapped: Any = self.engine.engine
         step = wrapped.step
 
@@ -278,6 +281,11 @@ class StepMeter:
         if self.live is not None:
             self.found.peak, self.found.samples = self.live.peak, thinned(self.live.samples, most=400)
             parts["working set"] = max(0, self.live.peak - sum(parts.values()))
+
+    def _note_buckets(self) -> None:
+        buckets = getattr(self.engine.optimizer, "ipg_buckets", {}).values()
+        held = sum(storage_bytes(tensors_in([bucket.buffer for bucket in buckets])).values())
+        self.found.parts["zero buffers"] = max(self.found.parts.get("zero buffers", 0), held)
 
     def _note(self) -> None:
         for part, by_device in inventory(self.engine).items():

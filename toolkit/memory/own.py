@@ -62,14 +62,20 @@ def states(w: Workload, stage: int, *, dp_rank: int = 0) -> dict[str, float]:
     padded = [ceil(n / (ALIGN * cut)) * ALIGN * cut for n in sizes]
     flat = sum(padded)
     cloned = b < 4 or w.zero == 2 or offloaded
+    shares = [n // cut for n in padded]
     parts = {
         "parameters": b * flat,
         "gradients": 4 * flat if w.zero < 2 else 4 * flat / cut,
         "optimizer": (12 if cloned else 8) * flat / cut + (0 if offloaded else 4 * sum(n > 0 for n in padded)),
         "zero buffers": w.bucket * b if w.zero == 2 else 0.0,
     }
-    if w.zero == 2 and b == 4 and not offloaded and cut > 1:
-        parts["gradients"] = 4 * sum(_touched(w, stage, group, padded[group] // cut, dp_rank) for group in range(3))
+    if offloaded:  # the optimizer's own gradients, beside those that backwards add to
+        parts["gradients"] = 4 * flat / cut + b * (flat if w.zero < 2 else sum(_touched(w, stage, shares, dp_rank)))
+        parts["zero buffers"] = w.bucket * b + 2 * b * max(x.count for x in each + edges) + b * flat / cut
+    elif w.zero == 2 and b == 4:
+        touched = _touched(w, stage, shares, dp_rank)
+        # interleaved, the last chunk's backward comes first and makes room for all gradients, and for zeros of the others' beside it
+        parts["gradients"] = 4 * (sum(touched) + (sum(touched[:-1]) if touched[-1] else 0))
     return {name: float(value) for name, value in parts.items()}
 
 
@@ -80,16 +86,24 @@ def on_host(w: Workload) -> dict[str, float]:
     return {part: 0.0 for parts in gone for part in parts}
 
 
-def _touched(w: Workload, stage: int, group: int, size: int, dp_rank: int) -> int:
-    """Elements of all weights that reach into a data-parallel rank's partition: in fp32 ZeRO-2 keeps their gradients whole."""
+def _touched(w: Workload, stage: int, sizes: list[int], dp_rank: int) -> list[int]:
+    """Elements, by model chunk, of the weights that reach into a rank's partitions: DeepSpeed's ZeRO-2 keeps their gradients whole in fp32.
+
+    sizes: elements of a partition, by optimizer group.
+    """
     first, last = edge_weights(w, stage)
-    at = total = 0
-    for weight in first + layer_weights(w) * w.layers_on(stage) + last:
-        if weight.group == group:
-            if at < (dp_rank + 1) * size and at + weight.count > dp_rank * size:
-                total += weight.count
-            at += weight.count
-    return total
+    layers = w.layers_on(stage)
+    ordered = [(x, 0) for x in first]
+    ordered += [(x, layer * w.vpp // max(1, layers)) for layer in range(layers) for x in layer_weights(w)]
+    ordered += [(x, w.vpp - 1) for x in last]
+    at = [0, 0, 0]
+    by_chunk = [0] * w.vpp
+    for weight, chunk in ordered:
+        start, size = at[weight.group], sizes[weight.group]
+        if start < (dp_rank + 1) * size and start + weight.count > dp_rank * size:
+            by_chunk[chunk] += weight.count
+        at[weight.group] += weight.count
+    return by_chunk
 
 
 def _sharded(w: Workload, counted: list[tuple[Weight, int]]) -> dict[str, float]:
@@ -98,8 +112,8 @@ def _sharded(w: Workload, counted: list[tuple[Weight, int]]) -> dict[str, float]
     kept = sum(x.count * copies for x, copies in counted if x.count <= w.persist) if dp > 1 else 0
     groups = len({x.group for x, _ in counted})
     parts = {
-        "parameters": b * (part + kept),
-        "gradients": 4 * part,
+        "parameters": b * (part + kept + (ceil(sum(x.count * n for x, n in counted) / w.hpz) if w.hpz > 1 else 0)),
+        "gradients": (8 if w.offload_optimizer != "none" else 4) * part,
         "optimizer": 12 * part + (0 if w.offload_optimizer != "none" else 4 * groups),
         "zero buffers": w.bucket * b,
     }
@@ -109,30 +123,41 @@ def _sharded(w: Workload, counted: list[tuple[Weight, int]]) -> dict[str, float]
 def layer_saved(w: Workload, *, cpu: bool) -> float:
     """Bytes one layer keeps for the backward of one micro-batch: the tensors that PyTorch's autograd saves, one by one.
 
-    Per token, h wide: each norm its input and statistics (PyTorch's RMSNorm on a CPU also its normalised input), its output as the
-    next multiply's input; queries, keys and values; with RoPE the rotated ones beside the whole, since values are views of it, and the
-    four tables; attention's output and log-sum-exp; the gate's halves, their activation, a copy that megatron-core's `+ offset` makes,
-    and the product. Selective recompute keeps attention's inputs and output only; full, the layer's input.
+    Norms keep their input and statistics (see norm_saved) and their output, the next multiply's input. Values are views of the whole
+    query-key-value product, which therefore stays; queries are a copy of their part where several share a key. RoPE adds rotated queries
+    and keys and four tables. Attention keeps its output and log-sum-exp; a gated MLP the gate's halves, their activation, the copy that
+    megatron-core's `+ glu_linear_offset` makes, and the product. Selective recompute keeps attention's inputs and output only, full
+    the layer's input.
     """
     s, b, t = w.shape, w.width, w.tokens
     whole, split = t / w.sequence_shards, t / w.tp
     if w.recompute == "full":
         return whole * b * s.hidden
-    if s.gated:
-        norm = whole * ((2 if cpu else 1) * b * s.hidden + 4)
-    else:
-        norm = whole * (b * s.hidden + 2 * 4)
-    norms = 2 * (norm + whole * b * s.hidden)
-    attention = split * b * (s.query + s.key_value)
-    if s.gated:
-        attention += split * b * (s.query + s.key_value / 2) + 4 * w.seq / w.cp * s.head_dim * b
+    norms = 2 * whole * (norm_saved(w, s.hidden, cpu=cpu) + b * s.hidden)
+    copied = b * s.query if s.groups < s.heads else 0.0
+    attention = b * (s.query + s.key_value) + (0.0 if s.gated or s.qk_norm else copied)
+    if s.gated or s.qk_norm:
+        attention += b * (s.query + s.key_value / 2)
     if s.qk_norm:
-        heads = s.heads + s.groups
-        attention += split * heads * (((b * s.head_dim if cpu else 0) + 4) if s.gated else 2 * 4) + split * b * (s.query + s.key_value / 2)
-    attention += split * b * s.query + (0 if w.recompute == "selective" else split * 4 * s.heads)
-    mlp = split * b * s.ffn * (5 if s.gated else 2)
+        kept_in_16_bits = cpu and s.gated and b < 4  # upcast copies instead of the input
+        each = norm_saved(w, s.head_dim, cpu=cpu) - (0 if kept_in_16_bits else b * s.head_dim)
+        attention += (s.heads + s.groups) * each + (0.0 if kept_in_16_bits else copied)
+    attention += b * s.query + (0 if w.recompute == "selective" else 4 * s.heads)
+    tables = 4 * w.seq / w.cp * s.head_dim * b if s.gated else 0
+    mlp = b * s.ffn * (5 if s.gated else 2)
     dropout = 2 * whole * s.hidden if s.dropout else 0
-    return norms + attention + mlp + dropout
+    return norms + split * (attention + mlp) + tables + dropout
+
+
+def norm_saved(w: Workload, width: int, *, cpu: bool) -> float:
+    """Bytes a norm of so many values keeps for one row: its input and statistics.
+
+    On a CPU, PyTorch's RMSNorm runs as single operations in fp32 and keeps the upcast input and the normalised one; LayerNorm keeps mean
+    and deviation in the input's precision. On a GPU both are one kernel with fp32 statistics.
+    """
+    if w.shape.gated:
+        return 8 * width + 4 if cpu else w.width * width + 4
+    return w.width * width + 2 * (w.width if cpu else 4)
 
 
 def stage_saved(w: Workload, stage: int, *, cpu: bool) -> dict[str, float]:
@@ -148,11 +173,13 @@ def stage_saved(w: Workload, stage: int, *, cpu: bool) -> dict[str, float]:
     for chunk in range(w.vpp):
         held = rounds * w.pp + min(max(within - chunk * w.pp, 0), w.pp) if w.vpp > 1 else min(ahead, w.microbatches)
         each = layers * layer_saved(w, cpu=cpu)
+        if w.recompute == "full" and s.gated:
+            each += 4 * w.seq * s.head_dim  # the angles of RoPE, which every recomputed layer needs
         if stage == 0 and chunk == 0:  # token ids, and which of them are this rank's
             each += t * (8 + (1 if w.tp > 1 else 0)) + (8 * w.seq if s.positions else 0)
         if stage == w.pp - 1 and chunk == w.vpp - 1:
             whole = t / w.sequence_shards
-            each += whole * ((2 if cpu and s.gated else 1) * b * s.hidden + (4 if s.gated else 8))
+            each += whole * norm_saved(w, s.hidden, cpu=cpu)
             logits = whole * b * s.hidden + t * (4 * s.vocab / w.tp + 9)  # the output layer's input, fp32 softmax, targets and their mask
         total += held * each
     return {"activations": total, "logits": logits}

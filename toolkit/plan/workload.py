@@ -95,6 +95,7 @@ class Workload:
     stack: Stack = TOOLKIT
     bucket: float = 5e8  # elements of DeepSpeed's reduce bucket (its default)
     persist: float = 1e5  # elements up to which ZeRO-3 keeps a weight whole (DeepSpeed's default)
+    hpz: int = 1  # ranks over which ZeRO++ keeps a second partition of the weights
 
     @property
     def world(self) -> int:
@@ -164,6 +165,7 @@ class Workload:
             dropout=m.dropout > 0,
             qk_norm=m.qk_layernorm,
         )
+        dp = max(1, world_size // (p.tp * p.pp * p.cp))
         bucket, persist = _buffers(config)
         return cls(
             shape=shape,
@@ -174,7 +176,7 @@ class Workload:
             pp=p.pp,
             vpp=p.vpp,
             cp=p.cp,
-            dp=max(1, world_size // (p.tp * p.pp * p.cp)),
+            dp=dp,
             sp=p.sequence_parallel and p.tp > 1,
             zero=z.stage,
             offload_optimizer=z.offload_optimizer,
@@ -184,7 +186,17 @@ class Workload:
             stack=TOOLKIT if m.impl == "local" else TOOLKIT_TE,
             bucket=bucket,
             persist=persist,
+            hpz=_hpz(config, dp),
         )
+
+
+def _hpz(config: RunConfig, dp: int) -> int:
+    from toolkit.config.deepspeed import hpz_group, zero_key
+
+    section = (config.zero.deepspeed or {}).get("zero_optimization") or {}
+    if section.get("zero_hpz_partition_size") == "auto":
+        return hpz_group(tp=config.parallel.tp, cp=config.parallel.cp, dp=dp)
+    return int(zero_key(config, "zero_hpz_partition_size", 1))
 
 
 def _buffers(config: RunConfig) -> tuple[float, float]:
