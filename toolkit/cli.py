@@ -12,6 +12,7 @@ import typer
 from toolkit.checkpoint.commands import app as checkpoint_app
 from toolkit.errors import ConfigError, ToolkitError
 from toolkit.profile.commands import profile
+from toolkit.report.commands import report
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Train GPT and Llama on megatron-core × DeepSpeed."
@@ -20,6 +21,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Text to tokens.")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.command()(profile)
+app.command()(report)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, each replacing one key of the YAML")]
 

@@ -110,8 +110,9 @@ class Saved:
     frees again. part: what is being computed now.
     """
 
-    def __init__(self, apart: set[int]) -> None:
-        self.apart = apart
+    def __init__(self, apart: Iterable[Tensor]) -> None:
+        # references, since an address is used again once its storage has ended
+        self.apart = {t.untyped_storage()._cdata: weakref.ref(t.untyped_storage()) for t in apart if not t.is_meta}
         self.part = "activations"
         self.now: dict[str, int] = {}
         self.at_peak: dict[str, int] = {}
@@ -129,7 +130,8 @@ class Saved:
             return held  # a gathered weight of ZeRO-3, which DeepSpeed frees whoever refers to it
         storage = tensor.untyped_storage()
         address, nbytes = storage._cdata, storage.nbytes()
-        if address in self.apart or not nbytes:
+        known = self.apart.get(address)
+        if not nbytes or (known is not None and known() is not None):
             return held
         if address not in self.holders:
             self.holders[address] = 0
@@ -237,7 +239,7 @@ class StepMeter:
     def __init__(self, engine: Any, *, follow: bool = True) -> None:
         self.engine = engine
         self.found = StepMemory()
-        self.saved = Saved({a for tensors in _parts(engine).values() for a in storage_bytes(tensors)})
+        self.saved = Saved(tensor for tensors in _parts(engine).values() for tensor in tensors)
         self.live = Live() if follow else None
         self.stack = ExitStack()
 

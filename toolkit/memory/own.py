@@ -110,9 +110,10 @@ def _sharded(w: Workload, counted: list[tuple[Weight, int]]) -> dict[str, float]
     b, dp = w.width, w.shards
     part = sum(ceil(x.count / dp) * copies for x, copies in counted)
     kept = sum(x.count * copies for x, copies in counted if x.count <= w.persist) if dp > 1 else 0
+    second = ceil(sum(x.count * copies for x, copies in counted if x.count > w.persist) / w.hpz) if w.hpz > 1 else 0
     groups = len({x.group for x, _ in counted})
     parts = {
-        "parameters": b * (part + kept + (ceil(sum(x.count * n for x, n in counted) / w.hpz) if w.hpz > 1 else 0)),
+        "parameters": b * (part + kept + second),
         "gradients": (8 if w.offload_optimizer != "none" else 4) * part,
         "optimizer": 12 * part + (0 if w.offload_optimizer != "none" else 4 * groups),
         "zero buffers": w.bucket * b,
@@ -134,7 +135,7 @@ def layer_saved(w: Workload, *, cpu: bool) -> float:
     if w.recompute == "full":
         return whole * b * s.hidden
     norms = 2 * whole * (norm_saved(w, s.hidden, cpu=cpu) + b * s.hidden)
-    copied = b * s.query if s.groups < s.heads else 0.0
+    copied = b * s.query if s.groups < s.heads and s.groups > w.tp else 0.0  # one group's queries lie together: a view
     attention = b * (s.query + s.key_value) + (0.0 if s.gated or s.qk_norm else copied)
     if s.gated or s.qk_norm:
         attention += b * (s.query + s.key_value / 2)
@@ -173,8 +174,6 @@ def stage_saved(w: Workload, stage: int, *, cpu: bool) -> dict[str, float]:
     for chunk in range(w.vpp):
         held = rounds * w.pp + min(max(within - chunk * w.pp, 0), w.pp) if w.vpp > 1 else min(ahead, w.microbatches)
         each = layers * layer_saved(w, cpu=cpu)
-        if w.recompute == "full" and s.gated:
-            each += 4 * w.seq * s.head_dim  # the angles of RoPE, which every recomputed layer needs
         if stage == 0 and chunk == 0:  # token ids, and which of them are this rank's
             each += t * (8 + (1 if w.tp > 1 else 0)) + (8 * w.seq if s.positions else 0)
         if stage == w.pp - 1 and chunk == w.vpp - 1:
@@ -182,6 +181,8 @@ def stage_saved(w: Workload, stage: int, *, cpu: bool) -> dict[str, float]:
             each += whole * norm_saved(w, s.hidden, cpu=cpu)
             logits = whole * b * s.hidden + t * (4 * s.vocab / w.tp + 9)  # the output layer's input, fp32 softmax, targets and their mask
         total += held * each
+        if w.recompute == "full" and s.gated:
+            total += 4 * w.seq * s.head_dim  # RoPE's angles, of which megatron-core makes one tensor for all of a chunk's layers
     return {"activations": total, "logits": logits}
 
 

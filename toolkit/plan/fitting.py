@@ -54,7 +54,13 @@ def options(config: RunConfig) -> Iterator[Option]:
 
 def _cost(option: Option) -> tuple[int, float]:
     """Fewer changes first, then those that cost less time: recompute and smaller micro-batches before offload."""
-    price = {"train.recompute": 1.0, "train.micro_batch_size": 1.2, "zero.stage": 1.1, "zero.offload_optimizer": 3.0, "zero.offload_param": 5.0}
+    price = {
+        "train.recompute": 1.0,
+        "train.micro_batch_size": 1.2,
+        "zero.stage": 1.1,
+        "zero.offload_optimizer": 3.0,
+        "zero.offload_param": 5.0,
+    }
     extra = 0.5 if option.get("train.recompute") == "full" else 0.0
     extra += 0.1 * option.get("zero.stage", 0) - 0.01 * option.get("train.micro_batch_size", 0)
     return len(option), sum(price[key] for key in option) + extra

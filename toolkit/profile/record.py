@@ -39,12 +39,12 @@ def read_profile(run_dir: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise DataError(f"{path} is damaged", why=f"it is not JSON ({error})", fix="Run toolkit profile again, or remove the file.") from None
+        raise DataError(
+            f"{path} is damaged", why=f"it is not JSON ({error})", fix="Run toolkit profile again, or remove the file."
+        ) from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         version = found.get("format") if isinstance(found, dict) else None
-        raise DataError(
-            f"{path} has format {version!r}", why=f"this version reads format {FORMAT}", fix="Run toolkit profile again."
-        )
+        raise DataError(f"{path} has format {version!r}", why=f"this version reads format {FORMAT}", fix="Run toolkit profile again.")
     missing = [key for key in ("config", "layout", "predicted", "ranks") if not found.get(key)]
     if missing:
         raise DataError(f"{path} lacks {', '.join(missing)}", why="it is damaged", fix="Run toolkit profile again.")

@@ -128,13 +128,14 @@ class Session:
         wire = Wire(self.layout, self.world.rank, clock)
         engine: Any = self.run.engine
         run: Any = self.run
-        with observed(clock.part), wire.counting(), replaced(run, "_next", clock.timed("data wait", run._next)):
-            with replaced(engine, "finish", clock.timed("optimizer", engine.finish)):
-                dist.barrier()
-                wire.found.clear()
-                clock.take()
-                total = sum(self._one() for _ in range(steps))
-                seconds, counts = clock.take()
+        finish = clock.timed("optimizer", engine.finish)
+        load = clock.timed("data wait", run._next)
+        with observed(clock.part), wire.counting(), replaced(run, "_next", load), replaced(engine, "finish", finish):
+            dist.barrier()
+            wire.found.clear()
+            clock.take()
+            total = sum(self._one() for _ in range(steps))
+            seconds, counts = clock.take()
         passes = {kind: seconds.get(kind, 0.0) / max(1, counts.get(kind, 0)) for kind in ("forward", "backward")}
         return {
             "seconds": {part: seconds.get(part, 0.0) / steps for part in PARTS} | {"step": total / steps},
