@@ -10,7 +10,7 @@ from tests.parity.run import micro_batches
 def measure_cell(cell: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Two steps of cell["config"], the second measured; bytes by part, predicted and measured.
 
-    cell["follow"]: follow every storage as well.
+    cell["follow"]: follow every storage as well. cell["hoard"]: let the optimizer keep a second copy of the weights that nothing needs.
     """
     from toolkit.config.deepspeed import deepspeed_config
     from toolkit.config.load import parse_config
@@ -41,6 +41,8 @@ def measure_cell(cell: dict[str, Any]) -> dict[str, dict[str, float]]:
         engine.finish()
 
     step(0)
+    if cell.get("hoard"):
+        engine.optimizer.hoarded = [p.detach().clone() for chunk in chunks for p in chunk.parameters()]
     with StepMeter(engine, follow=cell.get("follow", False)) as meter, observed(meter.around):
         step(1)
     predicted = memory(Workload.of(config, world.size), hardware_here(gpu=None, ranks=world.size), at.pp, dp_rank=at.dp)

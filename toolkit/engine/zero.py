@@ -169,6 +169,7 @@ class Engine:
             if flat.dtype == torch.float32:
                 # the fp32 "master" copy is the parameter itself: no second copy in memory, none per step
                 o.single_partition_of_fp32_groups[i].data = o.parallel_partitioned_bit16_groups[i][dist.get_rank(group)].detach()
+        o._link_all_hp_params()  # DeepSpeed's fragments are views of the first copy, and would keep it for good
         if self.config.train.precision == "fp32" and not self.config.model.compile:
             add_within_product(self.module)
 

@@ -210,12 +210,15 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
     redone = 0.0
     if w.recompute == "full":
         redone = layer_saved(replace(w, recompute="none"), cpu=cpu) - t / w.sequence_shards * b * s.hidden
-    widest = t * b * max((3 if s.gated else 2) * s.ffn / w.tp, s.hidden / w.sequence_shards, (s.query + s.key_value) / w.tp)
-    backward = {"activations": kept["activations"], "working set": redone + widest + 2 * t * b * s.hidden / w.sequence_shards}
-    found = {"backward": backward, "optimizer step": {"working set": _step_copies(w, stage)}}
+    stream = t / w.sequence_shards * b * s.hidden
+    widest = t * b * max((4 if s.gated else 2) * s.ffn / w.tp, (s.query + s.key_value) / w.tp)
+    found = {
+        "backward": {"activations": kept["activations"], "working set": redone + widest + 2 * stream},
+        "optimizer step": {"working set": _step_copies(w, stage)},
+    }
     if stage == w.pp - 1:
-        logits = t * s.vocab / w.tp
-        found["loss"] = {**kept, "working set": logits * (b if b == 4 else 4 + b)}
+        # the loss overwrites its fp32 logits with the softmax and that with the gradient; in 16 bits the logits as multiplied stay too
+        found["loss"] = {**kept, "working set": stream + (t * s.vocab / w.tp * b if b < 4 else 0.0)}
     return found
 
 

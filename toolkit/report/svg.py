@@ -118,7 +118,10 @@ class Frame:
 def chart(frame_width: float, frame_height: float, content: str, *, name: str, title: str) -> str:
     """A whole picture; name identifies it in the page, title tells a screen reader what it shows."""
     return tag(
-        "svg", content, viewBox=f"0 0 {frame_width:.0f} {frame_height:.0f}", class_="chart", data_chart=name, role="img", aria_label=title
+        "svg",
+        content,
+        style=f"max-width: {1.25 * frame_width:.0f}px",
+        viewBox=f"0 0 {frame_width:.0f} {frame_height:.0f}", class_="chart", data_chart=name, role="img", aria_label=title
     )
 
 
