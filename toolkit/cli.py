@@ -13,6 +13,8 @@ from toolkit.checkpoint.commands import app as checkpoint_app
 from toolkit.convert.commands import app as convert_app
 from toolkit.errors import ConfigError, ToolkitError
 from toolkit.plan import commands as plan_commands
+from toolkit.profile.commands import profile
+from toolkit.report.commands import report
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Train GPT and Llama on megatron-core × DeepSpeed."
@@ -23,6 +25,8 @@ app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(convert_app, name="convert")
 app.command()(plan_commands.tune)
 app.command()(plan_commands.calibrate)
+app.command()(profile)
+app.command()(report)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, each replacing one key of the YAML")]
 
