@@ -7,6 +7,7 @@ COMPAT_PYTHON ?= $(firstword $(shell for p in python3.12 python3.13 "$$HOME"/.py
 COMPAT_VENV ?= .venv-compat
 
 .PHONY: help quickstart test test-compat parity checks format docs bench bench-search score-planner clean
+.PHONY: help quickstart test test-compat parity checks format docs bench bench-checkpoints score-planner clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -65,6 +66,9 @@ bench-search: $(VENV)/.run  ## how long the planner searches, into docs/tune.md
 
 bench: $(VENV)/.bench bench-search  ## step time against a bare megatron-core loop and Hugging Face Trainer + DeepSpeed
 	$(BIN)/python -m tests.bench.overhead --write docs/performance.md
+
+bench-checkpoints: $(VENV)/.dev  ## save pause, write and reshard throughput, beside DeepSpeed's own tools
+	$(BIN)/python -m tests.bench.checkpoints --write docs/checkpoints.md
 
 score-planner: $(VENV)/.run  ## docs/planner.md: predictions against published measurements
 	$(BIN)/python -m toolkit.plan.score ../shared/planner/published_dev.jsonl ../shared/planner/score_planner.py --out docs/planner.md

@@ -206,7 +206,7 @@ class WholeCheckpoint:
 
     def _pread(self, path: Path, target: memoryview, offset: int) -> None:
         try:
-            descriptor = self._open.pop(path, None) or os.open(path, os.O_RDONLY)
+            descriptor = self._open.pop(path) if path in self._open else os.open(path, os.O_RDONLY)
             self._open[path] = descriptor
             if len(self._open) > _OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
