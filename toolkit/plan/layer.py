@@ -218,7 +218,7 @@ def _tensor_parallel(w: Workload, hardware: Hardware, *, backward: bool) -> floa
         if backward and not w.overlap:
             seconds += 2 * network.gather_time(nbytes, over=over)
     else:
-        seconds = 2 * network.reduce_time(nbytes, over=over)
+        seconds = (3 if backward and w.shape.gated and w.stack.gate_reduces else 2) * network.reduce_time(nbytes, over=over)
     return seconds * (1 - hidden)
 
 
