@@ -10,8 +10,11 @@ from typing import Annotated
 import typer
 
 from toolkit.checkpoint.commands import app as checkpoint_app
+from toolkit.convert.commands import app as convert_app
 from toolkit.errors import ConfigError, ToolkitError
 from toolkit.plan import commands as plan_commands
+from toolkit.profile.commands import profile
+from toolkit.report.commands import report
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Train GPT and Llama on megatron-core × DeepSpeed."
@@ -19,8 +22,11 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Text to tokens.")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(convert_app, name="convert")
 app.command()(plan_commands.tune)
 app.command()(plan_commands.calibrate)
+app.command()(profile)
+app.command()(report)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, each replacing one key of the YAML")]
 

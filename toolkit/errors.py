@@ -35,6 +35,10 @@ class CheckpointError(ToolkitError):
     """A checkpoint is damaged, missing, of another run, or cannot be written."""
 
 
+class ConvertError(ToolkitError):
+    """A model to import or export is missing, damaged, or has something that the other side cannot hold."""
+
+
 class MachineError(ToolkitError):
     """The machine lacks something the run needs: a compiler, a library, a device, a free lock."""
 
@@ -43,3 +47,9 @@ class TrainingError(ToolkitError):
     """The run itself went wrong: a non-finite loss or gradient, named with its step and rank."""
 
     exit_code = 3
+
+
+class OutOfMemory(ToolkitError):
+    """A rank's memory ended: which part asked for it, on which rank, stage and layer, and what would fit."""
+
+    exit_code = 4

@@ -74,7 +74,8 @@ class Run:
         self.reads_data = self.at.pp in (0, layout.pp - 1)
         # readers fork before the model exists: a child then shares little memory that would be copied
         self.train_batches = self._reader(train_set, workers=config.data.workers, consumed=self.checkpoints.consumed_samples)
-        chunks = build_chunks(config, layout, device=world.device, partition=partitioner(config, ds_config))
+        blank = self.checkpoints.weights is not None
+        chunks = build_chunks(config, layout, device=world.device, partition=partitioner(config, ds_config), blank=blank)
         self.engine = Engine(chunks, config, layout, ds_config)
         self.checkpoints.attach(self.engine, train_set)
         t = config.train
