@@ -62,8 +62,6 @@ def fresh(model: str, size: str, batch: int) -> dict[str, Any]:
 
 def table() -> str:
     """All cases as Markdown."""
-    from tests.bench import overhead  # imports torch, which the measured processes must not
-
     lines = [
         "| model | GPUs | sequences a step | candidates | sized | timed | search, s (clock) | s (CPU) | with what-ifs, s (CPU) | peak MiB | best |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
@@ -76,6 +74,8 @@ def table() -> str:
             f"| {r['search_cpu_s']:.2f} | {r['tune_cpu_s']:.2f} | {r['peak_mib']:.0f} | {r['best']} |"
         )
         log.info(lines[-1])
+    from tests.bench import overhead  # last: it imports torch, and a child's peak memory counts from its parent's
+
     verbs = ", ".join(f"`toolkit {verb}` {seconds:.2f} s" for verb, seconds in whole().items())
     note = f"Fastest of {ROUNDS} fresh processes. From start to answer for Llama-3 8B on 8 GPUs (clock): {verbs}. "
     return "\n".join([*lines, "", note + overhead.machine(packages=False)])

@@ -172,7 +172,7 @@ def _data_parallel(w: Workload, hardware: Hardware, f: Pass, b: Pass) -> float:
     gather = network.gather_time(params * w.width, over=over)
     if w.zero == 2:
         return 0.0 if w.stack.sharding == "fsdp" else gather
-    scatter = network.gather_time(params * reduced, over=over)
+    scatter = (network.reduce_time if w.stack.whole_reduce else network.gather_time)(params * reduced, over=over)
     if w.stack.sharding == "deepspeed":
         return gather + _uncovered(scatter, b.compute, hidden)
     return _uncovered(gather, f.compute, hidden) + _uncovered(scatter, b.compute, hidden)

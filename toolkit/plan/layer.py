@@ -218,7 +218,7 @@ def _tensor_parallel(w: Workload, hardware: Hardware, *, backward: bool) -> floa
         if backward and not w.overlap:
             seconds += 2 * network.gather_time(nbytes, over=over)
     else:
-        seconds = 2 * network.reduce_time(nbytes, over=over)
+        seconds = (3 if backward and w.shape.gated and w.stack.gate_reduces else 2) * network.reduce_time(nbytes, over=over)
     return seconds * (1 - hidden)
 
 
@@ -243,14 +243,16 @@ def head_passes(w: Workload, hardware: Hardware, *, scale: float) -> tuple[Pass,
     s = w.shape
     rows = s.vocab // w.tp
     matmul = [weight_multiply(w, hardware, w.tokens, rows, s.hidden, scale, backward=b) for b in (False, True)]
-    bytes_each = w.tokens * rows * w.stack.loss_passes
+    bytes_each = w.tokens * (s.vocab if w.stack.whole_logits else rows) * w.stack.loss_passes
     loss = [kernels.stream_time(bytes_each * part, gpu=hardware.gpu, kernels=6) for part in (0.6, 0.4)]
-    tp = 0.0
+    tp = logits = 0.0
     if w.tp > 1:
         over = network.group(hardware, size=w.tp, stride=1)
         reduce = network.gather_time if w.sp else network.reduce_time
         tp = reduce(float(w.tokens * s.hidden * w.width), over=over)
-    return Pass(matmul=matmul[0], memory=loss[0], tp=tp if w.sp else 0.0), Pass(matmul=matmul[1], memory=loss[1], tp=tp)
+        if w.stack.whole_logits:
+            logits = network.gather_time(float(w.tokens * s.vocab * w.width), over=over)
+    return Pass(matmul=matmul[0], memory=loss[0], tp=(tp if w.sp else 0.0) + logits), Pass(matmul=matmul[1], memory=loss[1], tp=tp)
 
 
 def embedding_passes(w: Workload, hardware: Hardware) -> tuple[Pass, Pass]:
