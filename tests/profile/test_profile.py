@@ -87,7 +87,11 @@ def test_a_damaged_profile_is_named(tmp_path: object, profiled: Profiled) -> Non
     assert found is not None and read_profile(folder) is None
     path = write_profile(folder, found)
     whole = path.read_text()
-    for text, words in ((whole[:-20], "is damaged"), ('{"format": 99}', "format 99"), ('{"format": 1, "config": {"a": 1}}', "lacks layout")):
+    for text, words in (
+        (whole[:-20], "is damaged"),
+        ('{"format": 99}', "format 99"),
+        ('{"format": 1, "config": {"a": 1}}', "lacks layout"),
+    ):
         path.write_text(text)
         with pytest.raises(DataError, match=words):
             read_profile(folder)

@@ -35,7 +35,9 @@ def page(found: Sequence[RunFolder], *, title: str = "") -> str:
         sections.append((f"time-{run.name}", f"Time of a step{where}", body))
     for run in found:
         if run.tune:
-            sections.append((f"tune-{run.name}", f"Plans of toolkit tune in {run.name}", tag("div", runs.ranking(run.tune), class_="block")))
+            sections.append(
+                (f"tune-{run.name}", f"Plans of toolkit tune in {run.name}", tag("div", runs.ranking(run.tune), class_="block"))
+            )
     links = "".join(tag("a", escape(head), href=f"#{_anchor(anchor)}") for anchor, head, _ in sections)
     main = "".join(tag("section", tag("h2", escape(head)) + body, id=_anchor(anchor)) for anchor, head, body in sections)
     style, script = (files("toolkit.report").joinpath(part).read_text(encoding="utf-8") for part in ("page.css", "page.js"))

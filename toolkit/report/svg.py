@@ -121,7 +121,11 @@ def chart(frame_width: float, frame_height: float, content: str, *, name: str, t
         "svg",
         content,
         style=f"max-width: {1.25 * frame_width:.0f}px",
-        viewBox=f"0 0 {frame_width:.0f} {frame_height:.0f}", class_="chart", data_chart=name, role="img", aria_label=title
+        viewBox=f"0 0 {frame_width:.0f} {frame_height:.0f}",
+        class_="chart",
+        data_chart=name,
+        role="img",
+        aria_label=title,
     )
 
 
