@@ -17,9 +17,8 @@ def test_inner_parts_take_their_seconds_from_the_outer(monkeypatch: pytest.Monke
     now = iter(float(i) for i in range(100))
     monkeypatch.setattr("toolkit.profile.clock.time.perf_counter", lambda: next(now))
     clock = Clock(torch.device("cpu"))
-    with clock.part("backward"):
-        with clock.part("communication"):
-            pass
+    with clock.part("backward"), clock.part("communication"):
+        pass
     seconds, counts = clock.take()
     assert seconds == {"other": 2.0, "backward": 2.0, "communication": 1.0} and counts == {"backward": 1, "communication": 1}
     assert clock.take()[1] == {}
