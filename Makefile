@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 COMPAT_PYTHON ?= python3.12
 COMPAT_VENV ?= .venv-compat
 
-.PHONY: help quickstart test test-compat parity checks format docs bench score-planner clean
+.PHONY: help quickstart test test-compat parity checks format docs bench score-planner report-example clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -38,9 +38,10 @@ $(COMPAT_VENV)/.dev: pyproject.toml constraints.txt
 test-compat: $(COMPAT_VENV)/.dev  ## the parity suite with the other interpreter and megatron-core
 	$(COMPAT_VENV)/bin/python -m pytest tests/parity
 
-parity: $(VENV)/.dev  ## the parity suite, and docs/parity.md from what it measured
-	$(BIN)/python -m pytest tests/parity tests/checkpoint --all-cells
+parity: $(VENV)/.dev  ## the parity suite, and docs/parity.md and docs/memory.md from what it measured
+	$(BIN)/python -m pytest tests/parity tests/checkpoint tests/memory/test_own_runs.py --all-cells
 	$(BIN)/python -m tests.parity.report > docs/parity.md
+	$(BIN)/python -m tests.memory.report > docs/memory.md
 
 checks: $(VENV)/.dev  ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -60,6 +61,9 @@ bench: $(VENV)/.bench  ## step time against a bare megatron-core loop and Huggin
 
 score-planner: $(VENV)/.run  ## docs/planner.md: predictions against published measurements
 	$(BIN)/python -m toolkit.plan.score ../shared/planner/published_dev.jsonl ../shared/planner/score_planner.py --out docs/planner.md
+
+report-example: $(VENV)/.dev  ## docs/report.png: two small runs, trained, profiled and shown
+	$(BIN)/python -m tests.report.example
 
 clean:
 	rm -rf $(VENV) $(COMPAT_VENV) runs build *.egg-info
