@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 
 from toolkit.checkpoint.commands import app as checkpoint_app
+from toolkit.convert.commands import app as convert_app
 from toolkit.errors import ConfigError, ToolkitError
+from toolkit.plan import commands as plan_commands
 from toolkit.profile.commands import profile
 from toolkit.report.commands import report
 
@@ -20,6 +22,9 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Text to tokens.")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(convert_app, name="convert")
+app.command()(plan_commands.tune)
+app.command()(plan_commands.calibrate)
 app.command()(profile)
 app.command()(report)
 
@@ -52,6 +57,7 @@ def estimate(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
     jsonl: Annotated[Path | None, typer.Option(help="published measurements to predict, instead of CONFIG")] = None,
     out: Annotated[Path | None, typer.Option(help="where --jsonl writes its predictions")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="scalars of your own, from toolkit calibrate")] = None,
 ) -> None:
     """Say how much memory a run needs and how long a step takes, without a GPU."""
     if jsonl is not None:
@@ -71,9 +77,9 @@ def estimate(
 
     loaded = load_config(config, overrides or [])
     if as_json:
-        typer.echo(json.dumps(estimate_json(loaded, hardware, hardware_file=hardware_file), indent=1))
+        typer.echo(json.dumps(estimate_json(loaded, hardware, hardware_file=hardware_file, calibrated=calibration), indent=1))
     else:
-        typer.echo(estimate_text(loaded, hardware, hardware_file=hardware_file), nl=False)
+        typer.echo(estimate_text(loaded, hardware, hardware_file=hardware_file, calibrated=calibration), nl=False)
 
 
 @data_app.command("prepare")

@@ -35,6 +35,10 @@ class CheckpointError(ToolkitError):
     """A checkpoint is damaged, missing, of another run, or cannot be written."""
 
 
+class ConvertError(ToolkitError):
+    """A model to import or export is missing, damaged, or has something that the other side cannot hold."""
+
+
 class MachineError(ToolkitError):
     """The machine lacks something the run needs: a compiler, a library, a device, a free lock."""
 

@@ -137,8 +137,6 @@ def test_an_unfinished_folder_is_passed_over_and_replaced(finished: Path, copy: 
         ("train.global_batch_size=8", "train.global_batch_size=4"),
         ("data.tokenizer=train:300", "data.tokenizer=sha256"),
         ("data.source=TEXT", "data.source=sha256"),
-        ("zero.stage=2", "zero.stage=1"),
-        ("train.precision=bf16", "train.precision=fp32"),
     ],
 )
 def test_another_run(override: str, named: str, finished: Path, copy: Path) -> None:
@@ -149,11 +147,6 @@ def test_another_run(override: str, named: str, finished: Path, copy: Path) -> N
     code, output = again(finished, copy, override)
     assert code == 2 and named in output and override.split("=")[0] in output and "Traceback" not in output
     assert sorted(copy.rglob("*")) == before
-
-
-def test_another_number_of_processes(finished: Path, copy: Path) -> None:
-    code, output = again(finished, copy, ranks=2)
-    assert code == 2 and "dp=1" in output and "dp=2" in output and "Traceback" not in output
 
 
 def test_a_longer_run_that_shuffles_differently(finished: Path, copy: Path) -> None:

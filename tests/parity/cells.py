@@ -46,6 +46,7 @@ class Cell:
         parts += ["tied"] if k.get("model.tie_embeddings") else []
         parts += ["hpz"] if "zero.deepspeed" in k else []
         parts += ["compile"] if k.get("model.compile") else []
+        parts += [f"{b}-bias-{str(k[key]).lower()}" for b in ("attention", "mlp", "norm") if (key := f"model.{b}_bias") in k]
         parts += ["qknorm"] if k.get("model.qk_layernorm") else []
         parts += [f"recompute-{k['train.recompute']}"] if k.get("train.recompute", "none") != "none" else []
         parts += [k["train.precision"]] if k.get("train.precision", "fp32") != "fp32" else []
@@ -96,7 +97,8 @@ BASE: dict[str, Any] = {
         "init_std": 0.05,
     },
     "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "seq_length": 32, "precision": "fp32"},
-    "optimizer": {"lr": 1.0e-3, "schedule": "constant"},
+    # gentle: a training that is itself unstable turns rounding of 1e-7 into 1e-4 within 20 steps, differently on each processor
+    "optimizer": {"lr": 3.0e-4, "schedule": "constant"},
 }
 EIGHT_LAYERS = {"model.num_layers": 8}
 THREES = {  # a shape that three ranks can share
@@ -131,11 +133,16 @@ def llama() -> list[Cell]:
 
 
 def extras() -> list[Cell]:
-    """torch.compile as far as the rules leave it, and ZeRO++'s second partition of parameters (hpZ)."""
+    """torch.compile as far as the rules leave it, ZeRO++'s second partition of parameters (hpZ), biases other than the family's."""
     hpz = {"zero.stage": 3, "zero.deepspeed": {"zero_optimization": {"zero_hpz_partition_size": 2}}}
-    return [Cell(4, hpz), Cell(4, hpz | {"parallel.pp": 2})] + [
-        Cell(2, {"model.compile": True, "zero.stage": stage, "parallel.pp": pp}) for stage, pp in ((0, 1), (1, 2))
+    compiled = [Cell(2, {"model.compile": True, "zero.stage": stage, "parallel.pp": pp}) for stage, pp in ((0, 1), (1, 2))]
+    sp = {"parallel.tp": 2, "parallel.sequence_parallel": True}
+    biases = [
+        Cell(2, sp | {"model.attention_bias": True, "zero.stage": 1}),
+        Cell(4, sp | {"model.mlp_bias": True, "parallel.pp": 2, "zero.stage": 3}),
+        Cell(2, sp | {"model.family": "gpt", "zero.stage": 2} | {f"model.{k}_bias": False for k in ("attention", "mlp", "norm")}),
     ]
+    return [Cell(4, hpz), Cell(4, hpz | {"parallel.pp": 2}), *compiled, *biases]
 
 
 FACTORS: dict[str, tuple[Any, ...]] = {

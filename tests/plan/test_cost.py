@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.memory.test_estimate import LLAMA3_8B
 from tests.plan.strategies import workloads
@@ -38,6 +39,16 @@ def test_more_micro_batches_take_longer_and_less_than_in_proportion(w: Workload)
 @given(w=workloads())
 def test_a_faster_network_is_never_slower(w: Workload) -> None:
     assert step_time(w, with_network(H100, nic_gb_s=400.0)).step <= step_time(w, with_network(H100, nic_gb_s=12.5)).step * (1 + 1e-9)
+
+
+@settings(max_examples=150, deadline=None)
+@given(w=workloads(), param=st.sampled_from(("none", "cpu")))
+def test_offload_is_never_faster(w: Workload, param: str) -> None:
+    """What the search relies on when it tries an offload only where the layout does not fit without."""
+    here = replace(w, offload_optimizer="none", offload_param="none", zero=max(1, w.zero))
+    away = replace(here, offload_optimizer=w.offload_optimizer, offload_param=param if here.zero == 3 else "none")
+    assert step_time(away, H100).step >= step_time(here, H100).step * (1 - 1e-9)
+    assert step_time(replace(away, offload_optimizer="nvme"), H100).step >= step_time(replace(away, offload_optimizer="cpu"), H100).step
 
 
 def test_recompute_costs_at_most_another_forward() -> None:

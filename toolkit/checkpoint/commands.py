@@ -14,7 +14,7 @@ from rich.table import Table
 
 from toolkit.checkpoint.claim import FolderLock
 from toolkit.checkpoint.files import remove_leftovers, remove_tree
-from toolkit.checkpoint.manifest import Found, discover, verify_files
+from toolkit.checkpoint.manifest import NAME, Found, Manifest, discover, is_folder_name, read_manifest, verify_files
 from toolkit.checkpoint.prune import prune
 from toolkit.errors import CheckpointError
 
@@ -89,6 +89,53 @@ def prune_checkpoints(
     _console().print(f"deleted {', '.join(gone)}" if gone else "nothing to delete", soft_wrap=True)
     for name, problem in distrusted.items():
         _console().print(f"{name} stays, damaged: {problem}", soft_wrap=True)
+
+
+@app.command("reshard")
+def reshard_checkpoint(
+    source: Annotated[Path, typer.Argument(help="a step-… folder, or a run folder: its newest complete checkpoint")],
+    out: Annotated[Path, typer.Argument(help="a new run folder, or a new step-… folder")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="parallel.*=…, zero.*=…, train.precision=…: the layout to cut it for")
+    ] = None,
+    num_procs: Annotated[int | None, typer.Option(help="processes of the run that will resume; default: as many as saved it")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes that do the work; default: one per core")] = None,
+) -> None:
+    """Cut a checkpoint for another layout, optimizer states included, without starting a run."""
+    from toolkit.checkpoint.target import Target
+    from toolkit.cluster.environment import usable_cores
+
+    path, manifest = _complete(source)
+    target = Target.of(manifest, overrides or [], processes=num_procs, path=path)
+    if out.exists():
+        raise CheckpointError(f"{out} exists", why="a checkpoint is never written over", fix="Name a folder that does not exist.")
+    if is_folder_name(out.name) and out.name != path.name:
+        raise CheckpointError(f"{out} is not named as {path}", why=f"it is of step {manifest.step}", fix=f"Name it {path.name}.")
+    folder = out.parent if is_folder_name(out.name) else out / "checkpoints"
+    from toolkit.checkpoint.reshard import reshard, work_bytes  # torch comes with it, once there is something to do
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"resharding {path.name}", total=work_bytes(manifest))
+        final = reshard(path, folder, target, workers=workers or usable_cores(), progress=partial(progress.advance, task))
+    p, z = target.layout, target.config.zero
+    _console().print(
+        f"{final}: step {manifest.step} for {p.world_size} processes, tp {p.tp} pp {p.pp} vpp {p.vpp} dp {p.dp}, ZeRO-{z.stage}",
+        soft_wrap=True,
+    )
+
+
+def _complete(source: Path) -> tuple[Path, Manifest]:
+    """A complete checkpoint: the folder itself, or the newest one in it."""
+    if not (source / NAME).exists():
+        newest = next((f for f in _found(source) if f.finished), None)
+        if newest is None:
+            raise CheckpointError(f"{source} holds no complete checkpoint", fix="Name a folder that does.")
+        source = newest.path
+    try:
+        return source, read_manifest(source)
+    except ValueError as e:
+        raise CheckpointError(str(e), fix="Name another checkpoint.") from None
 
 
 def _folder(folder: Path) -> Path:

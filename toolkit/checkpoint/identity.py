@@ -20,8 +20,7 @@ _QUIET = ("run.dir", "checkpoint.", "log.", "data.workers", "data.cache_dir", "z
 
 def identity_of(config: RunConfig, data: PreparedData) -> dict[str, Any]:
     """What decides the meaning of the weights and the order of the samples: equal, or the run is another one."""
-    model = {f"model.{k}": v for k, v in config.model.model_dump(mode="json").items() if k not in _FREE_MODEL_KEYS}
-    return model | {
+    return model_identity(config) | {
         "run.seed": config.run.seed,
         "train.global_batch_size": config.train.global_batch_size,
         "train.seq_length": config.train.seq_length,
@@ -30,6 +29,11 @@ def identity_of(config: RunConfig, data: PreparedData) -> dict[str, Any]:
         "data.source": data.identity,
         "data.blend": list(data.weights),
     }
+
+
+def model_identity(config: RunConfig) -> dict[str, Any]:
+    """What decides the meaning of the weights alone."""
+    return {f"model.{k}": v for k, v in config.model.model_dump(mode="json").items() if k not in _FREE_MODEL_KEYS}
 
 
 def layout_of(config: RunConfig, layout: Layout) -> dict[str, Any]:
@@ -58,21 +62,22 @@ def check_same_run(manifest: Manifest, identity: Mapping[str, Any], *, path: Pat
         )
 
 
-def check_same_layout(manifest: Manifest, layout: Mapping[str, Any], *, path: Path) -> None:
-    """Raise CheckpointError naming what the saved state is cut by and this run is not."""
+def same_degrees(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether every rank has the same place in both layouts, whatever the ZeRO stage, offload and precision."""
+    return all(one[k] == other[k] for k in one if k.startswith("parallel.") or k == "dp")
+
+
+def moved(manifest: Manifest, layout: Mapping[str, Any]) -> str:
+    """How a checkpoint is cut that this run is not, in words; "" where they are cut alike."""
     here, there = _differences(layout, manifest.layout)
-    if here:
-        raise CheckpointError(
-            f"{path} was saved by {manifest.processes} processes with {there}, and this run has {here}",
-            why="each process reads back the part of weights and optimizer states that it wrote",
-            fix=f"Start {manifest.processes} processes and set these keys as they were.",
-        )
+    return f"it was saved by {manifest.processes} processes with {there}, and this run has {here}" if here else ""
 
 
 def changed_keys(manifest: Manifest, config: RunConfig) -> list[str]:
     """`key: old -> new` for every other key that changed since the checkpoint; those a run may change."""
     old, new = _flat(manifest.config), _flat(config.model_dump(mode="json"))
-    return [f"{k}: {_show(old.get(k))} -> {_show(v)}" for k, v in new.items() if old.get(k) != v and not k.startswith(_QUIET)]
+    quiet = (*_QUIET, *manifest.layout)
+    return [f"{k}: {_show(old.get(k))} -> {_show(v)}" for k, v in new.items() if old.get(k) != v and not k.startswith(quiet)]
 
 
 def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> tuple[str, str]:

@@ -38,7 +38,8 @@ class Manifest(_Part):
 
     step: optimizer steps taken; consumed_samples: sequences trained on by all ranks; layout: what the state is cut by; identity: what a
     run must share to go on from here; probe: a few samples of the data in training order; config: the whole resolved config;
-    saved_at: UTC, ISO 8601; checksum: sha256 of all other fields.
+    saved_at: UTC, ISO 8601; weights_only: whole weights without optimizer states, absent where it is false; checksum: sha256 of all
+    other fields.
     """
 
     format: int = FORMAT
@@ -52,11 +53,16 @@ class Manifest(_Part):
     versions: dict[str, str]
     saved_at: str
     files: list[FileRecord]
+    weights_only: bool = False
     checksum: str = ""
+
+    def fields(self) -> dict[str, Any]:
+        """What is written: without weights_only where it is false, so that earlier versions read it."""
+        return self.model_dump(mode="json", exclude=None if self.weights_only else {"weights_only"})
 
     def digest(self) -> str:
         """The checksum that belongs to the other fields."""
-        return _digest(self.model_dump(mode="json"))
+        return _digest(self.fields())
 
 
 def _digest(fields: dict[str, Any]) -> str:
@@ -83,10 +89,14 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def is_folder_name(name: str) -> bool:
+    return _STEP.fullmatch(name) is not None
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """The last act of saving: from here on the checkpoint counts."""
     manifest = manifest.model_copy(update={"checksum": manifest.digest()})
-    write_durably(folder / NAME, (manifest.model_dump_json(indent=1) + "\n").encode())
+    write_durably(folder / NAME, (json.dumps(manifest.fields(), indent=1) + "\n").encode())
     sync_folder(folder)
 
 

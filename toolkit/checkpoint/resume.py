@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from toolkit.checkpoint.agree import everywhere, on_rank_0
 from toolkit.checkpoint.claim import checkpoint_folder
-from toolkit.checkpoint.identity import changed_keys, check_same_layout, check_same_run, identity_of, layout_of
+from toolkit.checkpoint.identity import changed_keys, check_same_run, identity_of, layout_of, moved
 from toolkit.checkpoint.manifest import FileRecord, Found, Manifest, discover, verify_files
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData
@@ -66,10 +66,10 @@ def find(config: RunConfig, layout: Layout, data: PreparedData) -> Resume:
         problem = found.problem
         if found.manifest is not None:
             manifest, path = found.manifest, found.path
-            on_rank_0(lambda: _check(manifest, path, identity, cut))  # noqa: B023
+            on_rank_0(lambda: _check(manifest, path, identity))  # noqa: B023
             problem = next(filter(None, everywhere(lambda: verify_files(path, _share(manifest.files)))), "")  # noqa: B023
             if not problem:
-                return _announce(Resume(path, manifest, frozenset(distrusted)), config)
+                return _announce(Resume(path, manifest, frozenset(distrusted)), config, cut)
         if policy == "must":
             raise CheckpointError(
                 f"the newest checkpoint cannot be used: {problem}",
@@ -144,9 +144,14 @@ def _share(files: list[FileRecord]) -> list[FileRecord]:
     return files[dist.get_rank() :: dist.get_world_size()]
 
 
-def _check(manifest: Manifest, path: Path, identity: Mapping[str, Any], cut: Mapping[str, Any]) -> None:
+def _check(manifest: Manifest, path: Path, identity: Mapping[str, Any]) -> None:
+    if manifest.weights_only:
+        raise CheckpointError(
+            f"{path} holds weights without optimizer states",
+            why="a run can start from them, but not go on",
+            fix="Move it out of the run's folder, and set checkpoint.init_from to it.",
+        )
     check_same_run(manifest, identity, path=path)
-    check_same_layout(manifest, cut, path=path)
 
 
 def _refuse_existing(candidates: list[Found], folder: Path) -> None:
@@ -159,9 +164,11 @@ def _refuse_existing(candidates: list[Found], folder: Path) -> None:
         )
 
 
-def _announce(resume: Resume, config: RunConfig) -> Resume:
+def _announce(resume: Resume, config: RunConfig, cut: Mapping[str, Any]) -> Resume:
     assert resume.manifest is not None
     _say("resuming from %s: step %d, %d samples", resume.path, resume.step, resume.consumed_samples)
+    if difference := moved(resume.manifest, cut):
+        _say("%s: resharding on the fly", difference)
     for line in changed_keys(resume.manifest, config):
         _say("changed since then: %s", line)
     return resume

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +19,18 @@ from torch import Tensor
 from toolkit.checkpoint.agree import everywhere
 from toolkit.checkpoint.files import sync_folder, write_durably
 from toolkit.checkpoint.manifest import LATEST, FileRecord, Manifest, folder_name, write_manifest
+from toolkit.checkpoint.names import group_file, holder, rank_file
 from toolkit.checkpoint.prune import prune, set_aside
 from toolkit.checkpoint.tensors import write_tensors
+from toolkit.checkpoint.versions import versions
 from toolkit.config.schema import RunConfig
 from toolkit.engine.state import EngineState, generators
 from toolkit.errors import CheckpointError
-from toolkit.parallel.layout import Coordinates, Layout
+from toolkit.parallel.layout import Layout
 
 log = logging.getLogger("toolkit.train")
 
 _POLL_S = 0.05
-
-
-def group_file(rank: int, index: int) -> str:
-    """File of one of a rank's flat partitions."""
-    return f"rank-{rank:05d}.group-{index:03d}.safetensors"
-
-
-def rank_file(rank: int) -> str:
-    """File of what a rank holds beside partitions: random generators and counters."""
-    return f"rank-{rank:05d}.state.safetensors"
-
-
-def holder(layout: Layout, rank: int, *, stage: int) -> int:
-    """The rank whose file has a rank's partitions: its own, or under ZeRO-0, where replicas are equal, the first replica's."""
-    if stage > 0:
-        return rank
-    at = layout.coordinates(rank)
-    return layout.rank(Coordinates(tp=at.tp, cp=0, dp=0, pp=at.pp))
 
 
 @dataclass(frozen=True)
@@ -88,7 +71,7 @@ class Saver:
             consumed_samples=step * self.config.train.global_batch_size,
             processes=self.layout.world_size,
             probe=probe,
-            versions=_versions(),
+            versions=versions(),
             saved_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             files=[],
             **self.target.facts,
@@ -238,7 +221,3 @@ def _failure(error: Exception, folder: Path) -> CheckpointError:
         why=reason[:1].lower() + reason[1:],
         fix="Checkpoints saved before are untouched. Make room or set checkpoint.dir to another disk, and start again to go on from there.",
     )
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "megatron-core", "deepspeed")}

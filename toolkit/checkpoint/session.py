@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -10,14 +11,16 @@ import torch.distributed as dist
 from toolkit.checkpoint.agree import everywhere, on_rank_0
 from toolkit.checkpoint.claim import check_shared, checkpoint_folder, claim
 from toolkit.checkpoint.identity import identity_of, layout_of
-from toolkit.checkpoint.load import restore
+from toolkit.checkpoint.load import load_weights, restore
+from toolkit.checkpoint.manifest import verify_files
 from toolkit.checkpoint.resume import Resume, check_probe, find, probe
 from toolkit.checkpoint.save import Saver, Target
+from toolkit.checkpoint.start import announce, starting_weights
 from toolkit.config.deepspeed import zero_key
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData
 from toolkit.engine.state import EngineState
-from toolkit.errors import ConfigError
+from toolkit.errors import CheckpointError, ConfigError
 from toolkit.parallel.layout import Layout
 from toolkit.train.metrics import StepRecord
 
@@ -30,8 +33,6 @@ class Checkpoints:
     def __init__(self, config: RunConfig, layout: Layout, data: PreparedData) -> None:
         self.config, self.layout, self.data = config, layout, data
         c = config.checkpoint
-        if c.init_from is not None:
-            raise ConfigError(f"checkpoint.init_from={c.init_from} is not supported yet", fix="Set checkpoint.init_from to null.")
         if c.every and zero_key(config, "offload_optimizer", {}).get("super_offload"):
             raise ConfigError(
                 "checkpoint.every > 0 with super_offload in the DeepSpeed JSON",
@@ -46,9 +47,29 @@ class Checkpoints:
             everywhere(lambda: check_shared(proof) if proof and self.claim is None else None)
         try:
             self.resume: Resume = find(config, layout, data)
+            self.weights = self._starting_weights()
         except BaseException:
             self.release()
             raise
+
+    def _starting_weights(self) -> Path | None:
+        """Where checkpoint.init_from's weights lie, each of its files held to its checksum by some rank; None where there is nothing to read."""
+        init_from = self.config.checkpoint.init_from
+        if init_from is None or self.resume.path is not None:
+            if init_from is not None and dist.get_rank() == 0:
+                log.info("checkpoint.init_from=%s is not read: this run goes on from its own checkpoint", init_from)
+            return None
+        found = everywhere(lambda: starting_weights(self.config))[0]
+        assert found is not None, "the run has nothing to resume from"
+        path, manifest = found
+        share = manifest.files[dist.get_rank() :: dist.get_world_size()]
+        if problem := next(filter(None, everywhere(lambda: verify_files(path, share))), ""):
+            raise CheckpointError(
+                f"checkpoint.init_from={init_from} cannot be used: {problem}", fix="Restore the file, or name another one."
+            )
+        if dist.get_rank() == 0:
+            announce(path, manifest, self.config)
+        return path
 
     @property
     def step(self) -> int:
@@ -63,6 +84,8 @@ class Checkpoints:
         """Give a new engine the state to go on from, and make ready to save it."""
         check_probe(self.resume, train_set, self.config)
         state = EngineState(engine)
+        if self.weights is not None:
+            load_weights(self.weights, state, self.layout)
         restore(self.resume, state, self.config, self.layout)
         if self.step >= self.config.train.steps and dist.get_rank() == 0:
             log.info("nothing left to do: step %d of %d is reached", self.step, self.config.train.steps)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from toolkit.checkpoint.manifest import FileRecord
 
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -29,17 +31,27 @@ _CHUNK = 1 << 22  # small enough to be hashed and written out of the processor's
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> FileRecord:
     """Write a new file and sync it. The library's own writer neither syncs nor tells the checksum of what it wrote."""
+    return write_stream(path, {name: (t.dtype, list(t.shape), iter((t,))) for name, t in tensors.items()}, metadata=metadata)
+
+
+def write_stream(
+    path: Path, entries: Mapping[str, tuple[torch.dtype, list[int], Iterator[Tensor]]], *, metadata: Mapping[str, str]
+) -> FileRecord:
+    """The same with tensors given as dtype, shape and the pieces that they are made of, in order; only one piece need exist at a time.
+
+    Raises ValueError where the pieces do not make up the shape.
+    """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+    for name, (dtype, shape, _) in entries.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest, total = hashlib.sha256(), 0
     with path.open("xb", buffering=0) as f:
-        for data in (len(text).to_bytes(8, "little") + text, *(map(_bytes, tensors.values()))):
+        for data in chain((len(text).to_bytes(8, "little") + text,), (_bytes(t) for _, _, pieces in entries.values() for t in pieces)):
             view = memoryview(data)
             for start in range(0, len(view), _CHUNK):
                 piece = view[start : start + _CHUNK]
@@ -48,6 +60,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
                 while len(piece):  # a raw file may take less than it is given
                     piece = piece[f.write(piece) :]
         os.fsync(f.fileno())
+    if total != 8 + len(text) + offset:
+        raise ValueError(f"{path} got {total} bytes, and its header tells of {8 + len(text) + offset}")
     return FileRecord(name=path.name, bytes=total, sha256=digest.hexdigest())
 
 
@@ -59,3 +73,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file; the tensors are read from disk when they are used."""
     with safe_open(path, framework="pt", device="cpu") as f:
         return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118  not a dict
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """A file's metadata alone."""
+    with safe_open(path, framework="pt", device="cpu") as f:
+        return f.metadata() or {}

@@ -18,10 +18,12 @@ def layer_parameter_count(model: ModelSection) -> int:
     assert f is not None and d is not None and groups is not None, "the schema fills these"
     query, key_value = model.num_attention_heads * d, 2 * groups * d
     attention = h * (query + key_value) + query * h
-    norm = h if model.family == "llama" else 2 * h  # RMSNorm has a scale, LayerNorm a scale and a bias
+    norm = 2 * h if model.norm_bias else h  # RMSNorm has a scale, LayerNorm a scale and a bias
     mlp = (3 if model.family == "llama" else 2) * h * f
-    biases = 0 if model.family == "llama" else query + key_value + h + f + h
-    qk_norm = (2 if model.family == "llama" else 4) * d if model.qk_layernorm else 0
+    biases = query + key_value + h if model.attention_bias else 0
+    if model.mlp_bias:
+        biases += (2 if model.family == "llama" else 1) * f + h
+    qk_norm = (4 if model.norm_bias else 2) * d if model.qk_layernorm else 0
     return attention + mlp + biases + 2 * norm + qk_norm
 
 
@@ -36,5 +38,5 @@ def parameter_count(model: ModelSection, *, padded: bool = False) -> int:
     vocab = padded_vocab(model.vocab_size, model.vocab_multiple) if padded else model.vocab_size
     embeddings = vocab * h * (1 if model.tie_embeddings else 2)
     positions = model.max_position_embeddings * h if model.family == "gpt" else 0
-    final_norm = h if model.family == "llama" else 2 * h
+    final_norm = 2 * h if model.norm_bias else h
     return embeddings + positions + model.num_layers * layer_parameter_count(model) + final_norm

@@ -31,6 +31,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(_overridden(raw, overrides), base=Path(path).parent)
 
 
+def override_config(resolved: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:
+    """A config that was dumped whole, such as a checkpoint's, with `section.key=value` overrides; its DeepSpeed JSON's file is not needed."""
+    raw = {name: dict(section) for name, section in resolved.items()}
+    raw["zero"]["config"] = None
+    return parse_config(_overridden(raw, overrides))
+
+
 def parse_config(raw: Mapping[str, Any], *, base: Path | None = None) -> RunConfig:
     """Validate a mapping of sections, with presets and the DeepSpeed JSON merged in; raises ConfigError.
 

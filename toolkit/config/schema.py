@@ -21,8 +21,8 @@ class Section(BaseModel):
     @classmethod
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse what pydantic would quietly turn into something else, and text no file system takes."""
-        is_switch = cls.model_fields[str(info.field_name)].annotation is bool
-        if isinstance(value, bool) != is_switch:
+        is_switch = cls.model_fields[str(info.field_name)].annotation in (bool, bool | None)
+        if isinstance(value, bool) != is_switch and value is not None:
             raise ValueError("must be true or false" if is_switch else "is a switch, where a value belongs")
         texts = [value] if isinstance(value, str) else [key for key in value if isinstance(key, str)] if isinstance(value, dict) else []
         if any(c == "\0" or "\ud800" <= c <= "\udfff" for text in texts for c in text):
@@ -81,6 +81,12 @@ class ModelSection(Section):
     rope_theta: float = Field(10000.0, gt=0, description="RoPE base")
     rope_scaling: RopeScaling | None = Field(None, description="RoPE scaling, as Hugging Face's rope_scaling")
     norm_eps: float = Field(1e-5, gt=0, description="added to the variance in norms")
+    activation: Literal["gelu_tanh", "gelu", "swiglu"] | None = Field(
+        None, description="of the MLP; null: gelu_tanh (gpt), swiglu (llama); gelu: gpt with the exact form"
+    )
+    attention_bias: bool | None = Field(None, description="biases in the attention's linear layers; null: true (gpt), false (llama)")
+    mlp_bias: bool | None = Field(None, description="biases in the MLP's linear layers; null: true (gpt), false (llama)")
+    norm_bias: bool | None = Field(None, description="biases in LayerNorms; null: true (gpt); false for llama, whose RMSNorms have none")
     init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
     compile: bool = Field(False, description="torch.compile each transformer layer")
 
@@ -97,6 +103,24 @@ class ModelSection(Section):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.ffn_hidden_size is None:
             self.ffn_hidden_size = 4 * self.hidden_size if self.family == "gpt" else -(-8 * self.hidden_size // 3 // 256) * 256
+        return self._fill_by_family()
+
+    def _fill_by_family(self) -> ModelSection:
+        gpt = self.family == "gpt"
+        self.activation = self.activation or ("gelu_tanh" if gpt else "swiglu")
+        for name in ("attention_bias", "mlp_bias", "norm_bias"):
+            if getattr(self, name) is None:
+                setattr(self, name, gpt)
+        if (self.activation == "swiglu") == gpt:
+            fit = "gelu_tanh or gelu" if gpt else "swiglu"
+            raise ValueError(f"activation={self.activation} does not belong to family {self.family}. Set activation to {fit}")
+        if self.norm_bias and not gpt:
+            raise ValueError("norm_bias=true with family llama: an RMSNorm has no bias. Set norm_bias to false")
+        if self.impl == "te" and (self.attention_bias != self.mlp_bias or self.norm_bias != gpt):
+            raise ValueError(
+                f"impl=te with attention_bias={self.attention_bias}, mlp_bias={self.mlp_bias}, norm_bias={self.norm_bias}: its layers have "
+                "one switch for all linear biases and norms of one kind. Set impl to local"
+            )
         return self
 
 

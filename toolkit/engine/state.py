@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,20 +11,11 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
+from toolkit.engine.partitions import Fragment
 from toolkit.model.init import global_parameters, shard_of
 
 MASTER = "master"
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """flat[at : at + count] of a partition is parameter.flatten()[start : start + count] of this rank's parameter."""
-
-    name: str
-    start: int
-    at: int
-    count: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +57,7 @@ class EngineState:
             master, states = self._master(i), self._states(i)
             tensors = {MASTER: master.detach()} | {k: v.detach() for k, v in states.items() if isinstance(v, Tensor)}
             numbers = {k: v for k, v in states.items() if isinstance(v, (int, float))}
-            yield Partition(tensors, numbers, self._fragments(i))
+            yield Partition(tensors, numbers, self.fragments(i))
             if swapped:
                 # written back unchanged: DeepSpeed frees its buffers in no other way
                 self.optimizer._optimizer_states_and_gradient_swap_out(i)
@@ -75,24 +66,74 @@ class EngineState:
     def set(self, index: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
         """Give a partition its values; ValueError where they are of another size."""
         swapped = self._swap_in(index)
-        master, states, group = self._master(index), self._states(index), self._param_group(index)
+        master, states = self._master(index), self._states(index)
         if tensors[MASTER].numel() != master.numel():
             raise ValueError(f"group {index} has {master.numel()} values here and {tensors[MASTER].numel()} there")
         master.data.copy_(tensors[MASTER])
         for key, value in tensors.items():
-            if key == MASTER:
-                continue
-            if key in states:
-                states[key].data.copy_(value)
-                continue
-            # torch keeps the step count of a fused optimizer beside the parameters, any other on the CPU
-            with_parameters = value.dim() > 0 or group.get("fused") or group.get("capturable")
-            states[key] = value.to(device=master.device if with_parameters else "cpu", copy=True)
+            if key != MASTER:
+                self._set_state(index, states, key, value)
         states.update(numbers)
+        self._finish(index, swapped=swapped)
+
+    @torch.no_grad()
+    def fill(self, index: int, read: Callable[[Tensor, str, str, int], None], *, keys: Sequence[str], step: int | None) -> None:
+        """Give a partition its values fragment by fragment: read(out, name, key, start) fills a flat piece of a live tensor.
+
+        keys: "master", and the optimizer's states to set; step: the updates it has made, for its own count. Padding becomes zero.
+        """
+        swapped = self._swap_in(index)
+        master, states = self._master(index), self._states(index)
+        fragments = self.fragments(index)
+        for key in keys:
+            if key != MASTER and key not in states:
+                states[key] = torch.zeros_like(master.data)
+            flat = (master if key == MASTER else states[key]).data
+            flat.zero_()
+            for f in fragments:
+                read(flat[f.at : f.at + f.count], f.name, key, f.start)
+        if step is not None and hasattr(self._inner(index), "ds_opt_adam"):
+            states["step"] = step  # DeepSpeed's own Adam for the CPU counts in Python
+        elif step is not None:
+            self._set_state(index, states, "step", torch.tensor(float(step)))
+        self._finish(index, swapped=swapped)
+
+    def _set_state(self, index: int, states: dict[str, Any], key: str, value: Tensor) -> None:
+        if key in states:
+            states[key].data.copy_(value)
+            return
+        # torch keeps the step count of a fused optimizer beside the parameters, any other on the CPU
+        group = self._param_group(index)
+        with_parameters = value.dim() > 0 or group.get("fused") or group.get("capturable")
+        states[key] = value.to(device=self._master(index).device if with_parameters else "cpu", copy=True)
+
+    def _finish(self, index: int, *, swapped: bool) -> None:
         if self.sharded:
             self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
         if swapped:
             self.optimizer._optimizer_states_and_gradient_swap_out(index)
+
+    def fragments(self, i: int) -> list[Fragment]:
+        """Which elements of which parameters a partition holds, in its order."""
+        o = self.optimizer
+        rank = dist.get_rank(o.dp_process_group)
+        found, at = [], 0
+        if self.sharded:
+            for p in o.fp16_groups[i]:
+                size = p.partition_numel()
+                start = rank * size
+                count = max(0, min(size, p.ds_numel - start))
+                if count:
+                    found.append(Fragment(self.names[id(p)], start, at, count))
+                at += size
+            return found
+        flat, size = o.bit16_groups_flat[i], self._master(i).numel()
+        for p in o.bit16_groups[i]:
+            first = p.storage_offset() - flat.storage_offset() - rank * size
+            low, high = max(0, first), min(size, first + p.numel())
+            if low < high:
+                found.append(Fragment(self.names[id(p)], low - first, low, high - low))
+        return found
 
     def before_set(self) -> None:
         """Call before the first set()."""
@@ -113,10 +154,11 @@ class EngineState:
         scaler = {k: v for k, v in vars(self.optimizer.loss_scaler).items() if isinstance(v, (int, float))}
         return {"counters": {k: getattr(self.engine.engine, k) for k in _COUNTERS}, "loss_scaler": scaler}
 
-    def set_numbers(self, numbers: Mapping[str, Mapping[str, float]]) -> None:
+    def set_numbers(self, numbers: Mapping[str, Mapping[str, float]], *, same_precision: bool = True) -> None:
+        """Put back what numbers() returned; the scaler of another precision stays as new."""
         for k, v in numbers["counters"].items():
             setattr(self.engine.engine, k, v)
-        for k, v in numbers["loss_scaler"].items():
+        for k, v in numbers["loss_scaler"].items() if same_precision else ():
             setattr(self.optimizer.loss_scaler, k, v)
 
     # -- DeepSpeed's insides --------------------------------------------------------------------------
@@ -142,27 +184,6 @@ class EngineState:
 
     def _param_group(self, i: int) -> dict[str, Any]:
         return self._inner(i).param_groups[self.optimizer.sub_group_to_group_id[i] if self.sharded else i]
-
-    def _fragments(self, i: int) -> list[Fragment]:
-        o = self.optimizer
-        rank = dist.get_rank(o.dp_process_group)
-        found, at = [], 0
-        if self.sharded:
-            for p in o.fp16_groups[i]:
-                size = p.partition_numel()
-                start = rank * size
-                count = max(0, min(size, p.ds_numel - start))
-                if count:
-                    found.append(Fragment(self.names[id(p)], start, at, count))
-                at += size
-            return found
-        flat, size = o.bit16_groups_flat[i], self._master(i).numel()
-        for p in o.bit16_groups[i]:
-            first = p.storage_offset() - flat.storage_offset() - rank * size
-            low, high = max(0, first), min(size, first + p.numel())
-            if low < high:
-                found.append(Fragment(self.names[id(p)], low - first, low, high - low))
-        return found
 
 
 def generators() -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from toolkit.config.count import padded_vocab
 from toolkit.config.schema import ModelSection, RopeScaling, RunConfig
 from toolkit.engine.grads import TIED_COPY
 from toolkit.model.init import materialise
-from toolkit.model.layers import local_spec, mark_shared_gradients, te_spec
+from toolkit.model.layers import local_spec, mark_shared_gradients, mask_padding, te_spec
 from toolkit.parallel.layout import Layout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,7 +40,7 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
         "selective": {"recompute_granularity": "selective"},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }
-    return TransformerConfig(
+    settings = TransformerConfig(
         num_layers=m.num_layers,
         hidden_size=m.hidden_size,
         num_attention_heads=m.num_attention_heads,
@@ -53,8 +53,8 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
         layernorm_epsilon=m.norm_eps,
         qk_layernorm=m.qk_layernorm,
         gated_linear_unit=llama,
-        activation_func=F.silu if llama else gelu_tanh,
-        add_bias_linear=not llama,
+        activation_func={"swiglu": F.silu, "gelu": F.gelu}.get(str(m.activation), gelu_tanh),
+        add_bias_linear=bool(m.attention_bias),
         init_method_std=m.init_std,
         perform_initialization=True,  # on the meta device: only for the attributes it sets
         use_cpu_initialization=False,
@@ -79,6 +79,9 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
         apply_rope_fusion=False,
         **modes[t.recompute],
     )
+    # switches that megatron-core does not have, for the layers of toolkit.model.layers
+    settings.mlp_bias, settings.norm_bias = bool(m.mlp_bias), bool(m.norm_bias)
+    return settings
 
 
 class StageModel(GPTModel):
@@ -105,10 +108,12 @@ def build_chunks(
     *,
     device: torch.device,
     partition: Callable[[torch.nn.Parameter], None] | None = None,
+    blank: bool = False,
 ) -> list[GPTModel]:
     """The chunks of this rank's stage, initialised; process groups must be up.
 
-    partition: called on each parameter once it has its value (ZeRO-3 frees all but its part there).
+    partition: called on each parameter once it has its value (ZeRO-3 frees all but its part there). blank: weights are 0,
+    for a checkpoint's to be read into.
     """
     m = config.model
     assert m.vocab_size is not None, "the vocabulary is known once the data is resolved"
@@ -148,7 +153,10 @@ def build_chunks(
             dtype=DTYPES[config.train.precision],
             device=device,
             partition=partition,
+            blank=blank,
         )
+        if last:
+            mask_padding(model.output_layer, vocab_size=m.vocab_size, rows=rows)
         mark_shared_gradients(model, sequence_parallel=layout.sequence_parallel)
         model.train()
         if m.compile:

@@ -46,6 +46,17 @@ def shard_of(name: str, parameter: Tensor, *, gated: bool) -> Shard:
     return Shard(dim, 2 if gated and ".linear_fc1." in name else 1)
 
 
+def known_shard(name: str, *, gated: bool) -> Shard:
+    """The same from a global name alone, for who has no model: Megatron's column-parallel parts are cut by rows, row-parallel ones by columns."""
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return Shard(1)
+    if name.startswith(("embedding.word_embeddings.", "output_layer.")) or (".linear_qkv." in name and "layer_norm" not in name):
+        return Shard(0)
+    if ".linear_fc1." in name and "layer_norm" not in name:
+        return Shard(0, 2 if gated else 1)
+    return Shard(None)
+
+
 def global_name(chunk: torch.nn.Module, name: str, *, tied: bool) -> str:
     """A parameter's name with layers numbered over the whole model, whatever stage or chunk holds them."""
     if name.startswith("decoder.layers."):
@@ -92,19 +103,24 @@ def materialise(
     dtype: torch.dtype,
     device: torch.device,
     partition: Callable[[torch.nn.Parameter], None] | None = None,
+    blank: bool = False,
 ) -> None:
     """Give every parameter of a chunk built on the meta device its memory and its initial value, all in one dtype.
 
     megatron-core leaves learned positions in fp32; under ZeRO-3 DeepSpeed then takes all parameters for fp32.
 
+    blank: zeros instead, for weights that are read from a checkpoint later.
     partition is called on each parameter as soon as it is filled, so that under ZeRO-3 no more
     than one whole parameter exists at a time.
     """
     for local, parameter in list(chunk.named_parameters()):
         name = global_name(chunk, local, tied=tied)
         shard = shard_of(name, parameter, gated=gated)
-        full = draw(name, shard.whole(parameter.shape, tp), seed=seed, std=std, num_layers=num_layers, device=device)
-        value = shard.cut(full, tp=tp, rank=tp_rank).to(dtype).clone(memory_format=torch.contiguous_format)
+        if blank:
+            value = torch.zeros(parameter.shape, dtype=dtype, device=device)
+        else:
+            full = draw(name, shard.whole(parameter.shape, tp), seed=seed, std=std, num_layers=num_layers, device=device)
+            value = shard.cut(full, tp=tp, rank=tp_rank).to(dtype).clone(memory_format=torch.contiguous_format)
         if parameter.is_meta:  # a meta parameter cannot be given memory in place
             owner, _, leaf = local.rpartition(".")
             real = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)

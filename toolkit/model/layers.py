@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,7 +23,7 @@ class LayerNorm(torch.nn.LayerNorm):
     """LayerNorm whose gradients are marked for the sum over TP when each rank sees part of the sequence."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps, dtype=config.params_dtype)
+        super().__init__(hidden_size, eps, bias=getattr(config, "norm_bias", True), dtype=config.params_dtype)
         mark_sum_over_tp(self, config.sequence_parallel)
 
 
@@ -47,6 +49,15 @@ class QKRMSNorm(RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(config, hidden_size, eps)
         mark_sum_over_tp(self, config.tensor_model_parallel_size > 1)
+
+
+class BiasedMLP(MLP):
+    """megatron-core's MLP with a switch of its own for biases, which share one with the attention's there."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        config = copy.copy(config)
+        config.add_bias_linear = getattr(config, "mlp_bias", config.add_bias_linear)
+        super().__init__(config, *args, **kwargs)
 
 
 def mark_sum_over_tp(module: torch.nn.Module, needed: bool) -> None:
@@ -103,6 +114,34 @@ class SdpaAttention(torch.nn.Module):
         return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
 
 
+class _WithoutPadding(torch.autograd.Function):
+    """Logits with -inf in columns first.. in place; softmax gives them a gradient of exactly 0, so backward passes it on as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, first: int) -> Tensor:
+        logits[..., first:] = -torch.inf
+        ctx.mark_dirty(logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def mask_padding(output_layer: torch.nn.Module, *, vocab_size: int, rows: int) -> None:
+    """Let ids that only pad the vocabulary (vocab_size .. rows) have no probability, whatever their weights are."""
+    if rows == vocab_size:
+        return
+
+    def hook(_module: torch.nn.Module, _inputs: Any, outputs: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        logits, bias = outputs  # [s, b, rows of this rank, or of all where they are gathered]
+        here = logits.shape[-1]
+        first = vocab_size - (0 if here == rows else here * parallel_state.get_tensor_model_parallel_rank())
+        return (_WithoutPadding.apply(logits, max(0, first)) if first < here else logits), bias
+
+    output_layer.register_forward_hook(hook)
+
+
 def local_spec(config: TransformerConfig, *, num_layers: int) -> TransformerBlockSubmodules:
     """Spec of a stage chunk of `num_layers` layers from PyTorch modules, right under sequence parallelism."""
     rms = config.normalization == "RMSNorm"
@@ -110,6 +149,8 @@ def local_spec(config: TransformerConfig, *, num_layers: int) -> TransformerBloc
     layer = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
     parts: Any = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = norm
+    if getattr(config, "mlp_bias", config.add_bias_linear) != config.add_bias_linear:
+        parts.mlp.module = BiasedMLP
     attention = parts.self_attention.submodules
     attention.core_attention = SdpaAttention
     if config.qk_layernorm:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as state
+from megatron.core import tensor_parallel
 
-from toolkit.parallel.layout import Layout
+from toolkit.parallel.layout import Coordinates, Layout
 
 
 def initialise(layout: Layout) -> None:
@@ -19,6 +21,13 @@ def initialise(layout: Layout) -> None:
         context_parallel_size=layout.cp,
         create_gloo_process_groups=False,  # a second set of groups for checkpoints that are not ours
     )
+
+
+def seed_generators(at: Coordinates, *, seed: int) -> None:
+    """Seed what dropout draws from: stages and data-parallel ranks draw differently, and megatron-core separates TP ranks."""
+    own = seed + 1000 * at.pp + 100_003 * at.dp
+    tensor_parallel.model_parallel_cuda_manual_seed(own)
+    torch.manual_seed(own)
 
 
 class Mpu:

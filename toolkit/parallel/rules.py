@@ -14,7 +14,7 @@ from toolkit.parallel.layout import Layout
 from toolkit.parallel.options import Option, layouts
 from toolkit.parallel.table import RULES, Rule
 
-__all__ = ["RULES", "Case", "Machine", "Rule", "Violation", "check", "legal", "rules_markdown", "violations"]
+__all__ = ["RULES", "Case", "Machine", "Rule", "Violation", "check", "fitting_micro_batch", "legal", "rules_markdown", "violations"]
 
 MOST_OPTIONS = 4000  # settings tried for one suggestion: keeps absurd inputs fast
 
@@ -57,6 +57,13 @@ def check(config: RunConfig, world_size: int, *, machine: Machine = NO_GPU) -> L
     if found:
         raise LayoutError(f"{len(found)} rules are broken:" + "".join(f"\n  {v}" for v in found))
     return Layout.of(config, world_size)
+
+
+def fitting_micro_batch(config: RunConfig, world_size: int, *, machine: Machine = NO_GPU) -> int | None:
+    """The largest micro-batch up to the configured one with which a config is legal; None where no smaller one makes it so."""
+    case = Case.of(config, max(1, world_size), machine=machine)
+    sizes = range(min(case.micro, case.batch), 0, -1)
+    return next((micro for micro in sizes if legal(case.changed({"train.micro_batch_size": micro}))), None)
 
 
 def rules_markdown() -> str:

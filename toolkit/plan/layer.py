@@ -48,7 +48,8 @@ def layer_passes(w: Workload, hardware: Hardware, *, scale: float) -> tuple[Pass
 
     scale: the calibrated share of the GPU's matmul ceiling.
     """
-    return _layer(_key(w), hardware, scale)
+    forward, backward = _layer(_key(w), hardware, scale)
+    return forward, backward, _again(w, forward)
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,13 @@ class _Key:
             w.tp,
             w.cp,
             w.sp,
-            w.recompute,
             w.precision,
             w.flash,
             w.kernel,
             w.cp_exchange,
             w.overlap,
             w.stack,
-            w.zero,
+            w.zero < 2,
             w.microbatches == 1,
             w.deterministic,
             w.fused_accumulation,
@@ -91,7 +91,7 @@ def _key(w: Workload) -> _Key:
 
 
 @lru_cache(maxsize=16384)
-def _layer(key: _Key, hardware: Hardware, scale: float) -> tuple[Pass, Pass, Pass]:
+def _layer(key: _Key, hardware: Hardware, scale: float) -> tuple[Pass, Pass]:
     w = key.w
     forward = Pass(
         matmul=_matmuls(w, hardware, scale, backward=False),
@@ -109,7 +109,7 @@ def _layer(key: _Key, hardware: Hardware, scale: float) -> tuple[Pass, Pass, Pas
     )
     forward += Pass(cp=_context_parallel(w, hardware, forward.attention, backward=False))
     backward += Pass(cp=_context_parallel(w, hardware, backward.attention, backward=True))
-    return forward, backward, _again(w, forward)
+    return forward, backward
 
 
 def _again(w: Workload, forward: Pass) -> Pass:

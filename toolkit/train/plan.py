@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 
+from toolkit.checkpoint.claim import checkpoint_folder
+from toolkit.checkpoint.manifest import discover
+from toolkit.checkpoint.start import starting_weights
 from toolkit.cluster.environment import gpu_count
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData, resolve_data
 from toolkit.parallel.layout import Layout
-from toolkit.parallel.rules import Machine, check
+from toolkit.parallel.rules import Machine, check, fitting_micro_batch
+
+log = logging.getLogger("toolkit.train")
 
 
 def machine() -> Machine:
@@ -19,12 +25,36 @@ def machine() -> Machine:
 def plan(config: RunConfig, world_size: int) -> tuple[Layout, PreparedData]:
     """Check a config against the rules and its data, preparing the data where it is missing.
 
-    Fills model.vocab_size and data.tokenizer from the data. Raises ToolkitError.
+    Fills model.vocab_size and data.tokenizer from the data, and lowers train.micro_batch_size where a run that resumes needs it.
+    Raises ToolkitError.
     """
+    _fit_micro_batch(config, world_size)
     check(config, world_size, machine=machine())
     data = resolve_data(config, prepare_missing=True)
     if config.model.vocab_size is None:
         config.model.vocab_size = data.vocab_size
     if data.tokenizer is not None:
         config.data.tokenizer = data.tokenizer  # the resolved config names what was used
-    return check(config, world_size, machine=machine()), data
+    layout = check(config, world_size, machine=machine())
+    starting_weights(config)
+    return layout, data
+
+
+def _fit_micro_batch(config: RunConfig, world_size: int) -> None:
+    """A resumed run keeps its global batch on any number of ranks: take the largest micro-batch up to the configured one that fits."""
+    configured, whole = config.train.micro_batch_size, config.train.global_batch_size
+    micro = fitting_micro_batch(config, world_size, machine=machine())
+    if micro is None or micro == configured or config.checkpoint.resume == "never":
+        return
+    if not any(f.manifest for f in discover(checkpoint_folder(config))):
+        return
+    config.train.micro_batch_size = micro
+    layout = Layout.of(config, world_size)
+    log.info(
+        "train.micro_batch_size=%d does not fit the global batch of %d on %d data-parallel ranks: resuming with %d and %d micro-batches",
+        configured,
+        whole,
+        layout.dp,
+        micro,
+        layout.num_microbatches,
+    )

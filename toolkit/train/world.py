@@ -34,8 +34,6 @@ class World:
 
 def connect(world: World, layout: Layout, *, seed: int, timeout_s: float = 1800.0) -> None:
     """Open the process groups and seed the generators; every rank must call it."""
-    from megatron.core import tensor_parallel
-
     from toolkit.model import cpu
     from toolkit.parallel import groups
 
@@ -61,7 +59,4 @@ def connect(world: World, layout: Layout, *, seed: int, timeout_s: float = 1800.
             timeout=timedelta(seconds=timeout_s),
         )
     groups.initialise(layout)
-    # dropout: pipeline stages and data-parallel ranks draw differently; megatron-core separates TP ranks
-    at = layout.coordinates(world.rank)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed + 1000 * at.pp + 100_003 * at.dp)
-    torch.manual_seed(seed + 1000 * at.pp + 100_003 * at.dp)
+    groups.seed_generators(layout.coordinates(world.rank), seed=seed)

@@ -1,0 +1,100 @@
+"""A training checkpoint of any size made of random numbers, without an engine: what tools are tried on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import astuple
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from toolkit.checkpoint.identity import model_identity
+from toolkit.checkpoint.manifest import Manifest, folder_name, write_manifest
+from toolkit.checkpoint.names import group_file, rank_file
+from toolkit.checkpoint.target import Target
+from toolkit.checkpoint.tensors import write_stream, write_tensors
+from toolkit.checkpoint.whole import MASTER, Parameter
+from toolkit.config.count import padded_vocab
+from toolkit.config.load import parse_config
+from toolkit.model.init import known_shard
+from toolkit.parallel.layout import Layout
+
+CHUNK = 1 << 22
+
+
+def llama(config: Any) -> dict[str, list[int]]:
+    """Global names and whole shapes in model order."""
+    m = config.model
+    h, f, d, rows = m.hidden_size, m.ffn_hidden_size, m.head_dim, padded_vocab(m.vocab_size, m.vocab_multiple)
+    layer = {
+        "self_attention.linear_proj.weight": [h, m.num_attention_heads * d],
+        "self_attention.linear_qkv.weight": [(m.num_attention_heads + 2 * m.num_query_groups) * d, h],
+        "mlp.linear_fc1.weight": [2 * f, h],
+        "mlp.linear_fc2.weight": [h, f],
+        "input_layernorm.weight": [h],
+        "pre_mlp_layernorm.weight": [h],
+    }
+    layers = {f"decoder.layers.{i}.{name}": shape for i in range(m.num_layers) for name, shape in layer.items()}
+    return {
+        "embedding.word_embeddings.weight": [rows, h],
+        **layers,
+        "decoder.final_layernorm.weight": [h],
+        "output_layer.weight": [rows, h],
+    }
+
+
+def write(folder: Path, model: dict[str, Any], *, dp: int = 1, stage: int = 1, step: int = 3) -> Path:
+    """A Llama's checkpoint as `dp` ranks save it; whole tensors lie end to end, so that no two ranks hold the same values."""
+    config = parse_config({"run": {"dir": str(folder)}, "model": model, "zero": {"stage": stage}, "train": {"global_batch_size": 8}})
+    target, shapes = Target(config, Layout(dp=dp, micro_batch_size=1, num_microbatches=8 // dp)), llama(config)
+    cuts = {name: known_shard(name, gated=True) for name in shapes}
+    parameters = {n: Parameter(s, cuts[n].dim, cuts[n].blocks, 1, {}) for n, s in shapes.items()}
+    whole: Any = SimpleNamespace(names=list(shapes), parameter=parameters.__getitem__)
+    path = folder / folder_name(step)
+    path.mkdir(parents=True)
+    numbers = {"counters": {"global_steps": step, "global_samples": 8 * step, "micro_steps": step, "skipped_steps": 0}, "loss_scaler": {}}
+    files = []
+    for rank in range(dp):
+        files.append(write_tensors(path / rank_file(rank), {"cpu": torch.get_rng_state()}, metadata={"numbers": json.dumps(numbers)}))
+        for i, cut in enumerate(target.cuts(whole, rank)):
+            states = {k: (torch.float32, [cut.numel], noise(cut.fragments, cut.numel)) for k in (MASTER, "exp_avg", "exp_avg_sq")}
+            metadata = {
+                "numbers": "{}",
+                "fragments": json.dumps([list(astuple(f)) for f in cut.fragments]),
+                "parameters": json.dumps(target.parameters(whole, {f.name for f in cut.fragments})),
+            }
+            count = iter([torch.tensor(float(step))])
+            files.append(write_stream(path / group_file(rank, i), states | {"step": (torch.float32, [], count)}, metadata=metadata))
+    manifest = Manifest(
+        step=step,
+        consumed_samples=8 * step,
+        processes=dp,
+        layout=target.cut,
+        identity=model_identity(config),
+        probe={},
+        config=config.model_dump(mode="json"),
+        versions={},
+        saved_at="2025-01-01T00:00:00Z",
+        files=sorted(files, key=lambda f: f.name),
+    )
+    write_manifest(path, manifest)
+    return path
+
+
+def noise(fragments: list[Any], numel: int) -> Iterator[torch.Tensor]:
+    """Random values where parameters are, zeros in the padding."""
+    used = fragments[-1].at + fragments[-1].count if fragments else 0
+    for start in range(0, numel, CHUNK):
+        part = torch.randn(min(CHUNK, numel - start))
+        part[max(0, used - start) :] = 0
+        yield part
+
+
+def state_bytes(model: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of all states, and of the largest whole tensor."""
+    sizes = [4 * math.prod(s) for s in llama(parse_config({"run": {"dir": "."}, "model": model})).values()]
+    return 3 * sum(sizes), max(sizes)

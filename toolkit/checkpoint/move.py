@@ -1,0 +1,67 @@
+"""State of any layout into an engine of any other: every rank reads its own parts of the whole tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from toolkit.checkpoint.agree import everywhere
+from toolkit.checkpoint.whole import MASTER, WholeCheckpoint
+from toolkit.engine.state import EngineState
+from toolkit.errors import CheckpointError
+from toolkit.model.init import Shard
+
+_BUFFER = 1 << 24  # elements at a time where values go to a device or change their type
+
+
+def fill(state: EngineState, whole: WholeCheckpoint, *, tp: int, tp_rank: int, weights_only: bool = False) -> None:
+    """Weights, optimizer states and its step count from a whole checkpoint; all ranks call it.
+
+    weights_only: leave the optimizer as new. CheckpointError on all ranks, before anything is changed, where a parameter is missing or
+    of another shape. Memory: a buffer; values go straight to where the optimizer has them.
+    """
+    step = None if weights_only else whole.numbers.get("step")
+
+    def read(out: Tensor, name: str, key: str, start: int) -> None:
+        stored = whole.dtype(name, key)
+        if out.device.type == "cpu" and out.dtype == stored:
+            whole.read_into(out, name, key, tp=tp, rank=tp_rank, start=start)
+            return
+        for at in range(0, out.numel(), _BUFFER):
+            part = out[at : at + _BUFFER]
+            buffer = torch.empty(part.numel(), dtype=stored)
+            whole.read_into(buffer, name, key, tp=tp, rank=tp_rank, start=start + at)
+            part.copy_(buffer)
+
+    def fill_all() -> None:
+        for i in range(len(state)):
+            state.fill(i, read, keys=_keys(state, i, whole, weights_only=weights_only), step=step)
+
+    everywhere(lambda: check_fits(state, whole, tp=tp))
+    state.before_set()
+    try:
+        everywhere(fill_all)
+    finally:
+        whole.close()
+    state.after_set()
+
+
+def check_fits(state: EngineState, whole: WholeCheckpoint, *, tp: int) -> None:
+    """CheckpointError where a checkpoint lacks a parameter of this rank, or has it with another shape or cut."""
+    for name, here in state.parameters.items():
+        shard, there = Shard(here["dim"], here["blocks"]), whole.parameter(name)
+        shape = shard.whole(torch.Size(here["shape"]), tp)
+        if shape != there.shape or (shard.dim, shard.blocks) != (there.dim, there.blocks):
+            raise CheckpointError(
+                f"{name} has shape {there.shape} in {whole.folder} and {shape} in this run",
+                why="the checkpoint is of another model",
+                fix="Set the model section as it was when the checkpoint was saved.",
+            )
+
+
+def _keys(state: EngineState, index: int, whole: WholeCheckpoint, *, weights_only: bool) -> Sequence[str]:
+    """What one partition takes: "master", and the states that its parameters have in the checkpoint."""
+    fragments = state.fragments(index)
+    return (MASTER,) if weights_only or not fragments else whole.keys(fragments[0].name)

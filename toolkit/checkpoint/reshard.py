@@ -1,0 +1,253 @@
+"""A checkpoint in another layout, made offline: no model, no process groups, every worker a buffer of memory."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing as mp
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from toolkit.checkpoint.files import sync_folder
+from toolkit.checkpoint.identity import same_degrees
+from toolkit.checkpoint.manifest import FileRecord, Manifest, folder_name, verify_files, write_manifest
+from toolkit.checkpoint.names import group_file, rank_file
+from toolkit.checkpoint.target import Target
+from toolkit.checkpoint.tensors import read_tensors, write_stream, write_tensors
+from toolkit.checkpoint.whole import WholeCheckpoint
+from toolkit.engine.partitions import Cut
+from toolkit.errors import CheckpointError
+
+_BUFFER = 1 << 22  # elements read, hashed and written at a time
+
+Progress = Callable[[int], None]
+
+
+class _Job(NamedTuple):
+    """One file to write: a rank's partition, or with group None what is beside them."""
+
+    rank: int
+    group: int | None
+    elements: int
+
+
+def reshard(source: Path, out: Path, target: Target, *, workers: int, progress: Progress = lambda _: None) -> Path:
+    """Write the checkpoint `source` as one that `target`'s processes would have saved; returns its folder, out/step-….
+
+    The source is held to its checksums first. Half of the work in bytes is verifying, half writing; progress is told of it. Raises
+    CheckpointError naming the file where the source is damaged or the disk fails, and then leaves nothing behind. Memory of each of the
+    `workers` processes: buffers, whatever the size of the model.
+    """
+    with WholeCheckpoint(source) as whole:
+        manifest = whole.manifest
+        jobs = [
+            _Job(rank, i, cut.numel * len(whole.keys(whole.names[0])))
+            for rank in target.holders
+            for i, cut in enumerate(target.cuts(whole, rank))
+        ]
+    jobs = sorted(jobs, key=lambda j: -j.elements) + [_Job(rank, None, 0) for rank in range(target.layout.world_size)]
+    made = _missing_parents(out)
+    final, partial = out / folder_name(manifest.step), out / f".partial-{folder_name(manifest.step)}-{secrets.token_hex(4)}"
+    if final.exists():
+        raise CheckpointError(f"{final} exists", why="a checkpoint is never written over", fix="Name another folder.")
+    try:
+        partial.mkdir(parents=True)
+        with _Workers(workers, source, partial, target, progress) as run:
+            run.all(_verify, sorted(manifest.files, key=lambda f: -f.bytes))
+            records = run.all(_write, jobs)
+        sync_folder(partial)
+        partial.rename(final)
+        sync_folder(out)
+        write_manifest(final, _manifest(manifest, target, records))
+    except BaseException as e:
+        shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        if isinstance(e, OSError):
+            reason = (e.strerror or str(e)).lower()
+            raise CheckpointError(f"{e.filename or out} cannot be written", why=reason, fix="Make room, or name another folder.") from None
+        raise
+    return final
+
+
+def work_bytes(source: Manifest) -> int:
+    """About what reshard() tells its progress in all, in bytes."""
+    return 2 * sum(f.bytes for f in source.files)
+
+
+def _manifest(source: Manifest, target: Target, files: Sequence[FileRecord]) -> Manifest:
+    return source.model_copy(
+        update={
+            "layout": target.cut,
+            "processes": target.layout.world_size,
+            "config": target.config.model_dump(mode="json"),
+            "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "files": sorted(files, key=lambda f: f.name),
+        }
+    )
+
+
+def _missing_parents(folder: Path) -> list[Path]:
+    """What mkdir(parents=True) will make, innermost first."""
+    return [p for p in (folder, *folder.parents) if not p.exists()]
+
+
+# -- workers ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What a worker keeps between jobs."""
+
+    source: Path
+    partial: Path
+    target: Target
+    count: Progress
+    opened: list[WholeCheckpoint]
+
+    @property
+    def whole(self) -> WholeCheckpoint:
+        if not self.opened:
+            self.opened.append(WholeCheckpoint(self.source))
+        return self.opened[0]
+
+
+class _Workers:
+    """Runs jobs in processes, or with one worker in this one, and adds up what they report."""
+
+    def __init__(self, count: int, source: Path, partial: Path, target: Target, progress: Progress) -> None:
+        self.progress, self.seen = progress, 0
+        self.context = _Context(source, partial, target, progress, [])
+        self.pool: ProcessPoolExecutor | None = None
+        if count > 1:
+            # a server that has imported torch once forks the workers: a fork of this process would copy the locks of its threads
+            context = mp.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
+            self.done = context.Value("Q", 0)
+            self.pool = ProcessPoolExecutor(count, context, _start, (self.done, source, partial, target))
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+        for whole in self.context.opened:
+            whole.close()
+
+    def all(self, action: Callable[[_Context, Any], FileRecord | None], jobs: Sequence[Any]) -> list[FileRecord]:
+        """Results of a module-level action over jobs; the first error ends it."""
+        if self.pool is None:
+            return [r for job in jobs if (r := action(self.context, job))]
+        waiting: set[Future[FileRecord | None]] = {self.pool.submit(_act, action, job) for job in jobs}
+        results = []
+        try:
+            while waiting:
+                ended, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+                results += [r for future in ended if (r := future.result())]
+                now = self.done.value
+                self.progress(now - self.seen)
+                self.seen = now
+        except BrokenProcessPool:
+            raise CheckpointError(
+                "a worker died", why="the system may have ended it for want of memory", fix="Set fewer --workers."
+            ) from None
+        return results
+
+
+_of_this_process: list[_Context] = []
+
+
+def _start(done: Any, source: Path, partial: Path, target: Target) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+
+    def count(n: int) -> None:
+        with done.get_lock():
+            done.value += n
+
+    _of_this_process.append(_Context(source, partial, target, count, []))
+
+
+def _end_with_parent() -> None:
+    """A killed command cannot tell its workers."""
+    parent = mp.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _act(action: Callable[[_Context, Any], FileRecord | None], job: Any) -> FileRecord | None:
+    return action(_of_this_process[0], job)
+
+
+def _verify(context: _Context, record: FileRecord) -> None:
+    if problem := verify_files(context.source, [record], progress=context.count):
+        raise CheckpointError(problem, why="a damaged checkpoint is not resharded", fix="Restore the file, or name another checkpoint.")
+
+
+def _write(context: _Context, job: _Job) -> FileRecord:
+    if job.group is None:
+        return _write_rank(context, job.rank)
+    whole, target = context.whole, context.target
+    cut = target.cuts(whole, job.rank)[job.group]
+    keys = whole.keys(cut.fragments[0].name if cut.fragments else whole.names[0])
+    step, numbers = whole.numbers["step"], {}
+    entries: dict[str, tuple[torch.dtype, list[int], Iterator[Tensor]]] = {
+        key: (whole.dtype(whole.names[0], key), [cut.numel], _flat(context, cut, key, rank=job.rank)) for key in keys
+    }
+    if step is not None and target.config.zero.offload_optimizer != "none":
+        numbers["step"] = step  # DeepSpeed's Adam for the CPU counts in Python, torch's in a tensor
+    elif step is not None:
+        entries["step"] = (torch.float32, [], iter([torch.tensor(float(step))]))
+    named = {f.name for f in cut.fragments}
+    metadata = {
+        "numbers": json.dumps(numbers),
+        "fragments": json.dumps([list(astuple(f)) for f in cut.fragments]),
+        "parameters": json.dumps(target.parameters(whole, named)),
+    }
+    return write_stream(context.partial / group_file(job.rank, job.group), entries, metadata=metadata)
+
+
+def _flat(context: _Context, cut: Cut, key: str, *, rank: int) -> Iterator[Tensor]:
+    """A flat tensor of a partition, a buffer at a time; padding is zero, as in DeepSpeed's."""
+    whole, layout = context.whole, context.target.layout
+    tp = layout.coordinates(rank).tp
+    buffer, at = torch.empty(min(_BUFFER, max(1, cut.numel))), 0
+
+    def zeros(n: int) -> Iterator[Tensor]:
+        while n > 0:
+            part = buffer[:n].zero_()
+            n -= part.numel()
+            yield part
+
+    for f in cut.fragments:
+        yield from zeros(f.at - at)
+        for start in range(0, f.count, _BUFFER):
+            part = buffer[: min(_BUFFER, f.count - start)]
+            whole.read_into(part, f.name, key, tp=layout.tp, rank=tp, start=f.start + start)
+            context.count(part.nbytes)
+            yield part
+        at = f.at + f.count
+    yield from zeros(cut.numel - at)
+
+
+def _write_rank(context: _Context, rank: int) -> FileRecord:
+    whole, target, source = context.whole, context.target, context.whole.manifest.layout
+    # where every rank keeps its place it keeps its generators too; else the run seeds them anew
+    kept = read_tensors(context.source / rank_file(rank))[0] if same_degrees(target.cut, source) else {}
+    same_precision = source["train.precision"] == target.config.train.precision
+    numbers = {"counters": whole.numbers["counters"], "loss_scaler": whole.numbers["loss_scaler"] if same_precision else {}}
+    return write_tensors(context.partial / rank_file(rank), kept, metadata={"numbers": json.dumps(numbers)})
