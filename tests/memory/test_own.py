@@ -17,7 +17,9 @@ from toolkit.plan.workload import Workload
 
 
 def _held(w: Workload, stage: int) -> int:
-    return w.layers_on(stage) * sum(x.count for x in own.layer_weights(w)) + sum(x.count for side in own.edge_weights(w, stage) for x in side)
+    return w.layers_on(stage) * sum(x.count for x in own.layer_weights(w)) + sum(
+        x.count for side in own.edge_weights(w, stage) for x in side
+    )
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))

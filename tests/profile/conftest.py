@@ -1,4 +1,4 @@
-"""A small run, trained and profiled once as a user would, for the tests of profile and report."""
+"""A small run, profiled once as a user would, for the tests of profile and report."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from toolkit.train.metrics import Metrics, StepRecord
 
 TINY: dict[str, Any] = {
     "model": {
@@ -39,7 +41,7 @@ class Profiled:
     metrics: str
 
 
-def toolkit(*arguments: str, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
+def toolkit(*arguments: str, timeout_s: float = 600.0) -> subprocess.CompletedProcess[str]:
     """The command line, in a process of its own; stdout holds both streams."""
     env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "COLUMNS": "120"}
     command = [sys.executable, "-m", "toolkit.cli", *arguments]
@@ -48,13 +50,17 @@ def toolkit(*arguments: str, timeout_s: float = 240.0) -> subprocess.CompletedPr
 
 @pytest.fixture(scope="session")
 def profiled(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Profiled:
-    """Four pipeline micro-batches on two ranks, trained for six steps and then profiled."""
+    """Four pipeline micro-batches on two ranks, profiled in a folder that holds a training's metrics."""
     folder = tmp_path_factory.mktemp("profiled")
     run, config = folder / "runs" / "small", folder / "small.yaml"
     data = {**TINY["data"], "source": str(text), "cache_dir": str(folder / "data")}
     config.write_text(yaml.safe_dump({**TINY, "run": {"dir": str(run)}, "data": data}))
-    trained = toolkit("train", str(config), "--num-procs", "2")
-    assert trained.returncode == 0, trained.stdout
+    run.mkdir(parents=True)
+    records = Metrics(run, steps=6, every=100, monitor=None)  # what training writes, without its seconds
+    for step in range(1, 7):
+        norm, rate = 2.0 + 1.0 / step, 900.0 + 20.0 * step
+        records.write(StepRecord(step, 5.0 / step, norm, 1e-3, 256 * step, rate, 0.01, None, 256 / rate, 0.001, 0.4))
+    records.close()
     metrics = (run / "metrics.jsonl").read_text()
     done = toolkit("profile", str(config), "--num-procs", "2", "--steps", "2")
     assert done.returncode == 0, done.stdout
