@@ -65,9 +65,9 @@ def time_rows(found: Mapping[str, Any]) -> list[tuple[str, float | None, float]]
     told = found["predicted"]["seconds"]
     compute = slowest["forward"] + slowest["backward"]
     rows: list[tuple[str, float | None, float]] = [("data wait", None, slowest["data wait"]), ("forward", None, slowest["forward"])]
-    rows += [("backward", None, slowest["backward"]), ("forward + backward", told["compute"], compute)]
-    rows += [(name, told[name], slowest[name]) for name in ("communication", "optimizer")]
-    return [*rows, ("other", None, slowest["other"]), ("step", told["step"], slowest["step"])]
+    rows += [("backward", None, slowest["backward"]), ("forward + backward", told.get("compute"), compute)]
+    rows += [(name, told.get(name), slowest[name]) for name in ("communication", "optimizer")]
+    return [*rows, ("other", None, slowest["other"]), ("step", told.get("step"), slowest["step"])]
 
 
 def _time_table(found: Mapping[str, Any]) -> Any:
