@@ -25,7 +25,7 @@ def _held(w: Workload, stage: int) -> int:
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 @pytest.mark.parametrize("qk_layernorm", [False, True])
 def test_every_weight_of_a_model_is_counted(preset: str, qk_layernorm: bool) -> None:
-    model = {"preset": preset, "qk_layernorm": qk_layernorm}
+    model = {"preset": preset, "qk_layernorm": qk_layernorm, "mlp_bias": qk_layernorm}
     config = parse_config({"model": model, "train": {"seq_length": 1024}})
     assert _held(Workload.of(config, 1), 0) == parameter_count(config.model, padded=True)
 
