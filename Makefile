@@ -8,6 +8,7 @@ COMPAT_VENV ?= .venv-compat
 
 .PHONY: help quickstart test test-compat parity checks format docs bench bench-search score-planner clean
 .PHONY: help quickstart test test-compat parity checks format docs bench bench-checkpoints score-planner clean
+.PHONY: help quickstart test test-compat parity checks format docs bench bench-search score-planner report-example clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -46,9 +47,10 @@ else
 	$(COMPAT_VENV)/bin/python -m pytest tests/parity
 endif
 
-parity: $(VENV)/.dev  ## the parity suite, and docs/parity.md from what it measured
-	$(BIN)/python -m pytest tests/parity tests/checkpoint --all-cells
+parity: $(VENV)/.dev  ## the parity suite, and docs/parity.md and docs/memory.md from what it measured
+	$(BIN)/python -m pytest tests/parity tests/checkpoint tests/memory/test_own_runs.py --all-cells
 	$(BIN)/python -m tests.parity.report > docs/parity.md
+	$(BIN)/python -m tests.memory.report > docs/memory.md
 
 checks: $(VENV)/.dev  ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -77,6 +79,9 @@ bench-convert: $(VENV)/.run  ## import and export of a 1B model: seconds, GB/s, 
 
 score-planner: $(VENV)/.run  ## docs/planner.md: predictions against published measurements
 	$(BIN)/python -m toolkit.plan.score ../shared/planner/published_dev.jsonl ../shared/planner/score_planner.py --out docs/planner.md
+
+report-example: $(VENV)/.dev  ## docs/report.png: two small runs, trained, profiled and shown
+	$(BIN)/python -m tests.report.example
 
 clean:
 	rm -rf $(VENV) $(COMPAT_VENV) runs build *.egg-info
