@@ -6,9 +6,7 @@ COMPAT_PYTHON ?= $(firstword $(shell for p in python3.12 python3.13 "$$HOME"/.py
 	"$$p" -c 'import ensurepip' >/dev/null 2>&1 && echo "$$p"; done))
 COMPAT_VENV ?= .venv-compat
 
-.PHONY: help quickstart test test-compat parity checks format docs bench bench-search score-planner clean
-.PHONY: help quickstart test test-compat parity checks format docs bench bench-checkpoints score-planner clean
-.PHONY: help quickstart test test-compat parity checks format docs bench bench-search score-planner report-example clean
+.PHONY: help quickstart test test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert score-planner report-example clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
