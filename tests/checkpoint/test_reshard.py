@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import resource
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.checkpoint import synthetic
 from tests.checkpoint.test_files import command
 from tests.checkpoint.test_whole import TENSORS, weights
+from tests.checkpoint.watched import watched
 from toolkit.checkpoint.manifest import FileRecord, read_manifest, verify_files
 from toolkit.errors import ToolkitError
 
@@ -106,27 +103,8 @@ def test_a_full_disk(saved: Path, tmp_path: Path) -> None:
     assert "file too large" in message and str(tmp_path) in message and not (tmp_path / "out").exists()
 
 
-def peak_bytes(*arguments: object) -> int:
-    """The most resident memory that one process of the command had (the kernel's own high-water mark, looked at again and again)."""
-    process = psutil.Popen([sys.executable, "-m", "toolkit.cli", "checkpoint", "reshard", *map(str, arguments)], stderr=subprocess.PIPE)
-    peak = 0
-    while process.poll() is None:
-        for one in [process, *_children(process)]:
-            try:
-                status = Path(f"/proc/{one.pid}/status").read_text()
-            except OSError:
-                continue
-            peak = max([peak, *(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))])
-        time.sleep(0.02)
-    assert process.returncode == 0, process.stderr.read()
-    return peak
-
-
-def _children(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
+def peak_bytes(source: Path, out: Path, *arguments: object) -> int:
+    return watched("-m", "toolkit.cli", "checkpoint", "reshard", source, out, *arguments)[1]
 
 
 SMALL = {**MODEL, "num_layers": 6, "hidden_size": 512, "ffn_hidden_size": 1536, "vocab_size": 8192}

@@ -69,6 +69,14 @@ def test_a_part_of_a_part(opened: WholeCheckpoint, data: st.DataObject) -> None:
     assert torch.equal(out, part[start:end])
 
 
+def test_no_run_resumes_from_weights_alone(tmp_path: Path) -> None:
+    from toolkit.checkpoint.resume import _check
+
+    folder = weights(tmp_path / "step-00000007", TENSORS)
+    with pytest.raises(CheckpointError, match=r"holds weights without optimizer states.*set checkpoint\.init_from to it"):
+        _check(read_manifest(folder), folder, {})
+
+
 def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), WeightsWriter(tmp_path / "w", read_manifest(weights(tmp_path / "good", TENSORS))) as writer:
         writer.add("output_layer.weight", torch.ones(3))

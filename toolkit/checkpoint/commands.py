@@ -37,7 +37,15 @@ def list_checkpoints(folder: Folder) -> None:
         degrees = {k: m.layout[k if k == "dp" else f"parallel.{k}"] for k in ("tp", "pp", "vpp", "dp")}
         cut = [f"{k} {v}" for k, v in degrees.items() if v > 1]
         cut += [f"ZeRO-{m.layout['zero.stage']}", m.layout["train.precision"]]
-        table.add_row(str(f.step), "complete", _size(f.bytes), m.saved_at, str(m.processes), " ".join(cut), f"{m.consumed_samples:,}")
+        table.add_row(
+            str(f.step),
+            "weights only" if m.weights_only else "complete",
+            _size(f.bytes),
+            m.saved_at,
+            str(m.processes),
+            " ".join(cut),
+            f"{m.consumed_samples:,}",
+        )
     _console().print(table)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,37 @@ DTYPES = {
 _CHUNK = 1 << 22  # small enough to be hashed and written out of the processor's cache
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> FileRecord:
+class Rows:
+    """Tensors one above the other that pass for one, without the copy that putting them together would be."""
+
+    def __init__(self, pieces: Sequence[Tensor]) -> None:
+        self.pieces = list(pieces)
+        self.dtype = pieces[0].dtype
+        self.shape = torch.Size([sum(len(p) for p in pieces), *pieces[0].shape[1:]])
+        self.nbytes = sum(p.nbytes for p in pieces)
+
+    def whole(self) -> Tensor:
+        """The one tensor."""
+        return torch.cat(self.pieces) if len(self.pieces) > 1 else self.pieces[0]
+
+
+def mapped(path: Path, *, dtype: torch.dtype, shape: Sequence[int], offset: int) -> Tensor:
+    """A tensor in a file as a mapping of its own: nothing is copied, and its pages leave this process with the tensor."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if not size:
+        return torch.empty(tuple(shape), dtype=dtype)
+    first = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as f:
+        pages = mmap.mmap(f.fileno(), offset - first + size, offset=first, access=mmap.ACCESS_COPY)
+    pages.madvise(mmap.MADV_SEQUENTIAL)
+    flat = torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=offset - first)
+    return (flat if offset % dtype.itemsize == 0 else flat.clone()).view(dtype).view(tuple(shape))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor | Rows], *, metadata: Mapping[str, str]) -> FileRecord:
     """Write a new file and sync it. The library's own writer neither syncs nor tells the checksum of what it wrote."""
-    return write_stream(path, {name: (t.dtype, list(t.shape), iter((t,))) for name, t in tensors.items()}, metadata=metadata)
+    entries = {n: (t.dtype, list(t.shape), iter(t.pieces if isinstance(t, Rows) else (t,))) for n, t in tensors.items()}
+    return write_stream(path, entries, metadata=metadata)
 
 
 def write_stream(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ from toolkit.checkpoint.files import remove_tree, sync_folder, write_durably
 from toolkit.checkpoint.identity import layout_of, model_identity
 from toolkit.checkpoint.manifest import FileRecord, Manifest, write_manifest
 from toolkit.checkpoint.names import weights_file
-from toolkit.checkpoint.tensors import write_tensors
+from toolkit.checkpoint.tensors import Rows, write_tensors
 from toolkit.checkpoint.versions import versions
 from toolkit.config.schema import RunConfig
 from toolkit.errors import CheckpointError
 from toolkit.parallel.layout import Layout
 
-SHARD_BYTES = 256 << 20
+SHARD_BYTES = 128 << 20
 
 
 def weights_manifest(config: RunConfig, *, step: int = 0, consumed_samples: int = 0) -> Manifest:
@@ -56,14 +57,15 @@ class WeightsWriter:
 
     Tensors are whole, in their stored dtype, the vocabulary's rows padded as in the model; they must not change after add(). Shards of up
     to shard_bytes (a larger tensor has one of its own) are hashed and written by `threads` threads while the caller makes the next
-    ones; add() waits while more than shard_bytes are being written. An error or an exception in the block leaves nothing behind.
+    ones; add() waits while more than threads x shard_bytes are being written. An error or an exception in the block leaves nothing behind.
     Raises CheckpointError where the folder exists or cannot be written.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, *, shard_bytes: int = SHARD_BYTES, threads: int = 2) -> None:
         self.folder, self.manifest, self.shard_bytes = folder, manifest, shard_bytes
+        self.at_once = threads * shard_bytes
         self.partial = folder.with_name(f".partial-{folder.name}-{secrets.token_hex(4)}")
-        self.shard: dict[str, Tensor] = {}
+        self.shard: dict[str, Tensor | Rows] = {}
         self.writing: list[tuple[int, Future[FileRecord]]] = []
         self.records: list[FileRecord] = []
         self.names: set[str] = set()
@@ -83,7 +85,7 @@ class WeightsWriter:
             raise self._failure(e) from None
         return self
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Tensor | Rows) -> None:
         """Take a whole tensor under its global name."""
         if name in self.names:
             raise ValueError(f"{name} was added before")
@@ -124,7 +126,7 @@ class WeightsWriter:
             shard, path = self.shard, self.partial / weights_file(self.count)
             self.shard, self.count = {}, self.count + 1
             size = _bytes(shard)
-            self._settle(max(0, self.shard_bytes - size))
+            self._settle(max(0, self.at_once - size))
             self.writing.append((size, self.threads.submit(write_tensors, path, shard, metadata={"format": "pt"})))
 
     def _settle(self, limit: int) -> None:
@@ -145,5 +147,5 @@ class WeightsWriter:
         )
 
 
-def _bytes(shard: dict[str, Tensor]) -> int:
+def _bytes(shard: Mapping[str, Tensor | Rows]) -> int:
     return sum(t.nbytes for t in shard.values())

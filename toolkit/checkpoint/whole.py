@@ -17,7 +17,7 @@ from torch import Tensor
 
 from toolkit.checkpoint.manifest import Manifest, read_manifest
 from toolkit.checkpoint.names import GROUP_FILE, WEIGHTS_FILE, rank_file
-from toolkit.checkpoint.tensors import DTYPES
+from toolkit.checkpoint.tensors import DTYPES, mapped
 from toolkit.errors import CheckpointError
 from toolkit.model.init import known_shard
 from toolkit.parallel.layout import Layout
@@ -141,6 +141,18 @@ class WholeCheckpoint:
         self.read_into(out, name, key)
         return out.view(p.shape)
 
+    def view(self, name: str, key: str = MASTER) -> Tensor:
+        """A whole tensor to look at: a mapping of the file where it lies there in one piece, else read."""
+        p = self.parameter(name)
+        if p.tp > 1 or len(p.pieces[0]) != 1:
+            return self.read(name, key)
+        (piece,) = p.pieces[0]
+        flat, dtype = self._flats[piece.flat], p.keys[key].dtype
+        try:
+            return mapped(flat.path, dtype=dtype, shape=p.shape, offset=flat.entries[key].offset + piece.at * dtype.itemsize)
+        except OSError as e:
+            raise CheckpointError(f"{flat.path} cannot be read", why=(e.strerror or str(e)).lower(), fix="Restore the file.") from None
+
     def read_into(self, out: Tensor, name: str, key: str = MASTER, *, tp: int = 1, rank: int = 0, start: int = 0) -> None:
         """Fill a flat tensor (stored dtype, on the CPU) with elements start … start + len(out) of TP rank `rank`'s part, cut over `tp`."""
         p = self.parameter(name)
@@ -206,7 +218,7 @@ class WholeCheckpoint:
 
     def _pread(self, path: Path, target: memoryview, offset: int) -> None:
         try:
-            descriptor = self._open.pop(path, None) or os.open(path, os.O_RDONLY)
+            descriptor = self._open.pop(path) if path in self._open else os.open(path, os.O_RDONLY)
             self._open[path] = descriptor
             if len(self._open) > _OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from toolkit.checkpoint.files import remove_tree, sync_folder, write_durably
 from toolkit.checkpoint.find import checkpoint_in
 from toolkit.checkpoint.manifest import Manifest, verify_files
+from toolkit.checkpoint.tensors import Rows
 from toolkit.checkpoint.whole import WholeCheckpoint
 from toolkit.config.schema import ModelSection
 from toolkit.convert.architecture import foreign_config
@@ -130,10 +130,10 @@ def _job(entry: Entry, readers: _Readers, model: ModelSection, dtype: torch.dtyp
             fix="The checkpoint is damaged: use another one.",
         )
 
-    def make() -> list[Tensor]:
+    def make() -> list[Rows]:
         if not there:
             return zeros(entry, model, kind)
-        return part(entry, readers.mine().read(entry.ours).to(kind), model)
+        return part(entry, readers.mine().view(entry.ours).to(kind), model)
 
     slots = [Slot(p.name, kind, part_shape(p, model)) for p in entry.parts]
     size = torch.Size(shape).numel()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from toolkit.checkpoint.tensors import Rows
 from toolkit.checkpoint.weights import WeightsWriter, weights_manifest
 from toolkit.config.count import parameter_count
 from toolkit.config.load import parse_config
@@ -74,14 +75,13 @@ def import_model(
     done = 0
     with WeightsWriter(out, manifest) as writer:
         for entry in plan:
-            parts = [source.tensors.read(p.name) for p in entry.parts]
-            tensor = join(entry, parts, model)
+            rows = join(entry, [source.tensors.read(p.name) for p in entry.parts], model)
             if dtype is not None:
-                tensor = tensor.to(DTYPES[dtype])
-            del parts
-            writer.add(entry.ours, tensor)
-            done += tensor.nbytes
+                rows = Rows([piece.to(DTYPES[dtype]) for piece in rows.pieces])
+            writer.add(entry.ours, rows)
+            done += rows.nbytes
             progress(done, total)
+            del rows
         for name, data in files.items():
             writer.add_file(name, data)
         writer.add_file(CONFIG, _text(raw, source).encode())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
-import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from toolkit.checkpoint.tensors import DTYPES
+from toolkit.checkpoint.tensors import DTYPES, mapped
 from toolkit.convert.architecture import table_of
 from toolkit.errors import ConvertError
 
@@ -144,7 +143,7 @@ def _weights(path: Path) -> Tensors:
 
 
 class Safetensors(Tensors):
-    """Shards read with positioned reads, which leave no pages of the files in this process, as a mapping would."""
+    """Shards of which each tensor is a mapping of its own, so that no more is in memory than is in use."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.found: dict[str, tuple[Path, int, list[int], torch.dtype]] = {}
@@ -181,18 +180,10 @@ class Safetensors(Tensors):
 
     def read(self, name: str) -> Tensor:
         path, offset, shape, dtype = self.found[name]
-        tensor = torch.empty(shape, dtype=dtype)
-        target = memoryview(tensor.view(-1).view(torch.uint8).numpy())
         try:
-            with path.open("rb", buffering=0) as f:
-                while len(target):
-                    n = os.preadv(f.fileno(), [target], offset)
-                    if not n:
-                        raise ConvertError(f"{path} ends too early", fix=_AGAIN)
-                    target, offset = target[n:], offset + n
+            return mapped(path, dtype=dtype, shape=shape, offset=offset)
         except OSError as e:
             raise ConvertError(f"{path} cannot be read", why=(e.strerror or str(e)).lower(), fix=_AGAIN) from None
-        return tensor
 
 
 class Held(Tensors):

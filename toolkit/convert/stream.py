@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from toolkit.checkpoint.tensors import DTYPES
+from toolkit.checkpoint.tensors import DTYPES, Rows
 
 IN_FLIGHT = 512 << 20  # bytes of tensors being made or written at a time; a larger one is alone
 _CHUNK = 1 << 24
@@ -40,7 +40,7 @@ class Job:
     """Slots whose tensors make() gives, in order; needs: bytes of memory it takes meanwhile."""
 
     slots: list[Slot]
-    make: Callable[[], list[Tensor]]
+    make: Callable[[], list[Rows]]
     needs: int
     total: int = field(init=False)
 
@@ -69,10 +69,10 @@ def write_all(paths: list[Path], jobs: list[Job], *, threads: int = 2, progress:
         with room.of(job.needs):
             if stop.is_set():
                 return
-            for slot, tensor in zip(job.slots, job.make(), strict=True):
-                if list(tensor.shape) != slot.shape or tensor.dtype != slot.dtype:
-                    raise ValueError(f"{slot.name} was to be {slot.shape} of {slot.dtype}, and is {list(tensor.shape)} of {tensor.dtype}")
-                _write(descriptors[slot.file], tensor, slot.offset)
+            for slot, rows in zip(job.slots, job.make(), strict=True):
+                if list(rows.shape) != slot.shape or rows.dtype != slot.dtype:
+                    raise ValueError(f"{slot.name} was to be {slot.shape} of {slot.dtype}, and is {list(rows.shape)} of {rows.dtype}")
+                _write(descriptors[slot.file], rows.pieces, slot.offset)
             progress(job.total)
 
     def flush() -> None:
@@ -120,11 +120,12 @@ def _header(slots: list[Slot]) -> tuple[bytes, int]:
     return len(text).to_bytes(8, "little") + text, 8 + len(text) + at
 
 
-def _write(descriptor: int, tensor: Tensor, offset: int) -> None:
-    view = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    while len(view):
-        n = os.pwrite(descriptor, view[:_CHUNK], offset)
-        view, offset = view[n:], offset + n
+def _write(descriptor: int, pieces: list[Tensor], offset: int) -> None:
+    for piece in pieces:
+        view = memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy())
+        while len(view):
+            n = os.pwrite(descriptor, view[:_CHUNK], offset)
+            view, offset = view[n:], offset + n
 
 
 class _Room:

@@ -7,52 +7,46 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from toolkit.checkpoint.tensors import Rows
 from toolkit.config.schema import ModelSection
 from toolkit.convert.table import Entry, our_shape, part_shape
 
 
-def join(entry: Entry, parts: Sequence[Tensor], model: ModelSection) -> Tensor:
-    """Our tensor, whole, from theirs in the table's order; rows that pad the vocabulary are 0."""
-    parts = [t.t() if p.turned else t for p, t in zip(entry.parts, parts, strict=True)]
-    shape = our_shape(entry, model)
-    if entry.join == "rows" and shape[0] != parts[0].shape[0]:
-        out = torch.empty(shape, dtype=parts[0].dtype)
-        out[: len(parts[0])] = parts[0]
-        out[len(parts[0]) :] = 0
-        return out
-    if entry.join == "stack":
-        return torch.cat(list(parts))
+def join(entry: Entry, parts: Sequence[Tensor], model: ModelSection) -> Rows:
+    """Our tensor, whole, from theirs in the table's order: views of them where rows alone are moved; rows that pad the vocabulary are 0."""
+    parts = [t.t().contiguous() if p.turned else t for p, t in zip(entry.parts, parts, strict=True)]
+    if entry.join == "rows":
+        padding = our_shape(entry, model)[0] - len(parts[0])
+        return Rows([parts[0], torch.zeros(padding, *parts[0].shape[1:], dtype=parts[0].dtype)] if padding else parts)
     if entry.join == "qkv":
-        groups, rest = model.num_query_groups, parts[0].shape[1:]
         if len(parts) == 1:
             parts = parts[0].split(_heads(model))
-        # [groups · x · d, …] -> [groups, x · d, …]
-        return torch.cat([p.reshape(groups, -1, *rest) for p in parts], dim=1).view(shape)
-    return parts[0].contiguous()
+        groups = [p.chunk(model.num_query_groups or 1) for p in parts]
+        return Rows([p[g] for g in range(len(groups[0])) for p in groups])
+    return Rows(parts)
 
 
-def part(entry: Entry, ours: Tensor, model: ModelSection) -> list[Tensor]:
-    """The inverse of join(): their tensors, contiguous and as they are stored."""
+def part(entry: Entry, ours: Tensor, model: ModelSection) -> list[Rows]:
+    """The inverse of join(): their tensors as they are stored."""
     if entry.join == "rows":
-        parts = [ours[: model.vocab_size]]
+        parts = [Rows([ours[: model.vocab_size]])]
     elif entry.join == "stack":
-        parts = list(ours.chunk(len(entry.parts)))
+        parts = [Rows([half]) for half in ours.chunk(len(entry.parts))]
     elif entry.join == "qkv":
-        d, rest = model.head_dim, ours.shape[1:]
-        assert d is not None and model.num_query_groups is not None
-        per = model.num_attention_heads // model.num_query_groups
-        blocks = ours.view(model.num_query_groups, (per + 2) * d, *rest)
-        parts = [b.reshape(-1, *rest) for b in blocks.split([per * d, d, d], dim=1)]
+        d = model.head_dim or 1
+        per = model.num_attention_heads // (model.num_query_groups or 1)
+        groups = [g.split([per * d, d, d]) for g in ours.chunk(model.num_query_groups or 1)]
+        parts = [Rows([g[i] for g in groups]) for i in range(3)]
         if len(entry.parts) == 1:
-            parts = [torch.cat(parts)]
+            parts = [Rows([piece for p in parts for piece in p.pieces])]
     else:
-        parts = [ours]
-    return [(t.t() if p.turned else t).contiguous() for p, t in zip(entry.parts, parts, strict=True)]
+        parts = [Rows([ours])]
+    return [Rows([r.whole().t().contiguous()]) if p.turned else r for p, r in zip(entry.parts, parts, strict=True)]
 
 
-def zeros(entry: Entry, model: ModelSection, dtype: torch.dtype) -> list[Tensor]:
+def zeros(entry: Entry, model: ModelSection, dtype: torch.dtype) -> list[Rows]:
     """Their tensors of an entry that the model does not have: biases of 0 change nothing."""
-    return [torch.zeros(part_shape(p, model), dtype=dtype) for p in entry.parts]
+    return [Rows([torch.zeros(part_shape(p, model), dtype=dtype)]) for p in entry.parts]
 
 
 def _heads(model: ModelSection) -> list[int]:

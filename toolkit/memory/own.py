@@ -27,14 +27,14 @@ def layer_weights(w: Workload) -> list[Weight]:
     """A layer's weights on one rank, in the order of megatron-core's modules."""
     s, tp = w.shape, w.tp
     qkv, fc1 = (s.query + s.key_value) // tp, (2 if s.gated else 1) * s.ffn // tp
-    norm = [Weight(s.hidden, 1)] * (2 if s.biases else 1)
-    heads = [Weight(s.head_dim, 1)] * ((4 if s.biases else 2) if s.qk_norm else 0)
+    norm = [Weight(s.hidden, 1)] * (2 if s.norm_bias else 1)
+    heads = [Weight(s.head_dim, 1)] * ((4 if s.norm_bias else 2) if s.qk_norm else 0)
 
-    def linear(rows: int, columns: int) -> list[Weight]:
-        return [Weight(rows * columns, 0)] + ([Weight(rows, 1)] if s.biases else [])
+    def linear(rows: int, columns: int, bias: bool) -> list[Weight]:
+        return [Weight(rows * columns, 0)] + ([Weight(rows, 1)] if bias else [])
 
-    attention = linear(s.hidden, s.query // tp) + linear(qkv, s.hidden) + heads
-    return norm + attention + norm + linear(fc1, s.hidden) + linear(s.hidden, s.ffn // tp)
+    attention = linear(s.hidden, s.query // tp, s.attention_bias) + linear(qkv, s.hidden, s.attention_bias) + heads
+    return norm + attention + norm + linear(fc1, s.hidden, s.mlp_bias) + linear(s.hidden, s.ffn // tp, s.mlp_bias)
 
 
 def edge_weights(w: Workload, stage: int) -> tuple[list[Weight], list[Weight]]:
@@ -42,7 +42,7 @@ def edge_weights(w: Workload, stage: int) -> tuple[list[Weight], list[Weight]]:
     s = w.shape
     table = Weight(s.vocab * s.hidden // w.tp, 2 if s.tied and w.pp > 1 else 0)
     first = [table] + ([Weight(s.positions * s.hidden, 0)] if s.positions else [])
-    last = [Weight(s.hidden, 1)] * (2 if s.biases else 1) + ([table] if not s.tied or w.pp > 1 else [])
+    last = [Weight(s.hidden, 1)] * (2 if s.norm_bias else 1) + ([table] if not s.tied or w.pp > 1 else [])
     return (first if stage == 0 else []), (last if stage == w.pp - 1 else [])
 
 

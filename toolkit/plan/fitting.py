@@ -19,12 +19,14 @@ Option = dict[str, Any]
 def nearest_fit(config: RunConfig, world_size: int, hardware: Hardware, *, cuda: bool = True) -> str:
     """What to set, as a sentence: the fewest and cheapest changes whose estimate fits, or how far the smallest one is off."""
     smallest: tuple[float, Option] | None = None
+    # it did run out, so a change that hardly counts is no answer, whatever the estimate says
+    most = min(hardware.gpu.memory_gib * GIB, 0.8 * estimate(Workload.of(config, world_size), hardware).worst.device)
     for option in sorted(options(config), key=_cost):
         changed = with_keys(config, option)
         if changed is None or violations(changed, world_size, machine=Machine(cuda=cuda)):
             continue
         need = estimate(Workload.of(changed, world_size), hardware).worst.device
-        if need <= hardware.gpu.memory_gib * GIB:
+        if need <= most:
             return f"Set {_text(option)}: the estimate is then {need / GIB:.2f} GiB."
         if smallest is None or need < smallest[0]:
             smallest = need, option

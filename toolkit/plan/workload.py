@@ -33,6 +33,19 @@ class Shape:
     biases: bool = False
     dropout: bool = False
     qk_norm: bool = False
+    bias_of: tuple[bool, bool, bool] | None = None  # of attention, MLP and norms, where they differ from biases
+
+    @property
+    def attention_bias(self) -> bool:
+        return self.bias_of[0] if self.bias_of else self.biases
+
+    @property
+    def mlp_bias(self) -> bool:
+        return self.bias_of[1] if self.bias_of else self.biases
+
+    @property
+    def norm_bias(self) -> bool:
+        return self.bias_of[2] if self.bias_of else self.biases
 
     @property
     def query(self) -> int:
@@ -164,6 +177,7 @@ class Workload:
             biases=m.family == "gpt",
             dropout=m.dropout > 0,
             qk_norm=m.qk_layernorm,
+            bias_of=(bool(m.attention_bias), bool(m.mlp_bias), bool(m.norm_bias)),
         )
         dp = max(1, world_size // (p.tp * p.pp * p.cp))
         bucket, persist = _buffers(config)

@@ -6,10 +6,13 @@ import argparse
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 
 from toolkit.errors import OutOfMemory, ToolkitError
 from toolkit.train.__main__ import quiet
+
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
 
 
 def main(arguments: list[str]) -> int:
@@ -36,6 +39,13 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()
         os._exit(error.exit_code)  # other ranks wait in a collective that this one will not join, and tidying up would wait for them
+    except RuntimeError as error:
+        if not any(text in str(error) for text in LOST_PEER):
+            raise
+        sys.stderr.write(f"rank {rank} stops: another rank has ended\n")
+        sys.stderr.flush()
+        time.sleep(3.0)  # the launcher reports the first exit code that it sees
+        os._exit(1)
     except ToolkitError as error:
         if local_rank == 0:
             sys.stderr.write(f"{'error' if rank == 0 else f'error on rank {rank}'}: {error}\n")

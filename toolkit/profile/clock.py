@@ -198,6 +198,6 @@ def group_names(layout: Layout, rank: int) -> dict[tuple[int, ...], str]:
     ]
     named: dict[tuple[int, ...], str] = {}
     for members, name in found:
-        if len(members) > 1:
+        if len(set(members)) > 1:
             named.setdefault(members, name)
     return named

@@ -65,7 +65,7 @@ class Place:
         where = f"rank {self.rank} (stage {at.pp}" + (f", layer {self.layer}" if self.layer else "") + ")"
         asked = _ASKED.search(str(cause))
         size = float(asked[1]) * _UNITS[(asked[2] or "bytes").lower()] if asked else None
-        wanted = f" asking for {size / GIB:.2f} GiB" if size else ""
+        wanted = f" asking for {_size(size)}" if size else ""
         cuda = torch.cuda.is_available()
         memory = self.limit_gib or (torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().total) / GIB
         ranks_here = 1 if cuda or self.limit_gib else self.layout.world_size
@@ -75,12 +75,16 @@ class Place:
         limit = f"{memory / ranks_here:.2f} GiB" + (" of --memory-limit" if self.limit_gib else " a rank")
         fix = nearest_fit(self.config, self.layout.world_size, hardware, cuda=cuda)
         stages = predict.as_json(Workload.of(self.config, self.layout.world_size), hardware)["memory"]
-        estimate = stages[str(at.pp)]["peak"] / GIB
+        estimate = stages[str(at.pp)]["peak"]
         return OutOfMemory(
             f"{where} ran out of memory for {self.part}{wanted}",
-            why=f"the estimate for this stage is {estimate:.2f} GiB at its peak, of {limit}",
+            why=f"it takes about {_size(estimate)} at its peak, of {limit}",
             fix=fix,
         )
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= 0.1 * GIB else f"{nbytes / 2**20:.1f} MiB"
 
 
 @contextmanager
@@ -102,7 +106,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def limit_memory(gib: float | None, device: torch.device) -> None:
-    """Let this process take only so many GiB more: on a GPU by the allocator's share, on a CPU by its address space."""
+    """Let this process take only so many GiB more: on a GPU by the allocator's share, on a CPU by the kernel's limit on data."""
     if gib is None:
         return
     if gib <= 0:
@@ -113,5 +117,6 @@ def limit_memory(gib: float | None, device: torch.device) -> None:
         return
     import resource
 
-    most = psutil.Process().memory_info().vms + int(gib * GIB)
-    resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    # writable private memory: the address space also holds what threads reserve and never touch
+    most = psutil.Process().memory_info().data + int(gib * GIB)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))

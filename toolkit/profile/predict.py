@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from toolkit.errors import ConfigError
 from toolkit.memory import own
 from toolkit.memory.estimate import estimate
 from toolkit.plan.cost import step_time
@@ -11,6 +13,7 @@ from toolkit.plan.hardware import Hardware, find_gpu, parse_hardware
 from toolkit.plan.workload import Workload
 
 MEMORY_PARTS = ("parameters", "gradients", "optimizer", "zero buffers", "activations", "logits", "working set")
+UNKNOWN = "a GPU that the catalogue lacks"
 # what the planner calls a part of the step, by what a rank can tell apart
 TIME_OF = {
     "matmul": "compute",
@@ -42,7 +45,9 @@ def memory(w: Workload, hardware: Hardware, stage: int, *, dp_rank: int = 0) -> 
 
 
 def seconds(w: Workload, hardware: Hardware) -> dict[str, float]:
-    """Seconds of a step as the planner's cost model gives them, in the parts of TIME_OF, and the step."""
+    """Seconds of a step as the planner's cost model gives them, in the parts of TIME_OF, and the step; empty for an unknown GPU."""
+    if hardware.gpu.name == UNKNOWN:
+        return {}
     estimated = step_time(w, hardware)
     parts: dict[str, float] = {"compute": 0.0, "optimizer": 0.0, "communication": 0.0}
     for name, value in estimated.parts.items():
@@ -51,11 +56,15 @@ def seconds(w: Workload, hardware: Hardware) -> dict[str, float]:
 
 
 def hardware_here(*, gpu: str | None, ranks: int, memory_gib: float | None = None) -> Hardware:
-    """This machine as the planner sees it. gpu: the device's own name, None on a CPU; raises ConfigError for one not in the catalogue."""
-    from dataclasses import replace
+    """This machine as the planner sees it. gpu: the device's own name, None on a CPU.
 
-    name = "cpu" if gpu is None else find_gpu(gpu).name
-    found = parse_hardware(f"{name}:{ranks}")
+    A GPU that the catalogue lacks stands in under UNKNOWN: memory needs none of its figures, and seconds() says nothing of it.
+    """
+    try:
+        found = parse_hardware(f"{'cpu' if gpu is None else find_gpu(gpu).name}:{ranks}")
+    except ConfigError:
+        found = parse_hardware(f"a100-80gb:{ranks}")
+        found = replace(found, gpu=replace(found.gpu, name=UNKNOWN))
     return found if memory_gib is None else replace(found, gpu=replace(found.gpu, memory_gib=memory_gib))
 
 

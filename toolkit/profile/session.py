@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -54,6 +55,8 @@ def profile(config: RunConfig, layout: Layout, data: PreparedData, options: Opti
     place = Place(config, layout, world.rank, limit_gib=options.memory_limit)
     try:
         with fences(place):
+            # the libraries themselves do not count
+            importlib.import_module("toolkit.engine.zero"), importlib.import_module("toolkit.model.build")
             limit_memory(options.memory_limit, world.device)
             run = Run(config, layout, data, world)
             place.follow(run.engine)

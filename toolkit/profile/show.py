@@ -9,6 +9,7 @@ from typing import Any
 from toolkit.profile.predict import MEMORY_PARTS
 
 MIB = 2**20
+FLAGS = 64  # bytes: a part that holds no more is scalars, and no estimate counts them
 
 
 def difference(predicted: float, measured: float) -> float | None:
@@ -39,7 +40,8 @@ def profile_text(found: Mapping[str, Any], *, width: int = 110) -> str:
         for part in (*MEMORY_PARTS, "peak"):
             mine, told = rank["memory"].get(part, 0), rank["predicted"].get(part, 0)
             if mine or told:
-                table.add_row(part, f"{told / MIB:,.2f}", f"{mine / MIB:,.2f}", percent(told, mine), style="bold" if part == "peak" else "")
+                off = percent(told, mine) if max(told, mine) > FLAGS else ""
+                table.add_row(part, f"{told / MIB:,.2f}", f"{mine / MIB:,.2f}", off, style="bold" if part == "peak" else "")
         extra = [("resident set (RSS)", rank["rss"])]
         extra += [(f"allocator, {name}", rank[name]) for name in ("allocated", "reserved") if name in rank]
         for name, value in extra:
@@ -54,7 +56,7 @@ def profile_text(found: Mapping[str, Any], *, width: int = 110) -> str:
 def percent(predicted: float, measured: float) -> str:
     """The difference as it is printed."""
     off = difference(predicted, measured)
-    return "" if off is None else f"{off:+.1%}"
+    return "" if off is None else f"{round(off, 3) + 0.0:+.1%}"
 
 
 def time_rows(found: Mapping[str, Any]) -> list[tuple[str, float | None, float]]:
@@ -63,9 +65,9 @@ def time_rows(found: Mapping[str, Any]) -> list[tuple[str, float | None, float]]
     told = found["predicted"]["seconds"]
     compute = slowest["forward"] + slowest["backward"]
     rows: list[tuple[str, float | None, float]] = [("data wait", None, slowest["data wait"]), ("forward", None, slowest["forward"])]
-    rows += [("backward", None, slowest["backward"]), ("forward + backward", told["compute"], compute)]
-    rows += [(name, told[name], slowest[name]) for name in ("communication", "optimizer")]
-    return [*rows, ("other", None, slowest["other"]), ("step", told["step"], slowest["step"])]
+    rows += [("backward", None, slowest["backward"]), ("forward + backward", told.get("compute"), compute)]
+    rows += [(name, told.get(name), slowest[name]) for name in ("communication", "optimizer")]
+    return [*rows, ("other", None, slowest["other"]), ("step", told.get("step"), slowest["step"])]
 
 
 def _time_table(found: Mapping[str, Any]) -> Any:

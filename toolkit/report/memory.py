@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from toolkit.profile.predict import MEMORY_PARTS
-from toolkit.profile.show import difference, worst_of_stage
+from toolkit.profile.show import FLAGS, percent, worst_of_stage
 from toolkit.report import svg
 from toolkit.report.svg import Frame, chart, label, legend, path, table, tag
 
@@ -27,7 +27,7 @@ def by_part(profile: Mapping[str, Any]) -> str:
     unit, scale = svg.unit_of(max([*totals, 1]))
     row, left, top = 44.0, 96.0, 6.0
     frame = Frame(
-        x=(0.0, max([*totals, 1]) / scale * 1.04), y=(0.0, 1.0), width=640, height=top + row * len(ranks) + 44, left=left, top=top
+        x=(0.0, max([*totals, 1]) / scale * 1.04), y=(0.0, 1.0), width=520, height=top + row * len(ranks) + 44, left=left, top=top
     )
     content = []
     for value in svg.ticks(*frame.x, most=7):
@@ -75,8 +75,7 @@ def against(profile: Mapping[str, Any]) -> str:
         for part in (*MEMORY_PARTS, "peak"):
             told, mine = rank["predicted"].get(part, 0), rank["memory"].get(part, 0)
             if told or mine:
-                off = difference(told, mine)
-                shown = "" if off is None else f"{off:+.1%}"
+                shown = percent(told, mine) if max(told, mine) > FLAGS else ""
                 rows.append((f"stage {rank['stage']}, rank {rank['rank']}", part, svg.size(told), svg.size(mine), shown))
         rows.append((f"stage {rank['stage']}, rank {rank['rank']}", "resident set (RSS)", "", svg.size(rank["rss"]), ""))
         rows += [
@@ -99,14 +98,15 @@ def over_time(profile: Mapping[str, Any]) -> str:
     lowest = min(lowest, *(rank["predicted"].get("peak") or lowest for rank in ranks), lowest)
     unit, scale = svg.unit_of(highest)
     floor = 0.0 if lowest < 0.5 * highest else 0.9 * lowest / scale
-    frame = Frame(x=(0.0, longest * 1000), y=(floor, highest / scale * 1.05), width=640, height=280)
-    content = [frame.axes(x_label="time in the step, ms (slowed by following every tensor)", y_label=f"live, {unit}")]
+    slow, clock = (1.0, "s") if longest >= 5 else (1000.0, "ms")
+    frame = Frame(x=(0.0, longest * slow), y=(floor, highest / scale * 1.05), width=520, height=280)
+    content = [frame.axes(x_label=f"time in the step, {clock} (slowed by following every tensor)", y_label=f"live, {unit}")]
     for i, rank in enumerate(ranks):
-        points = [frame.at(t * 1000, n / scale) for t, n in rank["memory_over_time"]]
+        points = [frame.at(t * slow, n / scale) for t, n in rank["memory_over_time"]]
         tip = f"rank {rank['rank']}, stage {rank['stage']}: peak {svg.size(rank['memory']['peak'])}"
         content.append(path(points, series=i % 8, tip=tip, steps=True))
         if told := rank["predicted"].get("peak"):
-            (x0, y), (x1, _) = frame.at(0, told / scale), frame.at(longest * 1000, told / scale)
+            (x0, y), (x1, _) = frame.at(0, told / scale), frame.at(longest * slow, told / scale)
             tip = f"stage {rank['stage']}: predicted peak {svg.size(told)}"
             content.append(tag("line", x1=x0, x2=x1, y1=y, y2=y, class_=f"line broken s{i % 8}", data_series=i % 8, data_tip=tip))
     names = [f"stage {rank['stage']} (rank {rank['rank']})" for rank in ranks[:8]]

@@ -12,13 +12,13 @@ from toolkit.report.read import RunFolder
 from toolkit.report.svg import Frame, chart, legend, path, table, tag
 
 MOST_POINTS = 1000
-CURVES = (
-    ("loss", "loss", "loss, nats"),
-    ("grad-norm", "grad_norm", "gradient norm"),
-    ("throughput", "tokens_per_s", "tokens a second"),
-    ("lr", "lr", "learning rate"),
-    ("step-s", "step_s", "seconds a step"),
-    ("memory", "memory_gib", "peak memory of the worst rank, GiB"),
+CURVES = (  # name, key of metrics.jsonl, title, unit
+    ("loss", "loss", "loss", "nats"),
+    ("grad-norm", "grad_norm", "gradient norm", "norm"),
+    ("throughput", "tokens_per_s", "throughput", "tokens a second"),
+    ("lr", "lr", "learning rate", ""),
+    ("step-s", "step_s", "time of a step", "seconds"),
+    ("memory", "memory_gib", "peak memory of the worst rank", "GiB"),
 )
 
 
@@ -32,7 +32,7 @@ def curves(runs: Sequence[RunFolder]) -> str:
     return keys + tag("div", pictures, class_="grid-2")
 
 
-def _curve(runs: Sequence[RunFolder], name: str, key: str, title: str) -> tuple[str, str]:
+def _curve(runs: Sequence[RunFolder], name: str, key: str, title: str, unit: str) -> tuple[str, str]:
     lines = [(i % 8, run, _points(run.metrics, key)) for i, run in enumerate(runs)]
     values = [y for _, _, points in lines for _, y in points]
     if not values:
@@ -42,8 +42,8 @@ def _curve(runs: Sequence[RunFolder], name: str, key: str, title: str) -> tuple[
     steps = [x for _, _, points in lines for x, _ in points]
     low, high = min(values), max(values)
     low = 0.0 if key in ("tokens_per_s", "step_s", "memory_gib") else low - 0.05 * (high - low)
-    frame = Frame(x=(min(steps), max(steps)), y=(low, high + 0.05 * (high - low) or 1.0), width=480, height=230)
-    content = [frame.axes(x_label="step", y_label=title)]
+    frame = Frame(x=(min(steps), max(steps)), y=(low, high + 0.05 * (high - low) or 1.0), width=480, height=230, left=70)
+    content = [frame.axes(x_label="step", y_label=unit)]
     for series, run, points in lines:
         last = f"{run.name}: {title} {svg.number(points[-1][1])} at step {points[-1][0]:.0f}" if points else None
         content.append(path([frame.at(x, y) for x, y in points], series=series, tip=last))

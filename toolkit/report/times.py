@@ -22,7 +22,7 @@ def breakdown(profile: Mapping[str, Any]) -> str:
     longest = max(sum(rank["seconds"].get(p, 0.0) for p in PARTS) for rank in ranks)
     scale, unit = (1.0, "s") if longest >= 1 else (1e-3, "ms")
     row, left, top = 30.0, 96.0, 6.0
-    frame = Frame(x=(0.0, longest / scale * 1.04), y=(0.0, 1.0), width=640, height=top + row * len(ranks) + 44, left=left, top=top)
+    frame = Frame(x=(0.0, longest / scale * 1.04), y=(0.0, 1.0), width=520, height=top + row * len(ranks) + 44, left=left, top=top)
     content = []
     for value in svg.ticks(*frame.x, most=7):
         x, _ = frame.at(value, 0)

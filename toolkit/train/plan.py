@@ -44,9 +44,7 @@ def _fit_micro_batch(config: RunConfig, world_size: int) -> None:
     """A resumed run keeps its global batch on any number of ranks: take the largest micro-batch up to the configured one that fits."""
     configured, whole = config.train.micro_batch_size, config.train.global_batch_size
     micro = fitting_micro_batch(config, world_size, machine=machine())
-    if micro is None or micro == configured or config.checkpoint.resume == "never":
-        return
-    if not any(f.manifest for f in discover(checkpoint_folder(config))):
+    if micro is None or micro == configured or not _resumes(config):
         return
     config.train.micro_batch_size = micro
     layout = Layout.of(config, world_size)
@@ -58,3 +56,11 @@ def _fit_micro_batch(config: RunConfig, world_size: int) -> None:
         micro,
         layout.num_microbatches,
     )
+
+
+def _resumes(config: RunConfig) -> bool:
+    """Whether there is a checkpoint to go on from; whether it is good is found out later."""
+    try:
+        return config.checkpoint.resume != "never" and any(f.manifest for f in discover(checkpoint_folder(config)))
+    except OSError:
+        return False  # who locks the folder will say what is wrong with it
