@@ -157,7 +157,7 @@ def test_calibrating_meets_the_median_run_and_the_planner_takes_it(tried: Tried,
 
 def test_runs_that_say_too_little_are_refused(tried: Tried, tmp_path: Path) -> None:
     folder = Path(tried.ranking["trials"][0]["folder"]) / "run"
-    assert "has no steps" in _calibrate(str(tmp_path))[1]
+    assert "neither a profile.json nor steps" in _calibrate(str(tmp_path))[1]
     assert "has 1" in _calibrate(str(folder), "--hardware", "cpu:1")[1]
     for name, words in (("machine.json", "does not record its hardware"), ("ds_config.json", "no readable ds_config.json")):
         copy = tmp_path / name.partition(".")[0]

@@ -10,6 +10,7 @@ import pytest
 
 from tests.profile.conftest import Profiled, toolkit
 from toolkit.errors import DataError
+from toolkit.plan.runs import calibrate, read_run
 from toolkit.profile.record import read_profile, write_profile
 from toolkit.profile.show import difference
 
@@ -95,3 +96,10 @@ def test_a_damaged_profile_is_named(tmp_path: object, profiled: Profiled) -> Non
         path.write_text(text)
         with pytest.raises(DataError, match=words):
             read_profile(folder)
+
+
+def test_the_planner_can_be_calibrated_to_a_profile(profiled: Profiled) -> None:
+    run = read_run(profiled.folder)
+    (entry,) = calibrate([run])
+    assert (run.workload.pp, run.workload.world, run.hardware.gpu.name, run.steps) == (2, 2, "cpu", 2)
+    assert entry["sources"] == [str(profiled.folder)] and abs(entry["bias_left"][str(profiled.folder)]) < 0.02

@@ -66,9 +66,9 @@ class MemoryEstimate:
         return all(s.device + HEADROOM <= self.capacity for s in self.stages)
 
 
-def estimate(w: Workload, hardware: Hardware) -> MemoryEstimate:
-    """Memory of a workload on a cluster, per rank of every stage; bytes."""
-    seen = {0, 1, w.pp // 2, w.pp - 2, w.pp - 1} if w.pp > 8 else set(range(w.pp))
+def estimate(w: Workload, hardware: Hardware, *, only: int | None = None) -> MemoryEstimate:
+    """Memory of a workload on a cluster, per rank of every stage; bytes. only: one stage, for a search that can stop there."""
+    seen = {only} if only is not None else {0, 1, w.pp // 2, w.pp - 2, w.pp - 1} if w.pp > 8 else set(range(w.pp))
     stages = tuple(_stage(w, stage, hardware) for stage in sorted(s for s in seen if 0 <= s < w.pp))
     host, nvme = host_bytes(w, hardware)
     return MemoryEstimate(stages=stages, host=host, nvme=nvme, capacity=hardware.gpu.memory_gib * GIB)

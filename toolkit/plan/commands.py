@@ -98,7 +98,7 @@ def tune(
 
 
 def calibrate(
-    runs: Annotated[list[Path], typer.Argument(help="run folders, each with config.yaml, ds_config.json and metrics.jsonl")],
+    runs: Annotated[list[Path], typer.Argument(help="run folders of toolkit profile or toolkit train")],
     hardware: Annotated[str | None, typer.Option(help="GPU:PER_NODExNODES they ran on; default: what the run folder records")] = None,
     hardware_file: HardwareFile = None,
     out: Annotated[Path, typer.Option(help="YAML that estimate and tune take as --calibration")] = Path("calibration.yaml"),

@@ -13,11 +13,13 @@ from statistics import median
 from typing import Any
 
 from toolkit import __version__
-from toolkit.config.load import load_config
+from toolkit.config.load import load_config, parse_config
+from toolkit.config.schema import RunConfig
 from toolkit.errors import ConfigError
 from toolkit.plan import fit
 from toolkit.plan.hardware import Hardware, find_gpu, parse_hardware
 from toolkit.plan.workload import Workload
+from toolkit.profile.record import read_profile
 
 MACHINE = "machine.json"  # of a run folder: device name, processes, hosts
 LOWEST, HIGHEST = 1e-4, 4.0  # of a scalar fitted to own runs: small models on slow machines reach little
@@ -35,13 +37,37 @@ class MeasuredRun:
 
 
 def read_run(folder: Path, *, hardware: str | None = None, hardware_file: Path | None = None) -> MeasuredRun:
-    """Read config.yaml, ds_config.json, metrics.jsonl and, where hardware (`GPU:PER_NODExNODES`) is null, machine.json.
+    """What `toolkit profile` left in a run folder (profile.json), else `toolkit train` (metrics.jsonl, config.yaml, ds_config.json).
 
-    Raises ConfigError naming the folder and what it lacks.
+    hardware: `GPU:PER_NODExNODES`; null: what the folder records. Raises ConfigError naming the folder and what it lacks,
+    DataError for a damaged profile.json.
     """
+    config, gpus, rate, steps = _profiled(folder) or _trained(folder)
+    cluster = parse_hardware(hardware, extra=hardware_file) if hardware else _recorded(folder, gpus, hardware_file)
+    if cluster.count < gpus:
+        raise ConfigError(f"run folder {str(folder)!r} is of {gpus} ranks, and {cluster} has {cluster.count}", fix="Name what it ran on.")
+    return MeasuredRun(folder=folder, workload=Workload.of(config, gpus), hardware=cluster, tokens_per_s_per_gpu=rate / gpus, steps=steps)
+
+
+def _profiled(folder: Path) -> tuple[RunConfig, int, float, int] | None:
+    """Config, ranks, tokens a second and counted steps of a profile: the slowest rank's step; None without one."""
+    found = read_profile(folder)
+    if found is None:
+        return None
+    config, layout = parse_config(found["config"]), found["layout"]
+    slowest = max(rank["seconds"]["step"] for rank in found["ranks"])
+    tokens = config.train.global_batch_size * config.train.seq_length
+    return config, layout["tp"] * layout["pp"] * layout["cp"] * layout["dp"], tokens / slowest, found["steps"]
+
+
+def _trained(folder: Path) -> tuple[RunConfig, int, float, int]:
+    """The same of a training run, its warm-up not counted."""
     records = read_metrics(folder)
     if not records:
-        raise ConfigError(f"run folder {str(folder)!r} has no steps in metrics.jsonl", fix="Name the folder of a run that trained.")
+        raise ConfigError(
+            f"run folder {str(folder)!r} has neither a profile.json nor steps in metrics.jsonl",
+            fix="Name the folder of a run that trained.",
+        )
     config = load_config(folder / "config.yaml")
     try:
         given = json.loads((folder / "ds_config.json").read_text(encoding="utf-8"))
@@ -52,18 +78,16 @@ def read_run(folder: Path, *, hardware: str | None = None, hardware_file: Path |
             why="its batch tells the number of ranks",
             fix="Name a run folder.",
         ) from None
-    p = config.parallel
-    gpus = dp * p.tp * p.pp * p.cp
-    cluster = parse_hardware(hardware, extra=hardware_file) if hardware else _recorded(folder, gpus, hardware_file)
-    if cluster.count < gpus:
-        raise ConfigError(f"run folder {str(folder)!r} is of {gpus} ranks, and {cluster} has {cluster.count}", fix="Name what it ran on.")
     counted = after_warm_up(records)
-    rate = median(r["tokens_per_s"] for r in counted) / gpus
-    return MeasuredRun(folder=folder, workload=Workload.of(config, gpus), hardware=cluster, tokens_per_s_per_gpu=rate, steps=len(counted))
+    p = config.parallel
+    return config, dp * p.tp * p.pp * p.cp, median(r["tokens_per_s"] for r in counted), len(counted)
 
 
 def _recorded(folder: Path, gpus: int, extra: Path | None) -> Hardware:
+    """What profile.json or machine.json say the run ran on."""
     try:
+        if found := read_profile(folder):
+            return parse_hardware(str(found["hardware"]), extra=extra)
         machine = json.loads((folder / MACHINE).read_text(encoding="utf-8"))
         hosts = max(1, int(machine["hosts"]))
         gpu = find_gpu(str(machine["device"]), extra=extra)

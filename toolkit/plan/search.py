@@ -186,7 +186,7 @@ class _Search:
         """Whether the first and last stage's parameters, gradients and optimizer states alone leave the headroom."""
         w = self.space.workload(cut, dp, 1, "full", sharding)
         held = max(sum(states(w, w.parameters_on(stage)).values()) for stage in (0, w.pp - 1))
-        return held + self.limits.headroom <= self.capacity
+        return 0.99 * held + self.limits.headroom <= self.capacity  # the estimate counts weights one by one, this does not
 
     def _fits(self, cut: Structure, dp: int, micro: int, recompute: str, sharding: Sharding) -> bool:
         """Whether a candidate fits; memory never falls with the micro-batch, so one that fits or not answers for smaller or larger ones."""
@@ -195,12 +195,16 @@ class _Search:
         if low < micro < high:
             self.found.sized += 1
             w = self.space.workload(cut, dp, micro, recompute, sharding)
-            if fits(estimate(w, self.hardware), w, self.hardware, headroom=self.limits.headroom):
+            alone = estimate(w, self.hardware, only=0) if w.pp > 1 else None  # the first stage holds most in flight: often the last word
+            if (alone is None or self._allows(alone, w)) and self._allows(estimate(w, self.hardware), w):
                 low = micro
             else:
                 high = micro
             self.sizes[name] = low, high
         return micro <= low
+
+    def _allows(self, memory: MemoryEstimate, w: Workload) -> bool:
+        return fits(memory, w, self.hardware, headroom=self.limits.headroom)
 
     def _bound(self, cut: Structure, dp: int, micro: int, recompute: str) -> float:
         """Seconds that no step of these degrees can undercut."""
