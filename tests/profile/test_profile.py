@@ -92,6 +92,7 @@ def test_a_damaged_profile_is_named(tmp_path: object, profiled: Profiled) -> Non
         (whole[:-20], "is damaged"),
         ('{"format": 99}', "format 99"),
         ('{"format": 1, "config": {"a": 1}}', "lacks layout"),
+        (rankless, "lacks rss of a rank"),
     ):
         path.write_text(text)
         with pytest.raises(DataError, match=words):
