@@ -45,10 +45,8 @@ else
 	$(COMPAT_VENV)/bin/python -m pytest tests/parity
 endif
 
-parity: $(VENV)/.dev  ## the parity suite, and docs/parity.md and docs/memory.md from what it measured
-	$(BIN)/python -m pytest tests/parity tests/checkpoint tests/memory/test_own_runs.py --all-cells
-parity: $(VENV)/.dev  ## the parity suite, and docs/parity.md from what it measured
-	$(BIN)/python -m pytest tests/parity tests/checkpoint tests/convert --all-cells
+parity: $(VENV)/.dev  ## the parity suite with its long cells, and docs/parity.md and docs/memory.md from what it measured
+	$(BIN)/python -m pytest tests/parity tests/checkpoint tests/convert tests/memory/test_own_runs.py --all-cells
 	$(BIN)/python -m tests.parity.report > docs/parity.md
 	$(BIN)/python -m tests.memory.report > docs/memory.md
 
