@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from dataclasses import dataclass, field
 from itertools import combinations, product
@@ -120,6 +121,7 @@ def _cell(world: int, tp: int, pp: int, vpp: int, sp: bool, stage: int, opt: str
     return Cell(world, keys | {k.replace("__", "."): v for k, v in more.items()})
 
 
+@functools.cache
 def llama() -> list[Cell]:
     """Every combination the rules allow on 1 to 4 ranks, in fp32."""
     cells = []
