@@ -1,11 +1,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# the interpreter that `make test-compat` tries: another megatron-core line runs there
-COMPAT_PYTHON ?= python3.12
+# the interpreter of `make test-compat`, where another line of megatron-core runs: the first that can make an environment
+COMPAT_PYTHON ?= $(firstword $(shell for p in python3.12 python3.13 "$$HOME"/.pyenv/versions/3.1[23].*/bin/python3; do \
+	"$$p" -c 'import ensurepip' >/dev/null 2>&1 && echo "$$p"; done))
 COMPAT_VENV ?= .venv-compat
 
-.PHONY: help quickstart test test-compat parity checks format docs bench bench-checkpoints score-planner clean
+.PHONY: help quickstart test test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert score-planner report-example clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -37,12 +38,17 @@ $(COMPAT_VENV)/.dev: pyproject.toml constraints.txt
 	$(COMPAT_VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-test-compat: $(COMPAT_VENV)/.dev  ## the parity suite with the other interpreter and megatron-core
+test-compat: $(if $(COMPAT_PYTHON),$(COMPAT_VENV)/.dev)  ## the parity suite with the other interpreter and megatron-core
+ifeq ($(COMPAT_PYTHON),)
+	@echo "test-compat: no second interpreter here; set COMPAT_PYTHON to a Python 3.12 or 3.13"
+else
 	$(COMPAT_VENV)/bin/python -m pytest tests/parity
+endif
 
-parity: $(VENV)/.dev  ## the parity suite, and docs/parity.md from what it measured
-	$(BIN)/python -m pytest tests/parity tests/checkpoint tests/convert --all-cells
+parity: $(VENV)/.dev  ## the parity suite with its long cells, and docs/parity.md and docs/memory.md from what it measured
+	$(BIN)/python -m pytest tests/parity tests/checkpoint tests/convert tests/memory/test_own_runs.py --all-cells
 	$(BIN)/python -m tests.parity.report > docs/parity.md
+	$(BIN)/python -m tests.memory.report > docs/memory.md
 
 checks: $(VENV)/.dev  ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -57,7 +63,10 @@ docs: $(VENV)/.run  ## the generated tables of docs/
 	$(BIN)/python -m toolkit.parallel.rules > docs/rules.md
 	$(BIN)/python -m toolkit.config.schema_docs > docs/configuration.md
 
-bench: $(VENV)/.bench  ## step time against a bare megatron-core loop and Hugging Face Trainer + DeepSpeed
+bench-search: $(VENV)/.run  ## how long the planner searches, into docs/tune.md
+	$(BIN)/python -m tests.bench.search --write docs/tune.md
+
+bench: $(VENV)/.bench bench-search  ## step time against a bare megatron-core loop and Hugging Face Trainer + DeepSpeed
 	$(BIN)/python -m tests.bench.overhead --write docs/performance.md
 
 bench-checkpoints: $(VENV)/.dev  ## save pause, write and reshard throughput, beside DeepSpeed's own tools
@@ -68,6 +77,9 @@ bench-convert: $(VENV)/.run  ## import and export of a 1B model: seconds, GB/s, 
 
 score-planner: $(VENV)/.run  ## docs/planner.md: predictions against published measurements
 	$(BIN)/python -m toolkit.plan.score ../shared/planner/published_dev.jsonl ../shared/planner/score_planner.py --out docs/planner.md
+
+report-example: $(VENV)/.dev  ## docs/report.png: two small runs, trained, profiled and shown
+	$(BIN)/python -m tests.report.example
 
 clean:
 	rm -rf $(VENV) $(COMPAT_VENV) runs build *.egg-info

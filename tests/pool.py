@@ -108,6 +108,7 @@ def _work(connection: Connection, stacks: str) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    fresh = True
     while True:
         try:
             function, rank, world_size, rendezvous, _, argument = connection.recv()
@@ -125,6 +126,9 @@ def _work(connection: Connection, stacks: str) -> None:
             _forget_world()
         except BaseException:
             answer = (False, f"{answer[1]}\nwhile leaving the world:\n{traceback.format_exc()}")
+        if fresh:
+            gc.freeze()  # what the first cell has imported stays for good
+            fresh = False
         connection.send(answer)
 
 

@@ -18,6 +18,10 @@ PURE = [
     "toolkit.parallel.rules",
     "toolkit.cluster.launch",
     "toolkit.cluster.locks",
+    "toolkit.memory.own",
+    "toolkit.plan.fitting",
+    "toolkit.profile.show",
+    "toolkit.report.page",
 ]
 
 

@@ -12,6 +12,9 @@ import typer
 from toolkit.checkpoint.commands import app as checkpoint_app
 from toolkit.convert.commands import app as convert_app
 from toolkit.errors import ConfigError, ToolkitError
+from toolkit.plan import commands as plan_commands
+from toolkit.profile.commands import profile
+from toolkit.report.commands import report
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Train GPT and Llama on megatron-core × DeepSpeed."
@@ -20,6 +23,10 @@ data_app = typer.Typer(no_args_is_help=True, help="Text to tokens.")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(convert_app, name="convert")
+app.command()(plan_commands.tune)
+app.command()(plan_commands.calibrate)
+app.command()(profile)
+app.command()(report)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, each replacing one key of the YAML")]
 
@@ -50,6 +57,7 @@ def estimate(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
     jsonl: Annotated[Path | None, typer.Option(help="published measurements to predict, instead of CONFIG")] = None,
     out: Annotated[Path | None, typer.Option(help="where --jsonl writes its predictions")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="scalars of your own, from toolkit calibrate")] = None,
 ) -> None:
     """Say how much memory a run needs and how long a step takes, without a GPU."""
     if jsonl is not None:
@@ -69,9 +77,9 @@ def estimate(
 
     loaded = load_config(config, overrides or [])
     if as_json:
-        typer.echo(json.dumps(estimate_json(loaded, hardware, hardware_file=hardware_file), indent=1))
+        typer.echo(json.dumps(estimate_json(loaded, hardware, hardware_file=hardware_file, calibrated=calibration), indent=1))
     else:
-        typer.echo(estimate_text(loaded, hardware, hardware_file=hardware_file), nl=False)
+        typer.echo(estimate_text(loaded, hardware, hardware_file=hardware_file, calibrated=calibration), nl=False)
 
 
 @data_app.command("prepare")

@@ -47,3 +47,9 @@ class TrainingError(ToolkitError):
     """The run itself went wrong: a non-finite loss or gradient, named with its step and rank."""
 
     exit_code = 3
+
+
+class OutOfMemory(ToolkitError):
+    """A rank's memory ended: which part asked for it, on which rank, stage and layer, and what would fit."""
+
+    exit_code = 4

@@ -113,17 +113,19 @@ def table(figures: list[Figure], shape: Shape, *, rounds: int, steps: int, threa
     return "\n".join(lines)
 
 
-def machine() -> str:
-    """Versions and processor, in one line."""
+def machine(*, packages: bool = True) -> str:
+    """Versions (of the training libraries only if asked for) and processor, in one line."""
     import psutil
 
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         model = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), model)
-    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    names = "".join(f", {name} {version}" for name, version in versions().items()) if packages else ""
     load = psutil.getloadavg()[1]
-    return f"Python {platform.python_version()}, {packages}; {psutil.cpu_count()} cores ({model}); load average over the last 5 minutes {load:.1f}."
+    return (
+        f"Python {platform.python_version()}{names}; {psutil.cpu_count()} cores ({model}); load average over the last 5 minutes {load:.1f}."
+    )
 
 
 def start_up(*, num_procs: int = 2) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-PRELOADED = ["tests.checkpoint.runs", "torch", "numpy", "pydantic", "rich", "typer", "datasets", "tokenizers", "toolkit.train.loop", "toolkit.engine.zero", "toolkit.model.build", "toolkit.data.samples"]  # fmt: skip
+PRELOADED = ["tests.checkpoint.runs", "torch", "numpy", "pydantic", "rich", "typer", "datasets", "tokenizers", "toolkit.train.loop", "toolkit.engine.zero", "toolkit.model.build", "toolkit.data.samples", "tests.preload"]  # fmt: skip
 CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(PRELOADED)
 

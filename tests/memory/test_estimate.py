@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.plan.strategies import workloads
 from toolkit.memory import activations
@@ -33,6 +34,14 @@ def test_more_work_never_takes_less_memory(w: Workload) -> None:
     )
     for larger in grown:
         assert _peak(larger) >= _peak(w) * (1 - 1e-9), (w, larger)
+
+
+@settings(max_examples=150, deadline=None)
+@given(w=workloads(), times=st.sampled_from((2, 3, 4)))
+def test_larger_micro_batches_of_the_same_batch_never_take_less_memory(w: Workload, times: int) -> None:
+    """What the search relies on when it sizes only some micro-batches."""
+    w = replace(w, batch=w.micro * w.dp * times * 4)
+    assert _peak(replace(w, micro=w.micro * times)) >= _peak(w) * (1 - 1e-9)
 
 
 @settings(max_examples=150, deadline=None)

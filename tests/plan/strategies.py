@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from toolkit.plan.stack import DEEPSPEED, FSDP, MEGATRON, NEMO, TOOLKIT, TORCHTITAN, Stack
+from toolkit.plan.stack import AA_SCALING, DEEPSPEED, FSDP, MEGATRON, NEMO, TOOLKIT, TORCHTITAN, Stack
 from toolkit.plan.workload import Shape, Workload
 
-STACKS: tuple[Stack, ...] = (DEEPSPEED, FSDP, MEGATRON, NEMO, TOOLKIT, TORCHTITAN)
+STACKS: tuple[Stack, ...] = (AA_SCALING, DEEPSPEED, FSDP, MEGATRON, NEMO, TOOLKIT, TORCHTITAN)
 
 
 @st.composite

@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.memory.test_estimate import LLAMA3_8B
 from tests.plan.strategies import workloads
+from toolkit.memory.estimate import estimate
 from toolkit.plan import kernels, network
 from toolkit.plan.cost import step_time
 from toolkit.plan.hardware import parse_hardware, with_network
-from toolkit.plan.stack import FSDP, MEGATRON, NEMO
+from toolkit.plan.stack import AA_SCALING, FSDP, MEGATRON, MEGATRON_FORK, NEMO
 from toolkit.plan.workload import Workload
 
 H100 = parse_hardware("h100-80gb:8x4")
@@ -38,6 +40,16 @@ def test_more_micro_batches_take_longer_and_less_than_in_proportion(w: Workload)
 @given(w=workloads())
 def test_a_faster_network_is_never_slower(w: Workload) -> None:
     assert step_time(w, with_network(H100, nic_gb_s=400.0)).step <= step_time(w, with_network(H100, nic_gb_s=12.5)).step * (1 + 1e-9)
+
+
+@settings(max_examples=150, deadline=None)
+@given(w=workloads(), param=st.sampled_from(("none", "cpu")))
+def test_offload_is_never_faster(w: Workload, param: str) -> None:
+    """What the search relies on when it tries an offload only where the layout does not fit without."""
+    here = replace(w, offload_optimizer="none", offload_param="none", zero=max(1, w.zero))
+    away = replace(here, offload_optimizer=w.offload_optimizer, offload_param=param if here.zero == 3 else "none")
+    assert step_time(away, H100).step >= step_time(here, H100).step * (1 - 1e-9)
+    assert step_time(replace(away, offload_optimizer="nvme"), H100).step >= step_time(replace(away, offload_optimizer="cpu"), H100).step
 
 
 def test_recompute_costs_at_most_another_forward() -> None:
@@ -88,3 +100,16 @@ def test_ranks_of_a_node_share_its_network() -> None:
     """Data-parallel groups of TP 8 hold one rank a node each, so each sends through one port; without TP eight rings use all."""
     alone, together = network.group(H100, size=4, stride=8), network.group(H100, size=32, stride=1)
     assert together.gb_s == pytest.approx(min(8 * alone.gb_s, 450 * network.FABRIC))
+
+
+def test_gathered_logits_cost_memory_and_time_under_tensor_parallelism_alone() -> None:
+    """AA-Scaling's output layer hands every rank the whole vocabulary: 16 bytes a logit instead of 16 over tp."""
+    w = Workload(shape=LLAMA3_8B, seq=2048, micro=2, tp=4, batch=8, zero=1, stack=MEGATRON_FORK)
+    gathered = replace(w, stack=AA_SCALING)
+    logits = 2 * 2048 * LLAMA3_8B.vocab * 16.0
+    assert estimate(gathered, H100).worst.parts["logits"] == pytest.approx(logits)
+    assert estimate(w, H100).worst.parts["logits"] == pytest.approx(logits / 4)
+    assert step_time(gathered, H100).step > step_time(w, H100).step
+    alone = replace(w, tp=1)
+    assert estimate(replace(alone, stack=AA_SCALING), H100) == estimate(alone, H100)
+    assert step_time(replace(alone, stack=AA_SCALING), H100).step == pytest.approx(step_time(alone, H100).step)

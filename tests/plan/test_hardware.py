@@ -82,3 +82,20 @@ def test_a_wrong_file_is_refused(tmp_path: Path, text: str, words: str) -> None:
     extra.write_text(text)
     with pytest.raises(ConfigError, match=words):
         catalogue(extra)
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-80gb"),
+        ("NVIDIA H100 PCIe", "h100-pcie-80gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie-80gb"),
+        ("NVIDIA A100-PCIE-40GB", "a100-pcie-40gb"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090-24gb"),
+        ("NVIDIA L40S", "l40s-48gb"),
+        ("Tesla V100-SXM2-32GB", "v100-32gb"),
+    ],
+)
+def test_a_device_is_known_by_the_name_its_driver_gives_it(device: str, name: str) -> None:
+    assert find_gpu(device).name == name

@@ -26,7 +26,16 @@ import psutil
 from toolkit.cluster.environment import deepspeed_env_lines, device_ids, export_environment, rank_environment
 from toolkit.errors import ConfigError, MachineError, ToolkitError
 
-__all__ = ["cluster_command", "deepspeed_env_lines", "export_environment", "free_port", "local_command", "read_hostfile", "run_local"]
+__all__ = [
+    "cluster_command",
+    "deepspeed_env_lines",
+    "end_with_parent",
+    "export_environment",
+    "free_port",
+    "local_command",
+    "read_hostfile",
+    "run_local",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +113,7 @@ def run_local(
     try:
         # a session of its own, or Ctrl-C in a terminal would reach the launcher too, and it kills
         process = subprocess.Popen(
-            command, env=env, start_new_session=True, preexec_fn=_end_with_parent if sys.platform == "linux" else None
+            command, env=env, start_new_session=True, preexec_fn=end_with_parent if sys.platform == "linux" else None
         )
         return _exit_code(_supervise(process, received, module=module), asked=bool(received))
     finally:
@@ -208,7 +217,8 @@ def _exit_code(returncode: int, *, asked: bool) -> int:
     return 128 + by_signal
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Ask the kernel to send this process SIGTERM when the one that started it dies; Linux only."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
 from torch import Tensor
 
 from toolkit.parallel.layout import Layout
@@ -69,6 +70,28 @@ class Schedule:
         if self.positions is None or self.positions.shape != tokens.shape or self.positions.device != tokens.device:
             self.positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return view(tokens, self.positions, None, labels=labels), _mean_loss
+
+
+@contextmanager
+def observed(around: Callable[[str], AbstractContextManager[None]]) -> Iterator[None]:
+    """Run every micro-batch's forward and backward inside around("forward") and around("backward"): the only place that sees each."""
+    module: Any = schedules
+    kept = {name: getattr(module, f"{name}_step") for name in ("forward", "backward")}
+
+    def inside(kind: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with around(kind):
+                return kept[kind](*args, **kwargs)
+
+        return call
+
+    try:
+        for kind in kept:
+            setattr(module, f"{kind}_step", inside(kind))
+        yield
+    finally:
+        for kind, function in kept.items():
+            setattr(module, f"{kind}_step", function)
 
 
 def _mean_loss(per_token: Tensor) -> tuple[Tensor, Tensor]:

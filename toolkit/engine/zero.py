@@ -97,7 +97,7 @@ class Engine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module,
             optimizer=optimizer,
-            config=_engine_config(ds_config, stage=self.stage, bare=self.bare, precision=config.train.precision),
+            config=_engine_config(ds_config, stage=self.stage, bare=self.bare, flat=self.flat_path, precision=config.train.precision),
             mpu=Mpu(alone=self.stage == 0),
             dist_init_required=False,
         )
@@ -169,6 +169,7 @@ class Engine:
             if flat.dtype == torch.float32:
                 # the fp32 "master" copy is the parameter itself: no second copy in memory, none per step
                 o.single_partition_of_fp32_groups[i].data = o.parallel_partitioned_bit16_groups[i][dist.get_rank(group)].detach()
+        o._link_all_hp_params()  # DeepSpeed's fragments are views of the first copy, and would keep it for good
         if self.config.train.precision == "fp32" and not self.config.model.compile:
             add_within_product(self.module)
 
@@ -311,7 +312,7 @@ def _optimizer(module: torch.nn.Module, config: RunConfig, *, tied: torch.nn.Par
     return kind(sets, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
 
 
-def _engine_config(ds_config: dict[str, Any], *, stage: int, bare: bool, precision: str) -> dict[str, Any]:
+def _engine_config(ds_config: dict[str, Any], *, stage: int, bare: bool, flat: bool, precision: str) -> dict[str, Any]:
     """The final JSON plus what only this engine decides: who accumulates, and over whom states are cut.
 
     ZeRO-0 is ZeRO-1 over a group of one. DeepSpeed's own stage 0 returns no norm, drops the other
@@ -321,6 +322,9 @@ def _engine_config(ds_config: dict[str, Any], *, stage: int, bare: bool, precisi
     if stage == 0:
         final.pop("train_batch_size", None)
         final["zero_optimization"] = {**final.get("zero_optimization", {}), "stage": 1}
+    if flat:
+        # DeepSpeed's hooks set up a bucket of 5e8 elements that flat gradients never use: 1.9 GiB a rank
+        final["zero_optimization"] = {**final.get("zero_optimization", {}), "reduce_bucket_size": 1}
     if not bare:
         final["managed_gradient_accumulation"] = False
         if precision != "fp32":

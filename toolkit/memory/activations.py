@@ -23,7 +23,8 @@ def layer_bytes(w: Workload) -> float:
     gate = (4 if w.stack.gate_chain else 3) if s.gated else 2
     per_split = b * (s.query + s.key_value) + b * gate * s.ffn + attention_bytes(w) / max(1, t)
     dropout = 2 * s.hidden if s.dropout else 0
-    return whole * (norms + dropout) + split * per_split
+    gathered = (t - whole) * 2 * b * s.hidden if w.stack.saved_gathers else 0.0
+    return whole * (norms + dropout) + split * per_split + gathered
 
 
 def attention_bytes(w: Workload) -> float:
@@ -73,10 +74,11 @@ def working_bytes(w: Workload) -> float:
 
 
 def logits_bytes(w: Workload) -> float:
-    """Bytes alive at the loss: logits of one micro-batch, their fp32 copies and gradients, split over TP by vocabulary."""
+    """Bytes alive at the loss: logits of one micro-batch, their fp32 copies and gradients, split over TP by vocabulary unless the stack gathers them."""
     if w.stack.chunked_loss:  # a few thousand rows at a time
         return min(w.tokens, 4096) * w.shape.vocab / w.tp * w.stack.logit_bytes
-    return w.tokens * w.shape.vocab / w.tp * w.stack.logit_bytes * (w.width / 2 if w.width == 4 and w.stack.logit_bytes < 8 else 1)
+    split = 1 if w.stack.whole_logits else w.tp
+    return w.tokens * w.shape.vocab / split * w.stack.logit_bytes * (w.width / 2 if w.width == 4 and w.stack.logit_bytes < 8 else 1)
 
 
 def in_flight(w: Workload, stage: int) -> float:

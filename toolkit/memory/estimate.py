@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from toolkit.memory import activations
+from toolkit.memory import activations, own
 from toolkit.plan.hardware import Hardware
 from toolkit.plan.workload import Workload
 
@@ -66,9 +66,9 @@ class MemoryEstimate:
         return all(s.device + HEADROOM <= self.capacity for s in self.stages)
 
 
-def estimate(w: Workload, hardware: Hardware) -> MemoryEstimate:
-    """Memory of a workload on a cluster, per rank of every stage; bytes."""
-    seen = {0, 1, w.pp // 2, w.pp - 2, w.pp - 1} if w.pp > 8 else set(range(w.pp))
+def estimate(w: Workload, hardware: Hardware, *, only: int | None = None) -> MemoryEstimate:
+    """Memory of a workload on a cluster, per rank of every stage; bytes. only: one stage, for a search that can stop there."""
+    seen = {only} if only is not None else {0, 1, w.pp // 2, w.pp - 2, w.pp - 1} if w.pp > 8 else set(range(w.pp))
     stages = tuple(_stage(w, stage, hardware) for stage in sorted(s for s in seen if 0 <= s < w.pp))
     host, nvme = host_bytes(w, hardware)
     return MemoryEstimate(stages=stages, host=host, nvme=nvme, capacity=hardware.gpu.memory_gib * GIB)
@@ -146,8 +146,12 @@ def host_bytes(w: Workload, hardware: Hardware) -> tuple[float, float]:
 
 def _stage(w: Workload, stage: int, hardware: Hardware) -> StageMemory:
     params = w.parameters_on(stage)
-    base = dict.fromkeys(PARTS, 0.0) | states(w, params)
-    base["zero buffers"] = zero_buffers(w, params)
+    if w.stack.sharding == "toolkit":  # our own engine's weights are counted, not approximated
+        base = dict.fromkeys(PARTS, 0.0) | own.states(w, stage) | (own.on_host(w) if hardware.gpu.accelerator else {})
+        base["working set"] = own.gathered(w, stage)
+    else:
+        base = dict.fromkeys(PARTS, 0.0) | states(w, params)
+        base["zero buffers"] = zero_buffers(w, params)
     base["gradients"] += _placeholders(w, stage)
     copies = w.stack.step_copies - (2.0 if w.stack.step_copies and w.zero >= 2 else 0.0)  # FSDP's gradient shards are flat already
     base["working set"] += copies * params / (w.shards if w.zero else 1)
@@ -156,6 +160,8 @@ def _stage(w: Workload, stage: int, hardware: Hardware) -> StageMemory:
     moments = {"backward": _backward(w, stage), "optimizer step": _step(w, params)}
     if stage == w.pp - 1:
         moments["loss"] = _loss(w, stage)
+    if own.known(w):
+        moments = own.moments(w, stage, cpu=not hardware.gpu.accelerator)
     moment, extra = max(moments.items(), key=lambda item: sum(item[1].values()))
     parts = {name: value + extra.get(name, 0.0) for name, value in base.items()}
     dynamic = sum(extra.values()) + base["zero buffers"]

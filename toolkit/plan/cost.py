@@ -28,6 +28,7 @@ PARTS = (
 CONTENTION = 0.3  # compute slows by this share of the traffic it hides: NCCL's kernels take SMs and bandwidth (read off FSDP step times)
 SPREAD = 0.008  # standard deviation of one node's step time: the slowest of n nodes is sqrt(2 ln n) of them late
 HOST_ADAM = 4.0e9  # weights a second that DeepSpeed's CPU Adam updates on a two-socket node (arXiv 2101.06840, table 4: 1e9 in 0.25 s)
+COPIES = {2: 12.0, 3: 24.0}  # bytes a weight and micro-batch in and out of ZeRO's flat buffers, by stage
 NVME = 6.0 * GB  # bytes a second of a node's striped drives, one direction (two PCIe 4 drives' sequential rate, halved)
 
 
@@ -125,8 +126,10 @@ def _sends(w: Workload, hardware: Hardware) -> float:
 def _zero_gathers(w: Workload, hardware: Hardware, stage: int, f: Pass, b: Pass, r: Pass) -> float:
     """Exposed parameter traffic of one micro-batch under ZeRO-3 (gather for forward and backward, scatter of gradients) and of
     ZeRO-2's gradient scatter where it happens every micro-batch (DeepSpeed); seconds (arXiv 1910.02054, section 7)."""
-    if w.shards == 1 or w.zero < 2:
+    if w.zero < 2:
         return 0.0
+    if w.shards == 1:  # nothing to send, yet DeepSpeed's buckets are filled all the same
+        return 0.0 if w.stack.sharding == "fsdp" else kernels.stream_time(COPIES[w.zero] * w.parameters_on(stage), gpu=hardware.gpu)
     layers = w.layers_on(stage)
     over = network.group(hardware, size=w.shards, stride=w.tp)
     if w.stack.single_ring and over.across > 1:
@@ -137,11 +140,11 @@ def _zero_gathers(w: Workload, hardware: Hardware, stage: int, f: Pass, b: Pass,
     reduced = max(w.stack.reduce_bytes, w.width)
     gather = layers * network.gather_time(per_layer * w.width, over=over) + network.gather_time(rest * w.width, over=over)
     scatter = layers * network.gather_time(per_layer * reduced, over=over) + network.gather_time(rest * reduced, over=over)
-    front, back, copies = gather, gather + scatter, 24.0
+    front, back = gather, gather + scatter
     if w.zero == 2:  # weights stay whole between forward and backward
-        front, back, copies = (gather / w.microbatches if w.stack.sharding == "fsdp" else 0.0), scatter, 12.0
+        front, back = (gather / w.microbatches if w.stack.sharding == "fsdp" else 0.0), scatter
     exposed = _uncovered(front, f.compute, hidden) + _uncovered(back, b.compute + r.compute, hidden)
-    exposed += kernels.stream_time(copies * w.parameters_on(stage), gpu=hardware.gpu)  # in and out of the flat buffers
+    exposed += kernels.stream_time(COPIES[w.zero] * w.parameters_on(stage), gpu=hardware.gpu)  # in and out of the flat buffers
     if w.zero == 3:  # nothing runs before the first layer is there
         exposed += gather / max(1, layers)
     return exposed
@@ -169,7 +172,7 @@ def _data_parallel(w: Workload, hardware: Hardware, f: Pass, b: Pass) -> float:
     gather = network.gather_time(params * w.width, over=over)
     if w.zero == 2:
         return 0.0 if w.stack.sharding == "fsdp" else gather
-    scatter = network.gather_time(params * reduced, over=over)
+    scatter = (network.reduce_time if w.stack.whole_reduce else network.gather_time)(params * reduced, over=over)
     if w.stack.sharding == "deepspeed":
         return gather + _uncovered(scatter, b.compute, hidden)
     return _uncovered(gather, f.compute, hidden) + _uncovered(scatter, b.compute, hidden)
@@ -182,9 +185,9 @@ def _optimizer(w: Workload, hardware: Hardware, compute: float) -> tuple[float, 
     params = max(w.parameters_on(stage) for stage in (0, w.pp - 1)) / shards
     gpu = hardware.gpu
     zeroing = kernels.stream_time(8.0 * w.parameters_on(0) / (shards if w.zero >= 2 else 1), gpu=gpu)
-    step = offload = 0.0
+    step, offload = zeroing, 0.0
     if w.offload_optimizer == "none":
-        step += kernels.stream_time(30.0 * params, gpu=gpu, kernels=4) + zeroing
+        step += kernels.stream_time(30.0 * params, gpu=gpu, kernels=4)
     else:
         ranks = min(hardware.gpus_per_node, w.world)
         offload += 2 * w.width * params / (gpu.pcie_gb_s * GB * network.PCIE)

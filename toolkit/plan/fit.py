@@ -45,18 +45,21 @@ def fit(rows: Iterable[Mapping[str, Any]], *, without: str | None = None) -> lis
             continue
         precision = "bf16" if workload.precision == "fp16" else workload.precision
         groups[hardware.gpu.scale, precision][source].append((workload, hardware, float(measured)))
-    return [_entry(key, sources) for key, sources in sorted(groups.items())]
+    return [entry(key, sources) for key, sources in sorted(groups.items())]
 
 
-def _entry(key: Key, sources: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    low, high = LOWEST, HIGHEST
-    for _ in range(12):  # throughput grows with the scalar
+def entry(key: Key, sources: Mapping[str, Sequence[Any]], *, low: float = LOWEST, high: float = HIGHEST) -> dict[str, Any]:
+    """The scalar between low and high at which the median source is met, with its provenance.
+
+    sources: (workload, hardware, measured tokens a second on one GPU) of each row, by source.
+    """
+    for _ in range(12 if high / low < 10 else 20):  # throughput grows with the scalar
         middle = (low * high) ** 0.5
         if median(_bias(items, middle) for items in sources.values()) < 0:
             low = middle
         else:
             high = middle
-    scale = round((low * high) ** 0.5, 3)
+    scale = float(f"{(low * high) ** 0.5:.3g}")
     biases = {source: round(exp(_bias(items, scale)) - 1, 3) for source, items in sorted(sources.items())}
     return {
         "gpu": key[0],
@@ -81,11 +84,11 @@ def as_scales(entries: Iterable[Mapping[str, Any]]) -> dict[Key, float]:
     return scales
 
 
-def write(entries: Sequence[Mapping[str, Any]], *, path: Path = calibration.FILE) -> None:
-    """Store entries as the calibration file."""
+def write(entries: Sequence[Mapping[str, Any]], *, path: Path = calibration.FILE, head: str | None = None) -> None:
+    """Store entries as the calibration file, or as a user's own with another first comment."""
     import yaml
 
-    head = (
+    head = head or (
         "# Written by `python -m toolkit.plan.score --fit`; do not edit. One scalar per (GPU, precision): the share of the catalogue's\n"
         "# matmul ceiling that training reaches, fitted on the named sources (each counts once); bias_left: what each one is off by then.\n"
     )

@@ -33,6 +33,7 @@ class Gpu:
     attention: Mapping[str, tuple[float, float]]
     scale: str
     matmul: float = 0.75
+    host_gib: float = 512.0
     gpus_per_node: int = 8
     domain: int | None = None
     accelerator: bool = True
@@ -172,15 +173,19 @@ def _gpu(name: str, body: dict[str, Any], source: Path) -> Gpu:
             raise ConfigError(f"GPU {name!r} in {str(source)!r} has the unknown key {key!r}", fix=f"Keys are {', '.join(sorted(known))}.")
     values = {k: v for k, v in body.items() if k in known}
     values.setdefault("scale", name)
+    values.setdefault("host_gib", Gpu.host_gib)
     values.setdefault("attention", {"flash2": [0.4, 0.3]})
     try:
         values["attention"] = {k: (float(f), float(b)) for k, (f, b) in values["attention"].items()}
         values["tflops"] = {k: float(v) for k, v in values["tflops"].items()}
-        for key in ("memory_gib", "memory_gb_s", "link_gb_s", "nic_gb_s", "pcie_gb_s", "host_gb_s"):
+        for key in ("memory_gib", "memory_gb_s", "link_gb_s", "nic_gb_s", "pcie_gb_s", "host_gb_s", "host_gib"):
             values[key] = float(values[key])
         gpu = Gpu(name=name, **values)
         bad = (
-            min(gpu.memory_gib, gpu.memory_gb_s, gpu.units, gpu.nic_gb_s, gpu.pcie_gb_s, gpu.host_gb_s, gpu.matmul, *gpu.tflops.values())
+            min(
+                *(gpu.memory_gib, gpu.memory_gb_s, gpu.units, gpu.nic_gb_s, gpu.pcie_gb_s, gpu.host_gb_s, gpu.host_gib, gpu.matmul),
+                *gpu.tflops.values(),
+            )
             <= 0
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

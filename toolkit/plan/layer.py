@@ -48,7 +48,8 @@ def layer_passes(w: Workload, hardware: Hardware, *, scale: float) -> tuple[Pass
 
     scale: the calibrated share of the GPU's matmul ceiling.
     """
-    return _layer(_key(w), hardware, scale)
+    forward, backward = _layer(_key(w), hardware, scale)
+    return forward, backward, _again(w, forward)
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,13 @@ class _Key:
             w.tp,
             w.cp,
             w.sp,
-            w.recompute,
             w.precision,
             w.flash,
             w.kernel,
             w.cp_exchange,
             w.overlap,
             w.stack,
-            w.zero,
+            w.zero < 2,
             w.microbatches == 1,
             w.deterministic,
             w.fused_accumulation,
@@ -91,7 +91,7 @@ def _key(w: Workload) -> _Key:
 
 
 @lru_cache(maxsize=16384)
-def _layer(key: _Key, hardware: Hardware, scale: float) -> tuple[Pass, Pass, Pass]:
+def _layer(key: _Key, hardware: Hardware, scale: float) -> tuple[Pass, Pass]:
     w = key.w
     forward = Pass(
         matmul=_matmuls(w, hardware, scale, backward=False),
@@ -109,7 +109,7 @@ def _layer(key: _Key, hardware: Hardware, scale: float) -> tuple[Pass, Pass, Pas
     )
     forward += Pass(cp=_context_parallel(w, hardware, forward.attention, backward=False))
     backward += Pass(cp=_context_parallel(w, hardware, backward.attention, backward=True))
-    return forward, backward, _again(w, forward)
+    return forward, backward
 
 
 def _again(w: Workload, forward: Pass) -> Pass:
@@ -218,7 +218,7 @@ def _tensor_parallel(w: Workload, hardware: Hardware, *, backward: bool) -> floa
         if backward and not w.overlap:
             seconds += 2 * network.gather_time(nbytes, over=over)
     else:
-        seconds = 2 * network.reduce_time(nbytes, over=over)
+        seconds = (3 if backward and w.shape.gated and w.stack.gate_reduces else 2) * network.reduce_time(nbytes, over=over)
     return seconds * (1 - hidden)
 
 
@@ -243,14 +243,16 @@ def head_passes(w: Workload, hardware: Hardware, *, scale: float) -> tuple[Pass,
     s = w.shape
     rows = s.vocab // w.tp
     matmul = [weight_multiply(w, hardware, w.tokens, rows, s.hidden, scale, backward=b) for b in (False, True)]
-    bytes_each = w.tokens * rows * w.stack.loss_passes
+    bytes_each = w.tokens * (s.vocab if w.stack.whole_logits else rows) * w.stack.loss_passes
     loss = [kernels.stream_time(bytes_each * part, gpu=hardware.gpu, kernels=6) for part in (0.6, 0.4)]
-    tp = 0.0
+    tp = logits = 0.0
     if w.tp > 1:
         over = network.group(hardware, size=w.tp, stride=1)
         reduce = network.gather_time if w.sp else network.reduce_time
         tp = reduce(float(w.tokens * s.hidden * w.width), over=over)
-    return Pass(matmul=matmul[0], memory=loss[0], tp=tp if w.sp else 0.0), Pass(matmul=matmul[1], memory=loss[1], tp=tp)
+        if w.stack.whole_logits:
+            logits = network.gather_time(float(w.tokens * s.vocab * w.width), over=over)
+    return Pass(matmul=matmul[0], memory=loss[0], tp=(tp if w.sp else 0.0) + logits), Pass(matmul=matmul[1], memory=loss[1], tp=tp)
 
 
 def embedding_passes(w: Workload, hardware: Hardware) -> tuple[Pass, Pass]:

@@ -35,8 +35,8 @@ MISSING = {
     "gist-ds-offload": "one person's table. Offloaded steps take 17-20 s longer, ten times what DeepSpeed's CPU Adam needs with all cores "
     "(a launcher that leaves each rank one thread would do that); the parameter-offload rows report less memory than their logits "
     "alone take, and the 8/128 row the memory of twice its micro-batch: the printed micro-batches are doubtful.",
-    "hagemann23": "out-of-memory verdicts and slow steps of layouts that hold much per rank (TP 2-4 with PP 1) at estimates of 65-75 GiB: "
-    "the code keeps something per rank that the paper does not name. It is also why larger micro-batches are ranked too high.",
+    "hagemann23": "TP 4 with PP 1 over 8 nodes is 7-8 % slower than estimated, as if the network were slower than the stated machine's; micro-batches of 4 at "
+    "PP 2 are as much slower, which ranks them too high; and two out-of-memory verdicts at 71 and 77 GiB of 79 are not met.",
     "internevo-mem": "memory kind and sequence length are not stated. Rows of its own ZeRO-1 optimizer lie 12-17 % above the estimate, its FSDP rows do not: "
     "some 5 bytes a weight of that optimizer are not accounted for.",
     "mcore-ci": "deterministic mode on GB200: which attention kernel runs there is not published.",

@@ -15,13 +15,16 @@ from toolkit.plan.hardware import Hardware, parse_hardware
 from toolkit.plan.workload import Workload
 
 
-def estimate_json(config: RunConfig, hardware_spec: str, *, hardware_file: Path | None = None) -> dict[str, Any]:
+def estimate_json(
+    config: RunConfig, hardware_spec: str, *, hardware_file: Path | None = None, calibrated: Path | None = None
+) -> dict[str, Any]:
     """Memory by part of every stage (GiB) and step time by part (seconds) of a config on `GPU:PER_NODExNODES`.
 
-    Raises ConfigError for unknown hardware, LayoutError where the GPUs do not divide into the config's degrees.
+    calibrated: a file of `toolkit calibrate`. Raises ConfigError for unknown hardware, LayoutError where the GPUs do not divide into the config's degrees.
     """
     hardware, workload = _resolve(config, hardware_spec, hardware_file)
-    memory, time = estimate(workload, hardware), step_time(workload, hardware)
+    scale = calibration.scale_for(hardware.gpu, workload.precision, own=calibrated)
+    memory, time = estimate(workload, hardware), step_time(workload, hardware, scale=scale)
     worst = memory.worst
     return {
         "hardware": str(hardware),
@@ -53,29 +56,31 @@ def estimate_json(config: RunConfig, hardware_spec: str, *, hardware_file: Path 
         "tokens_per_s": time.tokens / time.step,
         "tokens_per_s_per_gpu": time.tokens_per_s_per_gpu,
         "model_tflops_per_gpu": _model_flops(workload) / time.step / workload.world / 1e12,
-        "calibration": calibration.scale_for(hardware.gpu, workload.precision),
+        "calibration": scale,
     }
 
 
-def estimate_text(config: RunConfig, hardware_spec: str, *, hardware_file: Path | None = None, width: int = 100) -> str:
+def estimate_text(
+    config: RunConfig, hardware_spec: str, *, hardware_file: Path | None = None, calibrated: Path | None = None, width: int = 100
+) -> str:
     """The same as two tables and a verdict, for a terminal."""
     from rich.console import Console
 
     hardware, workload = _resolve(config, hardware_spec, hardware_file)
-    memory, time = estimate(workload, hardware), step_time(workload, hardware)
+    scale = calibration.scale_for(hardware.gpu, workload.precision, own=calibrated)
+    memory, time = estimate(workload, hardware), step_time(workload, hardware, scale=scale)
     out = Console(file=io.StringIO(), width=width, force_terminal=False)
     w = workload
     out.print(
-        f"{_count(w.shape.parameters)} parameters on {hardware} ({w.world} GPUs): tp {w.tp} · pp {w.pp} · vpp {w.vpp} · cp {w.cp} · dp {w.dp}"
+        f"{count(w.shape.parameters)} parameters on {hardware} ({w.world} GPUs): tp {w.tp} · pp {w.pp} · vpp {w.vpp} · cp {w.cp} · dp {w.dp}"
         f" · ZeRO-{w.zero} · {w.microbatches} micro-batches of {w.micro} × {w.seq} · {w.precision}, recompute {w.recompute}",
         highlight=False,
     )
     out.print(_memory_table(memory))
-    out.print(_verdict(memory, workload), highlight=False)
+    out.print(_verdict(memory, workload, hardware), highlight=False)
     out.print(_time_table(time))
-    mfu = _model_flops(w) / time.step / w.world / hardware.gpu.peak(w.precision)
     out.print(
-        f"step {time.step:.3g} s · {time.tokens / time.step:,.0f} tokens/s · {time.tokens_per_s_per_gpu:,.0f} tokens/s per GPU · MFU {mfu:.1%}",
+        f"step {time.step:.3g} s · {time.tokens / time.step:,.0f} tokens/s · {time.tokens_per_s_per_gpu:,.0f} tokens/s per GPU · MFU {mfu(w, time, hardware):.1%}",
         highlight=False,
     )
     text = out.file.getvalue()  # type: ignore[attr-defined]
@@ -106,6 +111,11 @@ def _first_rank(w: Workload, stage: int) -> int:
     return stage * w.tp * w.cp * w.dp
 
 
+def mfu(w: Workload, time: TimeEstimate, hardware: Hardware) -> float:
+    """Model FLOPs utilisation: _model_flops() of a step over what the GPUs could do at peak in that time."""
+    return _model_flops(w) / time.step / w.world / hardware.gpu.peak(w.precision)
+
+
 def _model_flops(w: Workload) -> float:
     """FLOPs of forward and backward of one step without recompute, scores over all s × s pairs (arXiv 2204.02311, appendix B)."""
     s = w.shape
@@ -113,7 +123,8 @@ def _model_flops(w: Workload) -> float:
     return 3.0 * (s.layers * layer + 2 * s.hidden * s.vocab) * w.batch * w.seq
 
 
-def _count(number: int) -> str:
+def count(number: int) -> str:
+    """A number of parameters as people say it: 70.6 B."""
     return next((f"{number / size:.3g} {name}" for name, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)) if number >= size), str(number))
 
 
@@ -141,7 +152,7 @@ def _memory_table(memory: MemoryEstimate) -> Any:
     return table
 
 
-def _verdict(memory: MemoryEstimate, w: Workload) -> str:
+def _verdict(memory: MemoryEstimate, w: Workload, hardware: Hardware) -> str:
     worst = memory.worst
     where = f"stage {worst.stage} (from rank {_first_rank(w, worst.stage)})"
     unit, size = _unit(worst.device)
@@ -150,6 +161,8 @@ def _verdict(memory: MemoryEstimate, w: Workload) -> str:
         text += f", {(worst.device + HEADROOM - memory.capacity) / GIB:.1f} GiB too much with {HEADROOM / GIB:.0f} GiB of headroom"
     if memory.host or memory.nvme:
         text += f"; offloading takes {memory.host / GIB:.1f} GiB of RAM and {memory.nvme / GIB:.1f} GiB of NVMe a node"
+        if memory.host > hardware.gpu.host_gib * GIB:
+            text += f", which has {hardware.gpu.host_gib:.0f} GiB of RAM"
     return text
 
 

@@ -29,6 +29,9 @@ class Stack:
     can run beside;
     kernel: the attention kernel it uses where the GPU has it;
     reduce_bytes: bytes a gradient on the wire, at least those of the weights; single_ring: gathers use one network port of a node;
+    whole_logits: the output layer's result is gathered over TP before the loss; saved_gathers: under sequence parallelism the gathered
+    inputs of the weight multiplies are kept for the backward instead of gathered again; whole_reduce: ZeRO-1 all-reduces whole gradients;
+    gate_reduces: without sequence parallelism the two multiplies of a gated MLP each all-reduce their input's gradient;
     split_sends: pipeline sends of equal tensors are split over TP (the scatter-gather of arXiv 2104.04473, section 4.1).
     """
 
@@ -53,6 +56,10 @@ class Stack:
     reduce_bytes: float = 2.0
     single_ring: bool = False
     split_sends: bool = True
+    whole_logits: bool = False
+    saved_gathers: bool = False
+    whole_reduce: bool = False
+    gate_reduces: bool = False
 
 
 MEGATRON = Stack(
@@ -91,6 +98,18 @@ MEGATRON_FORK = replace(
     placeholders=False,
     gate_chain=True,
     logit_bytes=16.0,
+)
+# its public code (Aleph-Alpha/scaling): norms gather the sequence, the output layer gathers its logits, and after the last micro-batch
+# bf16 gradients are all-reduced as fp32, bucket by bucket
+AA_SCALING = replace(
+    MEGATRON_FORK,
+    name="aa-scaling",
+    whole_logits=True,
+    saved_gathers=True,
+    whole_reduce=True,
+    gate_reduces=True,
+    dp_hidden=0.0,
+    reduce_bytes=4.0,
 )
 # its hybrid optimizer holds flat 2-byte and fp32 gradients, and single-tensor AdamW two fp32 temporaries, over the step
 INTERNEVO = replace(MEGATRON_FORK, name="internevo", step_copies=14.0)
@@ -135,7 +154,7 @@ _NAMES = (
     (r"composer|foundry|mosaic", FOUNDRY),
     (r"fsdp|litgpt|lit-gpt|olmo|fairscale", FSDP),
     (r"internevo", INTERNEVO),
-    (r"aa-scaling|aleph", MEGATRON_FORK),
+    (r"aa-scaling|aleph", AA_SCALING),
     (r"megatron|mcore|mlperf", MEGATRON),
     (r"hugging|transformers|\bhf\b|accelerate|llama-?factory|axolotl|unsloth|trl", DEEPSPEED),
     (r"toolkit", TOOLKIT),

@@ -32,6 +32,20 @@ class Shape:
     positions: int = 0
     biases: bool = False
     dropout: bool = False
+    qk_norm: bool = False
+    bias_of: tuple[bool, bool, bool] | None = None  # of attention, MLP and norms, where they differ from biases
+
+    @property
+    def attention_bias(self) -> bool:
+        return self.bias_of[0] if self.bias_of else self.biases
+
+    @property
+    def mlp_bias(self) -> bool:
+        return self.bias_of[1] if self.bias_of else self.biases
+
+    @property
+    def norm_bias(self) -> bool:
+        return self.bias_of[2] if self.bias_of else self.biases
 
     @property
     def query(self) -> int:
@@ -45,10 +59,10 @@ class Shape:
 
     @cached_property
     def layer_parameters(self) -> int:
-        """Weights of one layer: attention, MLP, two norms."""
+        """Weights of one layer: attention, MLP, two norms, those of queries and keys."""
         matrices = self.hidden * (2 * self.query + self.key_value) + (3 if self.gated else 2) * self.hidden * self.ffn
         biases = self.query + self.key_value + self.ffn + 6 * self.hidden if self.biases else 2 * self.hidden
-        return matrices + biases
+        return matrices + biases + ((4 if self.biases else 2) * self.head_dim if self.qk_norm else 0)
 
     @property
     def embedding_parameters(self) -> int:
@@ -92,6 +106,9 @@ class Workload:
     deterministic: bool = False
     fused_accumulation: bool = True  # weight gradients are added to the kept ones inside the GEMM, where the stack keeps them
     stack: Stack = TOOLKIT
+    bucket: float = 5e8  # elements of DeepSpeed's reduce bucket (its default)
+    persist: float = 1e5  # elements up to which ZeRO-3 keeps a weight whole (DeepSpeed's default)
+    hpz: int = 1  # ranks over which ZeRO++ keeps a second partition of the weights
 
     @property
     def world(self) -> int:
@@ -159,7 +176,11 @@ class Workload:
             positions=m.max_position_embeddings if m.family == "gpt" else 0,
             biases=m.family == "gpt",
             dropout=m.dropout > 0,
+            qk_norm=m.qk_layernorm,
+            bias_of=(bool(m.attention_bias), bool(m.mlp_bias), bool(m.norm_bias)),
         )
+        dp = max(1, world_size // (p.tp * p.pp * p.cp))
+        bucket, persist = _buffers(config)
         return cls(
             shape=shape,
             seq=t.seq_length,
@@ -169,7 +190,7 @@ class Workload:
             pp=p.pp,
             vpp=p.vpp,
             cp=p.cp,
-            dp=max(1, world_size // (p.tp * p.pp * p.cp)),
+            dp=dp,
             sp=p.sequence_parallel and p.tp > 1,
             zero=z.stage,
             offload_optimizer=z.offload_optimizer,
@@ -177,4 +198,30 @@ class Workload:
             recompute=t.recompute,
             precision=t.precision,
             stack=TOOLKIT if m.impl == "local" else TOOLKIT_TE,
+            bucket=bucket,
+            persist=persist,
+            hpz=_hpz(config, dp),
         )
+
+
+def _hpz(config: RunConfig, dp: int) -> int:
+    from toolkit.config.deepspeed import hpz_group, zero_key
+
+    section = (config.zero.deepspeed or {}).get("zero_optimization") or {}
+    if section.get("zero_hpz_partition_size") == "auto":
+        return hpz_group(tp=config.parallel.tp, cp=config.parallel.cp, dp=dp)
+    return int(zero_key(config, "zero_hpz_partition_size", 1))
+
+
+def _buffers(config: RunConfig) -> tuple[float, float]:
+    """Elements of the reduce bucket and of the largest weight ZeRO-3 keeps whole, from the DeepSpeed JSON ("auto": as the engine fills it)."""
+    section = (config.zero.deepspeed or {}).get("zero_optimization") or {}
+    hidden = config.model.hidden_size
+    found = []
+    for names, default, auto in (
+        (("reduce_bucket_size",), 5e8, hidden * hidden),
+        (("stage3_param_persistence_threshold", "param_persistence_threshold"), 1e5, 10 * hidden),
+    ):
+        value = next((section[n] for n in names if section.get(n) is not None), default)
+        found.append(float(auto if value == "auto" else value))
+    return found[0], found[1]

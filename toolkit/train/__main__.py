@@ -15,7 +15,7 @@ def main(arguments: list[str]) -> int:
     """Train; returns the exit code. A user error is one message from each host, never a traceback."""
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stdout)
-    _quiet()
+    quiet()
     if not arguments:
         sys.stderr.write("usage: python -m toolkit.train CONFIG [section.key=value …]\n")
         return 2
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Leave the step lines alone on the screen: imports that warn of absent options, DeepSpeed's start-up log."""
     warnings.filterwarnings("ignore")
     for name in ("DeepSpeed", "megatron", "torch.distributed"):

@@ -86,6 +86,8 @@ class Run:
         self.flops = flops_per_token(config.model, seq_length=t.seq_length)
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
         self.peak = peak_flops(name)
+        if folder is not None:
+            _record_machine(folder, device=name, processes=world.size)
         self.process = psutil.Process()
         if world.rank == 0:
             _announce(config, layout, data, device=name, seconds=time.perf_counter() - started)
@@ -240,6 +242,14 @@ def _run_folder(config: RunConfig, ds_config: dict[str, Any]) -> Path:
         partial.write_text(text, encoding="utf-8")
         partial.replace(folder / name)
     return folder
+
+
+def _record_machine(folder: Path, *, device: str, processes: int) -> None:
+    """Note what the run is measured on, for `toolkit calibrate`; hosts as DeepSpeed's launcher counts them."""
+    text = json.dumps({"device": device, "processes": processes, "hosts": int(os.environ.get("CROSS_SIZE", 1))}) + "\n"
+    partial = folder / f".machine.json.{os.getpid()}"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(folder / "machine.json")
 
 
 def _announce(config: RunConfig, layout: Layout, data: PreparedData, *, device: str, seconds: float) -> None:

@@ -1,0 +1,149 @@
+"""`toolkit tune` and `toolkit calibrate` on the command line; the planner itself is loaded when one of them runs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from toolkit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from toolkit.plan.tune import Question
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.key=value, each replacing one key of the YAML; a degree set here is fixed")
+]
+HardwareFile = Annotated[Path | None, typer.Option(help="YAML with more GPUs")]
+OBJECTIVES = ("tokens/s", "cost", "fewest-gpus")
+
+
+def tune(
+    config: Annotated[Path, typer.Argument(help="the run's YAML: model, global batch and sequence")],
+    hardware: Annotated[str, typer.Option(help="GPU:PER_NODExNODES, e.g. h100-80gb:8x4")],
+    overrides: Overrides = None,
+    fix: Annotated[list[str] | None, typer.Option(help="hold an axis: parallel.tp=2, dp=8, zero.stage=1,2; can be repeated")] = None,
+    objective: Annotated[str, typer.Option(help="what counts: tokens/s, cost or fewest-gpus")] = "tokens/s",
+    max_gpus: Annotated[int | None, typer.Option(help="use at most so many GPUs")] = None,
+    max_step: Annotated[float | None, typer.Option(help="slowest step allowed, seconds")] = None,
+    max_cost: Annotated[float | None, typer.Option(help="highest price allowed of the whole run (train.steps); needs --price")] = None,
+    price: Annotated[float | None, typer.Option(help="price of one GPU for one hour")] = None,
+    headroom: Annotated[float, typer.Option(help="GiB of each GPU to leave free")] = 1.0,
+    host_gib: Annotated[float | None, typer.Option(help="RAM of a node for offload, GiB; default: the catalogue's")] = None,
+    top: Annotated[int, typer.Option(help="plans to list")] = 10,
+    what_if: Annotated[bool, typer.Option(help="also answer what other hardware or sequences would change")] = True,
+    out: Annotated[Path | None, typer.Option(help="folder for run.yaml, ds_config.json, launch.sh and tune.json of the best plan")] = None,
+    trials: Annotated[int, typer.Option(help="run the best so many plans here and rank them by measurement")] = 0,
+    trial_steps: Annotated[int, typer.Option(help="optimizer steps of a trial")] = 5,
+    trial_deadline: Annotated[float, typer.Option(help="seconds after which a trial is ended")] = 600.0,
+    trial_dir: Annotated[
+        Path | None, typer.Option(help="where trials and their results are kept; default: OUT/trials or tune-trials")
+    ] = None,
+    calibration: Annotated[Path | None, typer.Option(help="scalars of your own, from toolkit calibrate")] = None,
+    hardware_file: HardwareFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables")] = False,
+) -> None:
+    """Choose TP, PP, VPP, CP, DP, ZeRO, offload, recompute and micro-batch for a config on a cluster, without a GPU."""
+    import json
+    import shutil
+
+    from toolkit.plan.tune import tune as answer_to
+    from toolkit.plan.tune_show import trials_text, tune_json, tune_text
+    from toolkit.plan.write_plan import launch_command, write_plan
+
+    width = max(120, shutil.get_terminal_size((150, 24)).columns)
+    if as_json:
+        _log_to_stderr()
+    for name, value, least in (
+        ("--top", top, 1),
+        ("--trials", trials, 0),
+        ("--trial-steps", trial_steps, 2),
+        ("--trial-deadline", trial_deadline, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{name} {value:g} is too few", fix=f"Set it to {least} or more.")
+    question = _question(config, overrides or [], hardware, hardware_file, fix or [], calibration)
+    if objective not in OBJECTIVES:
+        raise ConfigError(f"--objective {objective!r} is not known", fix=f"Use one of {', '.join(OBJECTIVES)}.")
+    question.objective, question.max_gpus = objective, max_gpus  # type: ignore[assignment]
+    limits = question.limits
+    limits.headroom, limits.max_step_s, limits.max_cost, limits.price = headroom * 2**30, max_step, max_cost, price
+    if host_gib is not None:
+        question = question.with_host_gib(host_gib)
+    answer = answer_to(question, top=max(top, trials), what_if=what_if)
+    if not as_json:
+        typer.echo(tune_text(answer, width=width), nl=False)
+    chosen, measured = answer.best, None
+    if trials:
+        from toolkit.plan.trials import run_trials
+
+        place = trial_dir or (out / "trials" if out else Path("tune-trials"))
+        measured = run_trials(question, answer.found.plans[:trials], place, steps=trial_steps, deadline_s=trial_deadline)
+        if not as_json:
+            typer.echo(trials_text(answer, measured, width=width), nl=False)
+        if measured[0].step_s is not None:
+            chosen = measured[0].plan
+    ranking = tune_json(answer, trials=measured)
+    if as_json:
+        typer.echo(json.dumps(ranking, indent=1))
+    if measured is not None and measured[0].step_s is None:
+        raise ConfigError("no trial ran", why=measured[0].reason, fix=f"Look at log.txt in the folders of {place}, and mend what it says.")
+    if out is not None:
+        write_plan(question, chosen, out, ranking=ranking)
+        if not as_json:
+            typer.echo(f"written to {out}; start it with: {launch_command(str(out / 'run.yaml'), question.hardware, chosen.gpus)}")
+
+
+def calibrate(
+    runs: Annotated[list[Path], typer.Argument(help="run folders of toolkit profile or toolkit train")],
+    hardware: Annotated[str | None, typer.Option(help="GPU:PER_NODExNODES they ran on; default: what the run folder records")] = None,
+    hardware_file: HardwareFile = None,
+    out: Annotated[Path, typer.Option(help="YAML that estimate and tune take as --calibration")] = Path("calibration.yaml"),
+) -> None:
+    """Fit the planner's one scalar per GPU and precision to your own runs."""
+    from toolkit.plan import fit
+    from toolkit.plan import runs as own
+
+    measured = [own.read_run(folder, hardware=hardware, hardware_file=hardware_file) for folder in dict.fromkeys(runs)]
+    entries = own.calibrate(measured)
+    head = "# Written by `toolkit calibrate` from the runs named as sources: the share of the catalogue's matmul ceiling that they reach.\n"
+    try:
+        fit.write(entries, path=out, head=head)
+    except OSError as error:
+        raise ConfigError(f"--out {str(out)!r} cannot be written", why=error.strerror or str(error), fix="Name another file.") from None
+    for entry in entries:
+        typer.echo(f"{entry['gpu']} {entry['precision']}: scalar {entry['scale']:g} from {entry['steps']} steps of {entry['rows']} runs")
+    for line in own.remarks(entries):
+        typer.echo(f"note: {line}")
+    typer.echo(f"written to {out}: use it with --calibration {out}")
+
+
+def _question(
+    config: Path, overrides: list[str], hardware: str, hardware_file: Path | None, fix: list[str], calibration: Path | None
+) -> Question:
+    from toolkit.config.load import load_config
+    from toolkit.plan.calibration import scale_for
+    from toolkit.plan.hardware import parse_hardware
+    from toolkit.plan.search import Limits
+    from toolkit.plan.space import is_axis, parse_fixes
+    from toolkit.plan.tune import Question
+
+    loaded = load_config(config, overrides)
+    cluster = parse_hardware(hardware, extra=hardware_file)
+    return Question(
+        config=loaded,
+        hardware=cluster,
+        fixed=parse_fixes([*filter(is_axis, overrides), *fix]),
+        limits=Limits(steps=loaded.train.steps),
+        scale=scale_for(cluster.gpu, loaded.train.precision, own=calibration),
+    )
+
+
+def _log_to_stderr() -> None:
+    """Progress of trials beside JSON, not in it."""
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler and handler.stream is sys.stdout:
+            handler.setStream(sys.stderr)

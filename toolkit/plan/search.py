@@ -1,0 +1,257 @@
+"""Best-first search over a space of layouts: exact, because what is never looked at is bounded from below by its compute alone."""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import inf, log, sqrt
+from typing import Any, Literal
+
+from toolkit.memory.estimate import GIB, HEADROOM, MemoryEstimate, StageMemory, estimate, states
+from toolkit.plan import calibration
+from toolkit.plan.cost import SPREAD, TimeEstimate, step_time
+from toolkit.plan.hardware import Hardware
+from toolkit.plan.layer import embedding_passes, head_passes, layer_passes
+from toolkit.plan.space import Sharding, Space, Structure
+from toolkit.plan.workload import Workload
+
+Objective = Literal["tokens/s", "cost", "fewest-gpus"]
+Key = tuple[float, float]
+Kind = tuple[int, int, int, int]
+
+HOST_SHARE = 0.9  # of a node's RAM that offloaded states may take
+PER_KIND = 2  # plans listed of the same tp, pp, cp and dp, so that the list shows different ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One candidate with what the estimator says of it."""
+
+    workload: Workload
+    memory: MemoryEstimate
+    time: TimeEstimate
+
+    @property
+    def gpus(self) -> int:
+        return self.workload.world
+
+    @property
+    def kind(self) -> Kind:
+        w = self.workload
+        return w.tp, w.pp, w.cp, w.dp
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.time.tokens / self.time.step
+
+    @property
+    def worst(self) -> StageMemory:
+        return self.memory.worst
+
+
+@dataclass(kw_only=True)
+class Limits:
+    """What a plan must keep to; null: anything. price: of one GPU hour; steps: of the whole run, for max_cost."""
+
+    headroom: float = HEADROOM
+    max_step_s: float | None = None
+    max_cost: float | None = None
+    price: float | None = None
+    steps: int = 1
+
+    def cost(self, step_s: float, gpus: int) -> float:
+        """Price of the whole run; in GPU hours where no price is given."""
+        return step_s * self.steps * gpus / 3600 * (1.0 if self.price is None else self.price)
+
+    def allow(self, step_s: float, gpus: int) -> bool:
+        """Whether a step time meets the targets."""
+        return (self.max_step_s is None or step_s <= self.max_step_s) and (
+            self.max_cost is None or self.cost(step_s, gpus) <= self.max_cost
+        )
+
+
+@dataclass(kw_only=True)
+class Found:
+    """Plans, best first, and how much was looked at: candidates of the space, those whose memory and whose time were computed."""
+
+    plans: list[Plan] = field(default_factory=list)
+    candidates: int = 0
+    sized: int = 0
+    timed: int = 0
+    too_large: int = 0
+
+
+def key(objective: Objective, *, step_s: float, gpus: int) -> Key:
+    """What the search minimises: the step (the batch is the same for all), GPU seconds, or GPUs and then the step."""
+    if objective == "cost":
+        return step_s * gpus, step_s
+    return (float(gpus), step_s) if objective == "fewest-gpus" else (step_s, float(gpus))
+
+
+def search(
+    space: Space, *, objective: Objective = "tokens/s", limits: Limits | None = None, top: int = 10, scale: float | None = None
+) -> Found:
+    """The best plans of a space that fit; at most PER_KIND with the same tp, pp, cp and dp.
+
+    Nodes of growing detail wait in a heap by a lower bound of their key: a structure with its data-parallel degree, then with
+    micro-batch and recompute. A bound is the compute and tensor-parallel time of the cheapest ZeRO stage, with the pipeline's
+    bubble; whatever else a step holds only adds to it. The search ends when no bound is below the last plan it would list.
+    """
+    return _Search(space, objective, limits or Limits(), top, scale).run()
+
+
+class _Search:
+    def __init__(self, space: Space, objective: Objective, limits: Limits, top: int, scale: float | None) -> None:
+        self.space, self.objective, self.limits, self.top = space, objective, limits, top
+        self.hardware: Hardware = space.hardware
+        self.scale = calibration.scale_for(self.hardware.gpu, space.base.precision) if scale is None else scale
+        self.capacity = self.hardware.gpu.memory_gib * GIB
+        self.found = Found()
+        self.best: list[tuple[Key, int, Plan]] = []
+        self.heap: list[tuple[Key, int, Callable[[], None]]] = []
+        self.counter = 0
+        self.layers: dict[Any, tuple[float, float, float]] = {}
+        self.sizes: dict[Any, tuple[int, float]] = {}
+
+    def run(self) -> Found:
+        recomputes = self.space.recomputes()
+        for cut, shardings in self.space.structures():
+            for dp in self.space.copies(cut):
+                micros = self.space.micros(dp)
+                self.found.candidates += len(micros) * len(recomputes) * len(shardings)
+                if micros:
+                    self._add_copies(cut, dp, micros, shardings)
+        while self.heap and self.heap[0][0] < self._threshold():
+            heapq.heappop(self.heap)[2]()
+        self.found.plans = [plan for _, _, plan in self.best[: self.top]]
+        return self.found
+
+    def _threshold(self, kind: Kind | None = None) -> Key:
+        """The key that a candidate must stay below to be listed."""
+        worst = self.best[self.top - 1][0] if len(self.best) >= self.top else (inf, inf)
+        same = [k for k, _, plan in self.best if plan.kind == kind]
+        return min(worst, same[-1]) if len(same) >= PER_KIND else worst
+
+    def _push(self, bound_s: float, gpus: int, work: Callable[[], None]) -> None:
+        if self.limits.allow(bound_s, gpus):
+            self.counter += 1
+            heapq.heappush(self.heap, (key(self.objective, step_s=bound_s, gpus=gpus), self.counter, work))
+
+    def _add_copies(self, cut: Structure, dp: int, micros: list[int], shardings: list[Sharding]) -> None:
+        """Queue a structure on dp copies by the bound of its best micro-batch and least recompute."""
+        recompute = self.space.recomputes()[0]
+        bound = min(self._bound(cut, dp, micro, recompute) for micro in micros)
+        self._push(bound, cut.ranks * dp, lambda: self._expand(cut, dp, micros, shardings))
+
+    def _expand(self, cut: Structure, dp: int, micros: list[int], shardings: list[Sharding]) -> None:
+        held = [s for s in shardings if self._states_fit(cut, dp, s)]
+        if not held:
+            self.found.too_large += 1
+            return
+        for micro in micros:
+            for recompute in self.space.recomputes():
+                bound = self._bound(cut, dp, micro, recompute)
+                self._push(bound, cut.ranks * dp, lambda m=micro, r=recompute: self._evaluate(cut, dp, m, r, held))  # type: ignore[misc]
+
+    def _evaluate(self, cut: Structure, dp: int, micro: int, recompute: str, shardings: list[Sharding]) -> None:
+        """Size and time the shardings of one node; an offload, which never makes a step faster, only where less of it does not fit."""
+        space, gpus = self.space, cut.ranks * dp
+        kept: list[Sharding] = []
+        for sharding in shardings:
+            if any(_within(less, sharding) for less in kept) or not space.legal(cut, dp, micro, recompute, sharding):
+                continue
+            if not self._fits(cut, dp, micro, recompute, sharding):
+                continue
+            kept.append(sharding)
+            w = space.workload(cut, dp, micro, recompute, sharding)
+            time = step_time(w, self.hardware, scale=self.scale)
+            self.found.timed += 1
+            found = key(self.objective, step_s=time.step, gpus=gpus)
+            if self.limits.allow(time.step, gpus) and found < self._threshold((cut.tp, cut.pp, cut.cp, dp)):
+                self._keep(found, Plan(workload=w, memory=estimate(w, self.hardware), time=time))
+
+    def _keep(self, found: Key, plan: Plan) -> None:
+        if any(k == found and other.kind == plan.kind and other.worst.device <= plan.worst.device for k, _, other in self.best):
+            return  # as fast in no less memory: ZeRO-3 with nothing to share, for one
+        self.counter += 1
+        insort(self.best, (found, self.counter, plan), key=lambda entry: entry[:2])
+        same = [entry for entry in self.best if entry[2].kind == plan.kind]
+        if len(same) > PER_KIND:
+            self.best.remove(same[-1])
+        del self.best[self.top :]
+
+    def _states_fit(self, cut: Structure, dp: int, sharding: Sharding) -> bool:
+        """Whether the first and last stage's parameters, gradients and optimizer states alone leave the headroom."""
+        w = self.space.workload(cut, dp, 1, "full", sharding)
+        held = max(sum(states(w, w.parameters_on(stage)).values()) for stage in (0, w.pp - 1))
+        return 0.99 * held + self.limits.headroom <= self.capacity  # the estimate counts weights one by one, this does not
+
+    def _fits(self, cut: Structure, dp: int, micro: int, recompute: str, sharding: Sharding) -> bool:
+        """Whether a candidate fits; memory never falls with the micro-batch, so one that fits or not answers for smaller or larger ones."""
+        name = (cut, dp, recompute, sharding)
+        low, high = self.sizes.get(name, (0, inf))  # up to low they fit, from high on they do not
+        if low < micro < high:
+            self.found.sized += 1
+            w = self.space.workload(cut, dp, micro, recompute, sharding)
+            alone = estimate(w, self.hardware, only=0) if w.pp > 1 else None  # the first stage holds most in flight: often the last word
+            if (alone is None or self._allows(alone, w)) and self._allows(estimate(w, self.hardware), w):
+                low = micro
+            else:
+                high = micro
+            self.sizes[name] = low, high
+        return micro <= low
+
+    def _allows(self, memory: MemoryEstimate, w: Workload) -> bool:
+        return fits(memory, w, self.hardware, headroom=self.limits.headroom)
+
+    def _bound(self, cut: Structure, dp: int, micro: int, recompute: str) -> float:
+        """Seconds that no step of these degrees can undercut."""
+        microbatches = max(1, self.space.case.batch // (micro * dp))
+        layer, again, ends = self._seconds(cut, micro, recompute, single=microbatches == 1)
+        stage = self.space.base.shape.layers // cut.pp * (layer + again)
+        seconds = microbatches * (stage + ends) + (cut.pp - 1) * stage / cut.vpp
+        nodes = cut.ranks * dp / self.hardware.gpus_per_node
+        return seconds * (1 + SPREAD * sqrt(2 * log(nodes))) if nodes > 1 else seconds
+
+    def _seconds(self, cut: Structure, micro: int, recompute: str, *, single: bool) -> tuple[float, float, float]:
+        """A layer's forward and backward, its recomputation, and the stage ends', by the ZeRO stage that takes least; seconds."""
+        one_stage = cut.pp == 1
+        name = (cut.tp, cut.cp, cut.sp, one_stage, micro, recompute, single)
+        if name not in self.layers:
+            least = (inf, inf, inf)
+            for stage in (1, 2):
+                w = self.space.workload(cut, self.space.case.batch // micro if single else 1, micro, recompute, (stage, "none", "none"))
+                f, b, r = layer_passes(w, self.hardware, scale=self.scale)
+                hf, hb = head_passes(w, self.hardware, scale=self.scale)
+                ends = hf.total + hb.total
+                if one_stage:
+                    ef, eb = embedding_passes(w, self.hardware)
+                    ends += ef.total + eb.total
+                least = (min(least[0], f.total + b.total), min(least[1], r.total), min(least[2], ends))
+            self.layers[name] = least
+        return self.layers[name]
+
+
+_FAR = {"none": 0, "cpu": 1, "nvme": 2}
+
+
+def _within(less: Sharding, more: Sharding) -> bool:
+    """Whether a sharding of the same ZeRO stage moves no state further away than another does."""
+    return less[0] == more[0] and all(_FAR[a] <= _FAR[b] for a, b in zip(less[1:], more[1:], strict=True))
+
+
+def fits(memory: MemoryEstimate, w: Workload, hardware: Hardware, *, headroom: float = HEADROOM) -> bool:
+    """Whether every rank leaves the headroom (bytes) free and the node's RAM holds what is offloaded to it."""
+    return needed(memory, w, hardware) + headroom <= memory.capacity and host_fits(memory, hardware)
+
+
+def needed(memory: MemoryEstimate, w: Workload, hardware: Hardware) -> float:
+    """Bytes of the worst rank; a CPU's ranks also hold what is offloaded to the CPU."""
+    return memory.worst.device + (0.0 if hardware.gpu.accelerator else memory.host / min(hardware.gpus_per_node, w.world))
+
+
+def host_fits(memory: MemoryEstimate, hardware: Hardware) -> bool:
+    """Whether a node's RAM holds what is offloaded to it beside the system and the data loaders (HOST_SHARE)."""
+    return not hardware.gpu.accelerator or memory.host <= HOST_SHARE * hardware.gpu.host_gib * GIB

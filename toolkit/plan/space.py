@@ -1,0 +1,199 @@
+"""What `toolkit tune` may choose: the axes of a layout, their values, and what the user fixed of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from toolkit.config.explain import nearest
+from toolkit.config.schema import RunConfig
+from toolkit.errors import ConfigError
+from toolkit.parallel import rules
+from toolkit.parallel.case import Case, Machine
+from toolkit.parallel.options import divisors
+from toolkit.plan.hardware import Hardware
+from toolkit.plan.workload import Workload
+
+# an axis, its config key (dp follows from the GPUs and has none) and, where few, its values
+AXES: Mapping[str, tuple[str | None, tuple[Any, ...] | None]] = {
+    "tp": ("parallel.tp", None),
+    "pp": ("parallel.pp", None),
+    "vpp": ("parallel.vpp", None),
+    "cp": ("parallel.cp", None),
+    "dp": (None, None),
+    "sp": ("parallel.sequence_parallel", (False, True)),
+    "zero": ("zero.stage", (0, 1, 2, 3)),
+    "offload_optimizer": ("zero.offload_optimizer", ("none", "cpu", "nvme")),
+    "offload_param": ("zero.offload_param", ("none", "cpu", "nvme")),
+    "recompute": ("train.recompute", ("none", "selective", "full")),
+    "micro": ("train.micro_batch_size", None),
+}
+_BY_KEY = {key: axis for axis, (key, _) in AXES.items() if key} | {axis: axis for axis in AXES}
+
+Sharding = tuple[int, str, str]  # ZeRO stage, optimizer offload, parameter offload
+
+
+def parse_fixes(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    """Values an axis is held to, from `parallel.tp=2`, `tp=2` or, for several, `zero.stage=1,2`.
+
+    Raises ConfigError for an unknown axis (with the nearest one), a wrong value, or an axis given twice.
+    """
+    fixed: dict[str, tuple[Any, ...]] = {}
+    for text in texts:
+        key, equals, given = text.partition("=")
+        axis = _BY_KEY.get(key.strip())
+        if axis is None or not equals:
+            near = nearest(key.strip(), _BY_KEY, cutoff=0.5)
+            hint = f"Did you mean {near}? " if near and axis is None else ""
+            raise ConfigError(
+                f"--fix {text!r} names nothing that tune chooses", fix=f"{hint}Write AXIS=VALUE with one of {', '.join(AXES)}."
+            )
+        if axis in fixed:
+            raise ConfigError(
+                f"--fix gives {axis} twice", why="the two contradict each other", fix=f"Write {axis}=A,B to allow two values."
+            )
+        fixed[axis] = tuple(_value(axis, part.strip()) for part in given.split(","))
+    return fixed
+
+
+def is_axis(override: str) -> bool:
+    """Whether a `section.key=value` override sets something that tune would choose."""
+    key = override.partition("=")[0].strip()
+    return "." in key and key in _BY_KEY
+
+
+def _value(axis: str, text: str) -> Any:
+    known = AXES[axis][1]
+    if known is None:
+        if text.isdecimal() and int(text) >= 1:
+            return int(text)
+        raise ConfigError(f"--fix {axis}={text!r} is no degree", fix="Use a whole number of at least 1.")
+    for value in known:
+        if text.lower() == str(value).lower():
+            return value
+    raise ConfigError(f"--fix {axis}={text!r} is not possible", fix=f"Use one of {', '.join(str(v).lower() for v in known)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """How the model is cut, whatever the batch: the degrees but dp."""
+
+    tp: int
+    pp: int
+    vpp: int
+    cp: int
+    sp: bool
+
+    @property
+    def ranks(self) -> int:
+        """GPUs of one copy of the model."""
+        return self.tp * self.pp * self.cp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """All candidates for a config on at most max_gpus GPUs: what the axes span, whole nodes at a time; legality is the rules'."""
+
+    case: Case
+    base: Workload
+    hardware: Hardware
+    max_gpus: int
+    fixed: Mapping[str, tuple[Any, ...]]
+
+    @classmethod
+    def of(cls, config: RunConfig, hardware: Hardware, *, max_gpus: int | None = None, fixed: Mapping[str, tuple[Any, ...]]) -> Space:
+        """The space of a config on a cluster; the GPUs there have CUDA and Transformer Engine where they are GPUs at all."""
+        gpus = hardware.gpu.accelerator
+        case = Case.of(config, 1, machine=Machine(cuda=gpus, transformer_engine=gpus))
+        most = hardware.count if max_gpus is None else min(max_gpus, hardware.count)
+        return cls(case=case, base=Workload.of(config, 1), hardware=hardware, max_gpus=most, fixed=fixed)
+
+    def allows(self, axis: str, value: Any) -> bool:
+        """Whether the user left an axis free to take a value."""
+        return axis not in self.fixed or value in self.fixed[axis]
+
+    def shardings(self) -> list[Sharding]:
+        """ZeRO stages with their offloads, the plain ones first."""
+        stages, optimizer, param = (AXES[a][1] or () for a in ("zero", "offload_optimizer", "offload_param"))
+        found = [
+            (z, o, p)
+            for o in optimizer
+            for p in param
+            for z in stages
+            if self.allows("zero", z) and self.allows("offload_optimizer", o) and self.allows("offload_param", p)
+        ]
+        return sorted(found, key=lambda s: (s[1] != "none", s[2] != "none"))
+
+    def recomputes(self) -> list[str]:
+        """Recompute modes, least work first."""
+        return [r for r in AXES["recompute"][1] or () if self.allows("recompute", r)]
+
+    def structures(self) -> Iterator[tuple[Structure, list[Sharding]]]:
+        """Every way to cut the model that breaks no rule with one copy and micro-batches of one, with its legal shardings.
+
+        More copies and larger micro-batches can only break further rules; those are asked again for each candidate. A degree
+        that is illegal beside degrees of 1, or a sharding on one GPU, is left out at once.
+        """
+        whole = Structure(tp=1, pp=1, vpp=1, cp=1, sp=False)
+        shardings = self._legal(whole, self.shardings())
+        for tp in self._degrees("tp", self.case.heads):
+            for cp in self._degrees("cp", self.case.seq) if self._legal(replace(whole, tp=tp), shardings) else ():
+                for pp in self._degrees("pp", self.case.layers) if self._legal(replace(whole, tp=tp, cp=cp), shardings) else ():
+                    for vpp in self._degrees("vpp", self.case.layers // pp) if tp * cp * pp <= self.max_gpus else ():
+                        for sp in (False, True) if tp > 1 else (False,):
+                            cut = Structure(tp=tp, pp=pp, vpp=vpp, cp=cp, sp=sp)
+                            legal = self._legal(cut, shardings) if self.allows("sp", sp) else []
+                            if legal:
+                                yield cut, legal
+
+    def copies(self, cut: Structure) -> list[int]:
+        """Data-parallel degrees of a structure: divisors of the batch that fill whole nodes, or a part of one."""
+        each, node = cut.ranks, self.hardware.gpus_per_node
+        return [
+            dp for dp in self._degrees("dp", self.case.batch) if each * dp <= self.max_gpus and (each * dp % node == 0 or each * dp < node)
+        ]
+
+    def micros(self, dp: int) -> list[int]:
+        """Micro-batches that divide one copy's share of the batch, ascending."""
+        return self._degrees("micro", self.case.batch // dp)
+
+    def legal(self, cut: Structure, dp: int, micro: int, recompute: str, sharding: Sharding) -> bool:
+        """What the table of rules says of one candidate."""
+        case = self.case
+        case.world = cut.ranks * dp
+        case.tp, case.pp, case.vpp, case.cp, case.sp = cut.tp, cut.pp, cut.vpp, cut.cp, cut.sp
+        case.micro, case.recompute = micro, recompute
+        case.stage, case.opt_offload, case.param_offload = sharding
+        return rules.legal(case)
+
+    def workload(self, cut: Structure, dp: int, micro: int, recompute: str, sharding: Sharding) -> Workload:
+        """The candidate as the estimator takes it."""
+        zero, optimizer, param = sharding
+        return replace(
+            self.base,
+            tp=cut.tp,
+            pp=cut.pp,
+            vpp=cut.vpp,
+            cp=cut.cp,
+            sp=cut.sp,
+            dp=dp,
+            micro=micro,
+            recompute=recompute,  # type: ignore[arg-type]
+            zero=zero,
+            offload_optimizer=optimizer,  # type: ignore[arg-type]
+            offload_param=param,  # type: ignore[arg-type]
+        )
+
+    def _degrees(self, axis: str, divided: int) -> list[int]:
+        return [v for v in divisors(divided) if self.allows(axis, v)]
+
+    def _legal(self, cut: Structure, shardings: Sequence[Sharding]) -> list[Sharding]:
+        return [s for s in shardings if any(self.legal(cut, 1, 1, recompute, s) for recompute in self.recomputes())]
+
+
+def spec(hardware: Hardware, gpus: int) -> str:
+    """`GPU:PER_NODExNODES` of the part of a cluster that so many GPUs are."""
+    node = hardware.gpus_per_node
+    return f"{hardware.gpu.name}:{gpus}" if gpus < node else f"{hardware.gpu.name}:{node}x{math.ceil(gpus / node)}"

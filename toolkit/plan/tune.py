@@ -1,0 +1,300 @@
+"""The answer to `which layout should I run`: the search, what would change it, and what to do when nothing fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from toolkit.config.explain import validate
+from toolkit.config.schema import RunConfig
+from toolkit.errors import ConfigError, LayoutError
+from toolkit.memory.estimate import GIB, MemoryEstimate, estimate
+from toolkit.parallel import rules
+from toolkit.parallel.case import Machine
+from toolkit.plan.hardware import Hardware, catalogue
+from toolkit.plan.reasons import differences, layout_words, share, size
+from toolkit.plan.search import HOST_SHARE, Found, Limits, Objective, Plan, host_fits, needed, search
+from toolkit.plan.show import count
+from toolkit.plan.space import AXES, Space, spec
+from toolkit.plan.workload import Workload
+
+MOST_RAM_GIB = 16384.0
+MOST_NODES = 4096  # up to which "more GPUs" is looked for when nothing fits
+
+
+@dataclass(kw_only=True)
+class Question:
+    """What the user asks: a config, a cluster, what is fixed, and what counts. Sizes in bytes, times in seconds."""
+
+    config: RunConfig
+    hardware: Hardware
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    max_gpus: int | None = None
+    objective: Objective = "tokens/s"
+    limits: Limits = field(default_factory=Limits)
+    scale: float | None = None
+
+    def with_host_gib(self, gib: float) -> Question:
+        """The same with another RAM of a node, GiB; raises ConfigError for none."""
+        if gib <= 0:
+            raise ConfigError(f"--host-gib {gib:g} is not above 0", fix="Leave it out, or give the RAM of a node.")
+        return replace(self, hardware=replace(self.hardware, gpu=replace(self.hardware.gpu, host_gib=gib)))
+
+    def space(self) -> Space:
+        """The candidates of this question."""
+        return Space.of(self.config, self.hardware, max_gpus=self.max_gpus, fixed=self.fixed)
+
+    def ask(self, *, top: int) -> Found:
+        """Search it."""
+        return search(self.space(), objective=self.objective, limits=self.limits, top=top, scale=self.scale)
+
+
+@dataclass(kw_only=True)
+class WhatIf:
+    """A change of the hardware or the run, what the best plan would then do, and in which words."""
+
+    change: str
+    plan: Plan | None
+    text: str
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """What tune found for a question."""
+
+    question: Question
+    found: Found
+    what_if: list[WhatIf] = field(default_factory=list)
+
+    @property
+    def best(self) -> Plan:
+        return self.found.plans[0]
+
+    @property
+    def spec(self) -> str:
+        """The best plan's GPUs, as `estimate --hardware` takes them."""
+        return spec(self.question.hardware, self.best.gpus)
+
+
+def tune(question: Question, *, top: int = 10, what_if: bool = True) -> Answer:
+    """Find the best plans for a question.
+
+    Raises LayoutError where no layout is legal, none fits (by how much, and what would fit), or none meets the targets;
+    ConfigError for constraints that contradict each other.
+    """
+    _check(question)
+    found = question.ask(top=top)
+    if not found.candidates:
+        raise _nothing_legal(question)
+    if not found.plans:
+        raise _nothing_meets(question) if _fits_without_targets(question) else _nothing_fits(question)
+    answer = Answer(question=question, found=found)
+    if what_if:
+        answer.what_if = [_what_if(answer, change, other) for change, other in _changes(question)]
+    return answer
+
+
+def planned(config: RunConfig, plan: Plan) -> RunConfig:
+    """The config with a plan's settings in it, validated."""
+    w = plan.workload
+    raw = config.model_dump()
+    for axis, (dotted, _) in AXES.items():
+        if dotted:
+            section, name = dotted.split(".")
+            raw[section][name] = getattr(w, axis)
+    return validate(raw)
+
+
+def _check(question: Question) -> None:
+    limits, hardware = question.limits, question.hardware
+    if question.max_gpus is not None and question.max_gpus < 1:
+        raise ConfigError(f"--max-gpus {question.max_gpus} leaves no GPU", fix="Set it to 1 or more.")
+    for name, value in (("--max-step", limits.max_step_s), ("--max-cost", limits.max_cost), ("--price", limits.price)):
+        if value is not None and value <= 0:
+            raise ConfigError(f"{name} {value:g} is not above 0", fix="Leave it out, or give a positive number.")
+    if limits.max_cost is not None and limits.price is None:
+        raise ConfigError("--max-cost has no price to be reckoned with", fix="Set --price to what one GPU costs an hour.")
+    if not 0 <= limits.headroom < hardware.gpu.memory_gib * GIB:
+        raise ConfigError(
+            f"--headroom {limits.headroom / GIB:g} leaves nothing of the {hardware.gpu.memory_gib:g} GiB of a {hardware.gpu.name}",
+            fix="Set it to 0 or more, and less than that.",
+        )
+    most = min(hardware.count, question.max_gpus or hardware.count)
+    least = 1
+    for axis in ("tp", "pp", "cp", "dp"):
+        least *= min(question.fixed.get(axis, (1,)))
+    if least > most:
+        held = " × ".join(f"{a}={min(question.fixed[a])}" for a in ("tp", "pp", "cp", "dp") if a in question.fixed)
+        limit = f"--max-gpus {most}" if question.max_gpus is not None and question.max_gpus < hardware.count else str(hardware)
+        raise ConfigError(f"{held} needs {least} GPUs, and {limit} allows {most}", fix="Fix smaller degrees, or allow more GPUs.")
+
+
+def _nothing_legal(question: Question) -> LayoutError:
+    """Say which rule refuses the user's own settings, since no choice of the free ones mends it."""
+    raw = question.config.model_dump()
+    raw["parallel"] |= {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "sequence_parallel": False}
+    offloads = any(question.fixed.get(axis, ("none",))[0] != "none" for axis in ("offload_optimizer", "offload_param"))
+    raw["zero"] |= {"stage": 3 if offloads else 1, "offload_optimizer": "none", "offload_param": "none"}
+    raw["train"] |= {"micro_batch_size": 1, "recompute": "none"}
+    for axis, values in question.fixed.items():
+        if dotted := AXES[axis][0]:
+            section, name = dotted.split(".")
+            raw[section][name] = values[0]
+    p = raw["parallel"]
+    world = p["tp"] * p["pp"] * p["cp"] * question.fixed.get("dp", (1,))[0]
+    gpus = question.hardware.gpu.accelerator
+    held = ", ".join(f"{axis}={'|'.join(str(v).lower() for v in values)}" for axis, values in question.fixed.items())
+    where = f"no layout is legal{f' with {held} fixed' if held else ''} on up to {question.space().max_gpus} GPUs of {question.hardware}"
+    try:
+        found = rules.violations(validate(raw), world, machine=Machine(cuda=gpus, transformer_engine=gpus))
+    except ConfigError as error:
+        return LayoutError(where, why=str(error))
+    if not found:
+        return LayoutError(
+            where,
+            why=f"no number of copies divides train.global_batch_size={question.config.train.global_batch_size} and fills whole nodes",
+            fix="Change the batch, the GPUs or what is fixed.",
+        )
+    more = f" ({len(found) - 1} more rules are broken.)" if len(found) > 1 else ""
+    return LayoutError(where, why=f"{found[0]}{more}")
+
+
+def _fits_without_targets(question: Question) -> bool:
+    limits = question.limits
+    if limits.max_step_s is None and limits.max_cost is None:
+        return False
+    return bool(replace(question, limits=replace(limits, max_step_s=None, max_cost=None)).ask(top=1).plans)
+
+
+def _nothing_meets(question: Question) -> LayoutError:
+    limits = question.limits
+    free = replace(limits, max_step_s=None, max_cost=None)
+    texts, fixes = [], []
+    if limits.max_step_s is not None:
+        fastest = replace(question, limits=free, objective="tokens/s").ask(top=1).plans[0]
+        texts.append(
+            f"--max-step {limits.max_step_s:g} s: the fastest plan ({layout_words(fastest.workload)}, {fastest.gpus} GPUs) takes {fastest.time.step:.3g} s"
+        )
+        fixes.append(f"--max-step {fastest.time.step:.3g}")
+    if limits.max_cost is not None:
+        cheapest = replace(question, limits=free, objective="cost").ask(top=1).plans[0]
+        cost = limits.cost(cheapest.time.step, cheapest.gpus)
+        texts.append(
+            f"--max-cost {limits.max_cost:g}: the cheapest plan ({layout_words(cheapest.workload)}, {cheapest.gpus} GPUs) costs {cost:,.0f}"
+        )
+        fixes.append(f"--max-cost {cost:.0f}")
+    both = " Each alone can be met, both together cannot." if len(texts) == 2 and _each_alone(question) else ""
+    return LayoutError("no plan meets the target", why="; ".join(texts) + "." + both, fix=f"Allow {' and '.join(fixes)}, or more GPUs.")
+
+
+def _each_alone(question: Question) -> bool:
+    one = replace(question.limits, max_cost=None), replace(question.limits, max_step_s=None)
+    return all(replace(question, limits=limits).ask(top=1).plans for limits in one)
+
+
+def _nothing_fits(question: Question) -> LayoutError:
+    """By how much the layout that comes nearest misses, and what would make something fit."""
+    hardware, headroom = question.hardware, question.limits.headroom
+    sized = _all_sized(question)
+    memory, workload = min(sized, key=lambda entry: _overfull(question, *entry))
+    capacity, taken, ram = memory.capacity, needed(memory, workload, hardware), HOST_SHARE * hardware.gpu.host_gib * GIB
+    misses = []
+    if taken + headroom > capacity:
+        over = size(taken + headroom - capacity)
+        misses.append(f"takes {size(taken)} a GPU, {over} more than the {size(capacity)} there less {size(headroom)} of headroom")
+    if not host_fits(memory, hardware):
+        misses.append(
+            f"offloads {size(memory.host)} to a node's RAM, {size(memory.host - ram)} more than the {size(ram)} that are free there"
+        )
+    alone = [needed(m, w, hardware) for m, w in sized if host_fits(m, hardware)]
+    return LayoutError(
+        f"{count(workload.shape.parameters)} parameters fit in no legal layout on up to {question.space().max_gpus} GPUs of {hardware}",
+        why=f"the one that comes nearest ({layout_words(workload)}) {' and '.join(misses)}",
+        fix=" ".join(_remedies(question, min(alone, default=None))),
+    )
+
+
+def _all_sized(question: Question) -> list[tuple[MemoryEstimate, Workload]]:
+    """Every legal candidate of the smallest micro-batch and most recomputation, with its memory."""
+    space, recompute = question.space(), question.space().recomputes()[-1]
+    found = []
+    for cut, shardings in space.structures():
+        for dp in space.copies(cut):
+            for micro in space.micros(dp)[:1]:
+                for sharding in shardings:
+                    if space.legal(cut, dp, micro, recompute, sharding):
+                        w = space.workload(cut, dp, micro, recompute, sharding)
+                        found.append((estimate(w, question.hardware), w))
+    return found
+
+
+def _overfull(question: Question, memory: MemoryEstimate, w: Workload) -> float:
+    """How many times over the fuller of device and RAM would be full."""
+    hardware = question.hardware
+    device = (needed(memory, w, hardware) + question.limits.headroom) / memory.capacity
+    return max(device, memory.host / (HOST_SHARE * hardware.gpu.host_gib * GIB)) if hardware.gpu.accelerator else device
+
+
+def _remedies(question: Question, least: float | None) -> Iterator[str]:
+    """Changes after which something fits, each tried; least: device bytes of the leanest layout whose offload the RAM holds."""
+    released = {axis: values for axis, values in question.fixed.items() if axis not in ("offload_optimizer", "offload_param", "zero")}
+    for axis in ("recompute", "micro"):
+        if axis in question.fixed and _tried(replace(question, fixed={a: v for a, v in question.fixed.items() if a != axis})):
+            yield f"Leaving {axis} free makes it fit."
+    if len(released) < len(question.fixed) and _tried(replace(question, fixed=released)):
+        yield "Leaving the ZeRO stage and offload free makes it fit."
+    if question.fixed and _tried(replace(question, fixed={})):
+        yield "Fixing nothing makes it fit."
+    if question.config.zero.nvme_path is None and question.hardware.gpu.accelerator:
+        raw = question.config.model_dump()
+        raw["zero"]["nvme_path"] = "nvme"
+        if plan := _tried(replace(question, config=validate(raw))):
+            yield f"Setting zero.nvme_path to a folder on local disks of {size(plan.memory.nvme)} a node makes it fit."
+    hardware, nodes = question.hardware, question.hardware.nodes
+    if hardware.gpu.accelerator and (plan := _tried(question.with_host_gib(MOST_RAM_GIB))):
+        yield f"{size(plan.memory.host / HOST_SHARE)} of RAM a node makes it fit, with {layout_words(plan.workload)} (--host-gib)."
+    while nodes < MOST_NODES:
+        nodes *= 2
+        if plan := _tried(replace(question, hardware=replace(hardware, nodes=nodes), max_gpus=None)):
+            yield f"It fits on {spec(hardware, plan.gpus)} ({plan.gpus} GPUs)."
+            break
+    gib = (least or 0) + question.limits.headroom
+    larger = sorted((g for g in catalogue().values() if g.accelerator and g.memory_gib * GIB >= gib), key=lambda g: g.memory_gib)
+    if least is not None and hardware.gpu.accelerator and gib > hardware.gpu.memory_gib * GIB:
+        yield f"A GPU of {size(gib)} would do, " + (f"such as {larger[0].name}." if larger else "which none in the catalogue has.")
+
+
+def _tried(question: Question) -> Plan | None:
+    plans = question.ask(top=1).plans
+    return plans[0] if plans else None
+
+
+def _changes(question: Question) -> Iterator[tuple[str, Question]]:
+    """The what-if questions: larger device memory, faster links, more nodes, a longer sequence."""
+    hardware, gpu = question.hardware, question.hardware.gpu
+    larger = min((g.memory_gib for g in catalogue().values() if g.accelerator and g.memory_gib > 1.1 * gpu.memory_gib), default=None)
+    if larger is not None and gpu.accelerator:
+        yield f"{larger:g} GiB a GPU", replace(question, hardware=replace(hardware, gpu=replace(gpu, memory_gib=larger)))
+    if hardware.nodes > 1:
+        yield "a network twice as fast", replace(question, hardware=replace(hardware, nic_gb_s=2 * hardware.nic_gb_s))
+    elif hardware.count > 1:
+        faster = replace(gpu, link_gb_s=2 * gpu.link_gb_s) if gpu.link_gb_s else replace(gpu, pcie_gb_s=2 * gpu.pcie_gb_s)
+        yield "links between GPUs twice as fast", replace(question, hardware=replace(hardware, gpu=faster))
+    if question.max_gpus is None:
+        yield "twice the nodes", replace(question, hardware=replace(hardware, nodes=2 * hardware.nodes))
+    raw = question.config.model_dump()
+    raw["train"]["seq_length"] *= 2
+    raw["model"]["max_position_embeddings"] = max(raw["model"]["max_position_embeddings"], raw["train"]["seq_length"])
+    yield f"sequences of {raw['train']['seq_length']:,} tokens", replace(question, config=validate(raw))
+
+
+def _what_if(answer: Answer, change: str, question: Question) -> WhatIf:
+    best, plan = answer.best, _tried(question)
+    if plan is None:
+        return WhatIf(change=change, plan=None, text="nothing fits or meets the target")
+    text = f"{share(plan.tokens_per_s, best.tokens_per_s)} tokens/s"
+    if answer.question.objective != "tokens/s":
+        text += f", {share(plan.gpus * plan.time.step, best.gpus * best.time.step)} GPU time a step on {plan.gpus} GPUs"
+    changed = differences(best.workload, plan.workload)
+    return WhatIf(change=change, plan=plan, text=f"{text}, with {changed}" if changed else f"{text}, same layout")

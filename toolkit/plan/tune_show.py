@@ -1,0 +1,157 @@
+"""`toolkit tune`'s answer as a terminal table or as JSON."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from toolkit.memory.estimate import GIB
+from toolkit.plan.reasons import degree_words, layout_words, limits, memory_words, safer, state_words, why_not
+from toolkit.plan.search import Plan
+from toolkit.plan.show import count, mfu
+from toolkit.plan.space import AXES, spec
+from toolkit.plan.trials import Trial
+from toolkit.plan.tune import Answer
+
+FORMAT = 1  # of the JSON
+
+
+def tune_json(answer: Answer, *, trials: list[Trial] | None = None) -> dict[str, Any]:
+    """The ranked plans with time (seconds) and memory (GiB) by part, the limits of the best, and the what-ifs."""
+    question, found = answer.question, answer.found
+    best = answer.best
+    return {
+        "format": FORMAT,
+        "hardware": str(question.hardware),
+        "objective": question.objective,
+        "headroom_gib": question.limits.headroom / GIB,
+        "candidates": found.candidates,
+        "sized": found.sized,
+        "timed": found.timed,
+        "best": plan_json(answer, best),
+        "limits": limits(best),
+        "memory": memory_words(best, headroom=question.limits.headroom),
+        "plans": [plan_json(answer, plan) | {"why_not": _why(answer, plan)} for plan in found.plans],
+        "what_if": [{"change": w.change, "answer": w.text, "plan": plan_json(answer, w.plan) if w.plan else None} for w in answer.what_if],
+        **({"trials": [{"plan": found.plans.index(t.plan) + 1} | t.as_json() for t in trials]} if trials is not None else {}),
+    }
+
+
+def plan_json(answer: Answer, plan: Plan) -> dict[str, Any]:
+    """One plan: its layout by axis, the settings that make it, and what is predicted."""
+    w, question = plan.workload, answer.question
+    return {
+        "layout": {axis: getattr(w, axis) for axis in AXES} | {"microbatches": w.microbatches},
+        "settings": {key: getattr(w, axis) for axis, (key, _) in AXES.items() if key},
+        "hardware": spec(question.hardware, plan.gpus),
+        "gpus": plan.gpus,
+        "step_s": plan.time.step,
+        "tokens_per_s": plan.tokens_per_s,
+        "mfu": mfu(w, plan.time, question.hardware),
+        "time_parts_s": dict(plan.time.parts),
+        "peak_device_gib": plan.worst.device / GIB,
+        "capacity_gib": plan.memory.capacity / GIB,
+        "worst_stage": plan.worst.stage,
+        "memory_parts_gib": {name: value / GIB for name, value in plan.worst.parts.items()},
+        "host_gib_per_node": plan.memory.host / GIB,
+        "nvme_gib_per_node": plan.memory.nvme / GIB,
+        "gpu_hours": plan.time.step * question.limits.steps * plan.gpus / 3600,
+        "cost": question.limits.cost(plan.time.step, plan.gpus) if question.limits.price is not None else None,
+    }
+
+
+def tune_text(answer: Answer, *, width: int = 150) -> str:
+    """The best plans as a table, then why the others lose, what limits the best one, and the what-ifs."""
+    from rich.console import Console
+
+    question, found, best = answer.question, answer.found, answer.best
+    out = Console(file=io.StringIO(), width=width, force_terminal=False)
+    shape, t = best.workload.shape, question.config.train
+    out.print(
+        f"{count(shape.parameters)} parameters, {t.global_batch_size} × {t.seq_length} tokens a step in {t.precision}, on up to "
+        f"{question.space().max_gpus} of {question.hardware}: {found.candidates:,} candidates, {found.sized:,} sized, {found.timed:,} timed, "
+        f"the rest ruled out by bounds; best {question.objective} first",
+        highlight=False,
+        soft_wrap=True,
+    )
+    out.print(_table(answer))
+    if question.config.model.vocab_size is None:
+        out.print(
+            "model.vocab_size is null: sizes count the padding alone; set it to the tokenizer's for exact ones",
+            highlight=False,
+            soft_wrap=True,
+        )
+    out.print(f"best: {layout_words(best.workload)}", highlight=False, soft_wrap=True)
+    for line in limits(best):
+        out.print(f"  {line}", highlight=False, soft_wrap=True)
+    out.print(f"  memory: {memory_words(best, headroom=question.limits.headroom)}", highlight=False, soft_wrap=True)
+    if line := safer(found.plans):
+        out.print(f"  {line}", highlight=False, soft_wrap=True)
+    if len(found.plans) > 1:
+        out.print("why the others lose", highlight=False, soft_wrap=True)
+        for number, plan in enumerate(found.plans[1:], start=2):
+            out.print(f"  {number}: {_why(answer, plan)}", highlight=False, soft_wrap=True)
+    if answer.what_if:
+        out.print("what if", highlight=False, soft_wrap=True)
+        for item in answer.what_if:
+            out.print(f"  {item.change}: {item.text}", highlight=False, soft_wrap=True)
+    return _plain(out)
+
+
+def trials_text(answer: Answer, trials: list[Trial], *, width: int = 150) -> str:
+    """What the trials measured, best first, beside what was predicted."""
+    from rich.console import Console
+    from rich.table import Table
+
+    out = Console(file=io.StringIO(), width=width, force_terminal=False)
+    table = Table(title="measured", title_justify="left")
+    for name in ("plan", "layout", "sharding", "result", "step", "predicted", "tokens/s", "GiB"):
+        table.add_column(name, justify="left" if name in ("layout", "sharding", "result") else "right")
+    for t in trials:
+        w = t.plan.workload
+        tokens = f"{w.batch * w.seq / t.step_s:,.0f}" if t.step_s else ""
+        table.add_row(
+            str(answer.found.plans.index(t.plan) + 1),
+            f"{degree_words(w)} · micro {w.micro}",
+            f"{state_words(w)} · recompute {w.recompute}",
+            t.status,
+            f"{t.step_s:.3g} s" if t.step_s else "",
+            f"{t.plan.time.step:.3g} s",
+            tokens,
+            f"{t.memory_gib:.2f}" if t.memory_gib else "",
+        )
+    out.print(table)
+    for t in trials:
+        if t.reason:
+            out.print(f"  plan {answer.found.plans.index(t.plan) + 1}: {t.reason}", highlight=False, soft_wrap=True)
+    return _plain(out)
+
+
+def _table(answer: Answer) -> Any:
+    from rich.table import Table
+
+    question, best = answer.question, answer.best
+    table = Table(title="plans", title_justify="left")
+    table.add_column("", justify="right")
+    table.add_column("layout")
+    table.add_column("sharding")
+    table.add_column("recompute")
+    for name in ("micro", "GPUs", "step", "tokens/s", "MFU", "GiB"):
+        table.add_column(name, justify="right")
+    if question.limits.price is not None or question.objective == "cost":
+        table.add_column("GPU hours" if question.limits.price is None else "cost", justify="right")
+    for number, plan in enumerate(answer.found.plans, start=1):
+        w = plan.workload
+        row = [str(number), degree_words(w), state_words(w), w.recompute, str(w.micro), str(plan.gpus), f"{plan.time.step:.3g} s"]
+        row += [f"{plan.tokens_per_s:,.0f}", f"{mfu(w, plan.time, question.hardware):.1%}", f"{plan.worst.device / GIB:.1f}"]
+        row.append(f"{question.limits.cost(plan.time.step, plan.gpus):,.0f}")
+        table.add_row(*row[: len(table.columns)], style="bold" if plan is best else None)
+    return table
+
+
+def _why(answer: Answer, plan: Plan) -> str:
+    return "" if plan is answer.best else why_not(plan, answer.best, objective=answer.question.objective)
+
+
+def _plain(console: Any) -> str:
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"

@@ -1,0 +1,65 @@
+"""A chosen plan as files to start from: the run's YAML, the DeepSpeed JSON, the launch command and the whole ranking."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from toolkit.config.deepspeed import deepspeed_config
+from toolkit.config.load import dump_config
+from toolkit.errors import ConfigError
+from toolkit.parallel import rules
+from toolkit.parallel.case import Machine
+from toolkit.plan.hardware import Hardware
+from toolkit.plan.search import Plan
+from toolkit.plan.tune import Question, planned
+
+
+def launch_command(config_path: str, hardware: Hardware, gpus: int) -> str:
+    """The shell command that starts a run: `toolkit train` on one machine, the deepspeed launcher with a hostfile on several."""
+    if gpus <= hardware.gpus_per_node:
+        return f"toolkit train {config_path} --num-procs {gpus}"
+    return f"deepspeed --hostfile hostfile --no_local_rank --module toolkit.train {config_path}"
+
+
+def write_plan(question: Question, plan: Plan, out: Path, *, ranking: dict[str, Any]) -> list[Path]:
+    """Write run.yaml, ds_config.json, launch.sh and tune.json into a folder; each file appears whole or not at all.
+
+    Raises ConfigError where the folder cannot be written, LayoutError if the rules refuse the plan after all.
+    """
+    config = planned(question.config, plan)
+    gpus = question.hardware.gpu.accelerator
+    layout = rules.check(config, plan.gpus, machine=Machine(cuda=gpus, transformer_engine=gpus))
+    node = question.hardware.gpus_per_node
+    hosts = (
+        ""
+        if plan.gpus <= node
+        else f"# hostfile: {plan.gpus // node} lines of `HOST slots={node}`; GLOO_SOCKET_IFNAME and others: launch/README.md\n"
+    )
+    command = launch_command('"$(dirname "$0")/run.yaml"', question.hardware, plan.gpus)
+    files = {
+        "run.yaml": dump_config(config),
+        "ds_config.json": json.dumps(deepspeed_config(config, layout), indent=2) + "\n",
+        "launch.sh": f'#!/usr/bin/env bash\n# Written by toolkit tune: {plan.gpus} × {question.hardware.gpu.name}\n{hosts}exec {command} "$@"\n',
+        "tune.json": json.dumps(ranking, indent=1) + "\n",
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            write_whole(out / name, text)
+        (out / "launch.sh").chmod(0o755)
+    except OSError as error:
+        raise ConfigError(f"--out {str(out)!r} cannot be written", why=error.strerror or str(error), fix="Name another folder.") from None
+    return [out / name for name in files]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file in one step, after its new content is on disk."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

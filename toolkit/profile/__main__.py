@@ -1,0 +1,59 @@
+"""`python -m toolkit.profile CONFIG [key=value…] [--steps K] [--memory-limit GIB]`: one rank, as the deepspeed launcher starts it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from toolkit.errors import OutOfMemory, ToolkitError
+from toolkit.train.__main__ import quiet
+
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
+
+
+def main(arguments: list[str]) -> int:
+    """Profile; returns the exit code. A user error is one message from each host; where memory ends, the rank itself says so."""
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stdout)
+    quiet()
+    parser = argparse.ArgumentParser(prog="python -m toolkit.profile", description=main.__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--memory-limit", type=float)
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        from toolkit.config.load import load_config
+        from toolkit.train.plan import plan
+
+        config = load_config(options.config, options.overrides)
+        layout, data = plan(config, int(os.environ.get("WORLD_SIZE", 1)))
+        from toolkit.profile.session import Options, profile
+
+        profile(config, layout, data, Options(steps=options.steps, memory_limit=options.memory_limit))
+    except OutOfMemory as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
+        os._exit(error.exit_code)  # other ranks wait in a collective that this one will not join, and tidying up would wait for them
+    except RuntimeError as error:
+        if not any(text in str(error) for text in LOST_PEER):
+            raise
+        sys.stderr.write(f"rank {rank} stops: another rank has ended\n")
+        sys.stderr.flush()
+        time.sleep(3.0)  # the launcher reports the first exit code that it sees
+        os._exit(1)
+    except ToolkitError as error:
+        if local_rank == 0:
+            sys.stderr.write(f"{'error' if rank == 0 else f'error on rank {rank}'}: {error}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.exit(code)

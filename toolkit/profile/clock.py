@@ -1,0 +1,203 @@
+"""Where a rank's step time goes: every second counts for one part, the innermost that is running."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from toolkit.parallel.layout import Layout
+
+PARTS = ("data wait", "forward", "backward", "optimizer", "communication", "other")
+# methods of torch's ProcessGroup, through which every library's collectives go; the place of the tensors whose bytes count
+COLLECTIVES = {
+    "allreduce": 0,
+    "allreduce_coalesced": 0,
+    "broadcast": 0,
+    "reduce": 0,
+    "allgather": 1,
+    "_allgather_base": 1,
+    "allgather_into_tensor_coalesced": 1,
+    "reduce_scatter": 1,
+    "_reduce_scatter_base": 1,
+    "reduce_scatter_tensor_coalesced": 1,
+    "gather": 1,
+    "scatter": 0,
+    "alltoall": 1,
+    "alltoall_base": 1,
+    "send": 0,
+    "recv": 0,
+    "barrier": 0,
+}
+
+
+class Clock:
+    """Adds up seconds by part. device: where CUDA runs behind Python, its queue is emptied at every change of part."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, int] = defaultdict(int)
+        self.running = ["other"]
+        self.last = time.perf_counter()
+        self.cuda = device.type == "cuda"
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Seconds spent within count for name, except those of parts entered inside."""
+        self._turn()
+        self.running.append(name)
+        self.counts[name] += 1
+        try:
+            yield
+        finally:
+            self._turn()
+            self.running.pop()
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function whose calls count for a part."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.part(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    def take(self) -> tuple[dict[str, float], dict[str, int]]:
+        """Seconds and calls since the last take."""
+        self._turn()
+        found = dict(self.seconds), dict(self.counts)
+        self.seconds.clear()
+        self.counts.clear()
+        return found
+
+    def _turn(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[self.running[-1]] += now - self.last
+        self.last = now
+
+
+@dataclass
+class Traffic:
+    """One operation on one process group. nbytes: of what this rank put in; seconds: it spent in the calls and waiting for them."""
+
+    group: str
+    size: int
+    operation: str
+    calls: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
+class Wire:
+    """Counts what a rank puts on every process group, at the class all of torch.distributed's calls end in.
+
+    Groups of one rank count nothing. With gloo a call or its wait lasts as long as the message; NCCL returns at once, and the
+    seconds are then those of launching.
+    """
+
+    def __init__(self, layout: Layout, rank: int, clock: Clock | None = None) -> None:
+        self.names = group_names(layout, rank)
+        self.clock = clock
+        self.found: dict[tuple[str, str], Traffic] = {}
+        self.inside = False
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count within this context."""
+        group_class, work_class = dist.ProcessGroup, dist.Work
+        # as they lie in the class: what getattr returns would not bind again once put back
+        before = {name: vars(group_class)[name] for name in COLLECTIVES if name in vars(group_class)}
+        kept = {name: getattr(group_class, name) for name in before}
+        wait_before, wait = vars(work_class)["wait"], work_class.wait
+        pending: dict[int, Traffic] = {}
+
+        def counted(name: str) -> Callable[..., Any]:
+            call, place = kept[name], COLLECTIVES[name]
+
+            def method(group: Any, *args: Any, **kwargs: Any) -> Any:
+                if self.inside or group.size() == 1:
+                    return call(group, *args, **kwargs)
+                row = self._row(group, name)
+                row.calls += 1
+                row.nbytes += _bytes(args[place] if len(args) > place else None)
+                work = self._timed(row, lambda: call(group, *args, **kwargs))
+                if work is not None:
+                    pending[id(work)] = row
+                return work
+
+            return method
+
+        def waited(work: Any, *args: Any, **kwargs: Any) -> Any:
+            row = pending.pop(id(work), None)
+            return self._timed(row, lambda: wait(work, *args, **kwargs)) if row is not None else wait(work, *args, **kwargs)
+
+        try:
+            for name in kept:
+                setattr(group_class, name, counted(name))
+            work_class.wait = waited  # type: ignore[method-assign]
+            yield
+        finally:
+            for name, method in before.items():
+                setattr(group_class, name, method)
+            work_class.wait = wait_before
+
+    def _row(self, group: Any, operation: str) -> Traffic:
+        ranks = tuple(dist.get_process_group_ranks(group))
+        name = self.names.get(ranks) or f"ranks {', '.join(map(str, ranks))}"
+        plain = operation.strip("_").replace("_base", "")
+        return self.found.setdefault((name, plain), Traffic(name, len(ranks), plain))
+
+    def _timed(self, row: Traffic, call: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        self.inside = True
+        try:
+            if self.clock is None:
+                return call()
+            with self.clock.part("communication"):
+                return call()
+        finally:
+            self.inside = False
+            row.seconds += time.perf_counter() - started
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(_bytes(item) for item in value) if isinstance(value, (list, tuple)) else 0
+
+
+def group_names(layout: Layout, rank: int) -> dict[tuple[int, ...], str]:
+    """What the groups of ranks that this rank shares are called; of equal ones the first axis names it, the whole world last."""
+    at = layout.coordinates(rank)
+    ranks = range(layout.world_size)
+    places = {r: layout.coordinates(r) for r in ranks}
+
+    def along(*axes: str) -> tuple[int, ...]:
+        fixed = [a for a in ("tp", "cp", "dp", "pp") if a not in axes]
+        return tuple(r for r in ranks if all(getattr(places[r], a) == getattr(at, a) for a in fixed))
+
+    pipeline = along("pp")
+    found = [
+        (along("tp"), "tensor"),
+        (along("cp"), "context"),
+        (along("dp"), "data"),
+        (along("dp", "cp"), "data"),
+        (pipeline, "pipeline"),
+        ((pipeline[0], pipeline[-1]), "embedding"),
+        (along("tp", "pp"), "model"),
+        (tuple(ranks), "world"),
+    ]
+    named: dict[tuple[int, ...], str] = {}
+    for members, name in found:
+        if len(set(members)) > 1:
+            named.setdefault(members, name)
+    return named

@@ -1,0 +1,122 @@
+"""When memory ends: which part, rank, stage and layer asked for it, and the nearest change that fits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+
+from toolkit.config.schema import RunConfig
+from toolkit.errors import ConfigError, OutOfMemory
+from toolkit.parallel.layout import Layout
+from toolkit.plan.fitting import nearest_fit
+from toolkit.plan.workload import Workload
+from toolkit.profile import predict
+
+GIB = 2**30
+_ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|[KMGT]iB)?", re.IGNORECASE)
+_UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+class Place:
+    """What a rank is doing now, kept up to date by hooks, so that an error can say it."""
+
+    def __init__(self, config: RunConfig, layout: Layout, rank: int, *, limit_gib: float | None) -> None:
+        self.config, self.layout, self.rank, self.limit_gib = config, layout, rank, limit_gib
+        self.part = "parameters and optimizer states"
+        self.layer: int | None = None
+
+    def follow(self, engine: Any) -> None:
+        """Watch an engine's layers and steps from here on."""
+        self.part = "activations"
+        for chunk in engine.chunks:
+            chunk.register_forward_pre_hook(lambda *_: self._at("activations", None))
+            for layer in chunk.decoder.layers:
+                number = int(layer.layer_number)
+                layer.register_forward_pre_hook(lambda *_, number=number: self._at("activations", number))
+                layer.register_forward_hook(lambda _module, _inputs, output, number=number: self._watch(output, number))
+            if chunk.post_process:
+                chunk.output_layer.register_forward_pre_hook(lambda *_: self._at("logits", None))
+        finish = engine.finish
+
+        def finishing() -> Any:
+            self._at("optimizer states and the update", None)
+            result = finish()
+            self._at("activations", None)
+            return result
+
+        engine.finish = finishing
+
+    def _watch(self, output: Any, number: int) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+            hidden.register_hook(lambda _: self._at("gradients in backward", number))
+
+    def _at(self, part: str, layer: int | None) -> None:
+        self.part, self.layer = part, layer
+
+    def error(self, cause: BaseException) -> OutOfMemory:
+        """The message for a user."""
+        at = self.layout.coordinates(self.rank)
+        where = f"rank {self.rank} (stage {at.pp}" + (f", layer {self.layer}" if self.layer else "") + ")"
+        asked = _ASKED.search(str(cause))
+        size = float(asked[1]) * _UNITS[(asked[2] or "bytes").lower()] if asked else None
+        wanted = f" asking for {_size(size)}" if size else ""
+        cuda = torch.cuda.is_available()
+        memory = self.limit_gib or (torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().total) / GIB
+        ranks_here = 1 if cuda or self.limit_gib else self.layout.world_size
+        hardware = predict.hardware_here(
+            gpu=torch.cuda.get_device_name() if cuda else None, ranks=self.layout.world_size, memory_gib=memory / ranks_here
+        )
+        limit = f"{memory / ranks_here:.2f} GiB" + (" of --memory-limit" if self.limit_gib else " a rank")
+        fix = nearest_fit(self.config, self.layout.world_size, hardware, cuda=cuda)
+        stages = predict.as_json(Workload.of(self.config, self.layout.world_size), hardware)["memory"]
+        estimate = stages[str(at.pp)]["peak"]
+        return OutOfMemory(
+            f"{where} ran out of memory for {self.part}{wanted}",
+            why=f"it takes about {_size(estimate)} at its peak, of {limit}",
+            fix=fix,
+        )
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= 0.1 * GIB else f"{nbytes / 2**20:.1f} MiB"
+
+
+@contextmanager
+def fences(place: Place) -> Iterator[None]:
+    """Turn every way in which PyTorch says that memory has ended into OutOfMemory."""
+    try:
+        yield
+    except MemoryError as error:
+        raise place.error(error) from None
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise place.error(error) from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has a class for it; the CPU allocator says it in a RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
+
+
+def limit_memory(gib: float | None, device: torch.device) -> None:
+    """Let this process take only so many GiB more: on a GPU by the allocator's share, on a CPU by the kernel's limit on data."""
+    if gib is None:
+        return
+    if gib <= 0:
+        raise ConfigError(f"--memory-limit {gib:g} leaves nothing", fix="Set it to the GiB a rank may take.")
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), device)
+        return
+    import resource
+
+    # writable private memory: the address space also holds what threads reserve and never touch
+    most = psutil.Process().memory_info().data + int(gib * GIB)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))

@@ -1,0 +1,77 @@
+"""What the estimate says of a run that is about to be profiled, in the parts that a rank can measure: no torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from toolkit.errors import ConfigError
+from toolkit.memory import own
+from toolkit.memory.estimate import estimate
+from toolkit.plan.cost import step_time
+from toolkit.plan.hardware import Hardware, find_gpu, parse_hardware
+from toolkit.plan.workload import Workload
+
+MEMORY_PARTS = ("parameters", "gradients", "optimizer", "zero buffers", "activations", "logits", "working set")
+UNKNOWN = "a GPU that the catalogue lacks"
+# what the planner calls a part of the step, by what a rank can tell apart
+TIME_OF = {
+    "matmul": "compute",
+    "attention": "compute",
+    "memory-bound kernels": "compute",
+    "recompute": "compute",
+    "optimizer": "optimizer",
+    "offload": "optimizer",
+    "tensor parallel": "communication",
+    "context parallel": "communication",
+    "pipeline sends": "communication",
+    "pipeline bubble": "communication",
+    "zero gathers": "communication",
+    "data parallel": "communication",
+    "stragglers": "communication",
+}
+
+
+def memory(w: Workload, hardware: Hardware, stage: int, *, dp_rank: int = 0) -> dict[str, float]:
+    """Bytes of one rank by part, each at its largest, and the peak; offloaded states count only where they share the rank's memory."""
+    cpu = not hardware.gpu.accelerator
+    parts = own.states(w, stage, dp_rank=dp_rank)
+    if not cpu:
+        parts |= own.on_host(w)
+    parts |= own.stage_saved(w, stage, cpu=cpu)
+    peak = next((s.allocated for s in estimate(w, hardware).stages if s.stage == stage), 0.0)
+    parts["working set"] = max(0.0, peak - sum(parts.values()))
+    return parts | {"peak": peak}
+
+
+def seconds(w: Workload, hardware: Hardware) -> dict[str, float]:
+    """Seconds of a step as the planner's cost model gives them, in the parts of TIME_OF, and the step; empty for an unknown GPU."""
+    if hardware.gpu.name == UNKNOWN:
+        return {}
+    estimated = step_time(w, hardware)
+    parts: dict[str, float] = {"compute": 0.0, "optimizer": 0.0, "communication": 0.0}
+    for name, value in estimated.parts.items():
+        parts[TIME_OF[name]] += value
+    return parts | {"step": estimated.step}
+
+
+def hardware_here(*, gpu: str | None, ranks: int, memory_gib: float | None = None) -> Hardware:
+    """This machine as the planner sees it. gpu: the device's own name, None on a CPU.
+
+    A GPU that the catalogue lacks stands in under UNKNOWN: memory needs none of its figures, and seconds() says nothing of it.
+    """
+    try:
+        found = parse_hardware(f"{'cpu' if gpu is None else find_gpu(gpu).name}:{ranks}")
+    except ConfigError:
+        found = parse_hardware(f"a100-80gb:{ranks}")
+        found = replace(found, gpu=replace(found.gpu, name=UNKNOWN))
+    return found if memory_gib is None else replace(found, gpu=replace(found.gpu, memory_gib=memory_gib))
+
+
+def as_json(w: Workload, hardware: Hardware) -> dict[str, Any]:
+    """The part "predicted" of profile.json."""
+    stages = range(w.pp)
+    return {
+        "memory": {str(s): {k: round(v) for k, v in memory(w, hardware, s).items()} for s in stages},
+        "seconds": seconds(w, hardware),
+    }

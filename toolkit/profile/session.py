@@ -1,0 +1,234 @@
+"""One rank of `toolkit profile`: the real training loop, run a few steps under instruments."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import platform
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from toolkit.config.schema import RunConfig
+from toolkit.data.dataset import PreparedData, cache_dir_of
+from toolkit.engine.schedule import observed
+from toolkit.memory.measure import StepMeter
+from toolkit.parallel.layout import Layout
+from toolkit.plan.workload import Workload
+from toolkit.profile import predict
+from toolkit.profile.clock import PARTS, Clock, Wire
+from toolkit.profile.oom import Place, fences, limit_memory
+from toolkit.profile.record import FORMAT, PROFILE, write_profile
+from toolkit.train.loop import Run
+from toolkit.train.world import World, connect
+
+log = logging.getLogger("toolkit.profile")
+
+WARM_UP = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """steps: how many are timed; memory_limit: GiB a rank may take beyond what it holds before the model, None: all there is."""
+
+    steps: int = 3
+    memory_limit: float | None = None
+
+
+def profile(config: RunConfig, layout: Layout, data: PreparedData, options: Options) -> None:
+    """Run and measure on this rank; rank 0 writes RUN/profile.json. Raises OutOfMemory with the place where memory ended."""
+    world = World.from_environment()
+    run_dir = config.run.dir
+    config = own_folder(config, steps=WARM_UP + options.steps + 2)
+    connect(world, layout, seed=config.run.seed)
+    place = Place(config, layout, world.rank, limit_gib=options.memory_limit)
+    try:
+        with fences(place):
+            # the libraries themselves do not count
+            importlib.import_module("toolkit.engine.zero"), importlib.import_module("toolkit.model.build")
+            limit_memory(options.memory_limit, world.device)
+            run = Run(config, layout, data, world)
+            place.follow(run.engine)
+            mine = Session(run, world, layout, run_dir, place).measure(options.steps)
+        everyone: list[Any] = [None] * world.size
+        dist.all_gather_object(everyone, mine)
+        if world.rank == 0:
+            found = {**header(config, layout, world, steps=options.steps), "ranks": everyone}
+            path = write_profile(run_dir, found)
+            from toolkit.profile.show import profile_text
+
+            log.info(profile_text(found).rstrip())
+            log.info("wrote %s and a Chrome trace per rank in %s", path, run_dir / "profile")
+        run.checkpoints.release()
+        run.metrics.close()
+        if run.train_batches is not None:
+            run.train_batches.close()
+    finally:
+        dist.destroy_process_group()
+
+
+def own_folder(config: RunConfig, *, steps: int) -> RunConfig:
+    """The config of a profiling run: it writes below RUN/profile alone, saves and resumes nothing, and computes uncompiled."""
+    changed = config.model_copy(deep=True)
+    changed.data.cache_dir = cache_dir_of(config)
+    changed.run.dir = config.run.dir / "profile"
+    changed.checkpoint.dir = None
+    changed.checkpoint.every, changed.checkpoint.resume, changed.checkpoint.init_from = 0, "never", None
+    changed.train.steps, changed.train.eval_every = max(steps, config.train.steps), 0
+    changed.log.tensorboard = changed.log.wandb = changed.log.csv = False
+    if changed.model.compile:
+        log.warning("model.compile is off while profiling: compiled code hides which tensors it keeps")
+        changed.model.compile = False
+    return changed
+
+
+class Session:
+    """Warm-up, timed steps, one step with every tensor followed, one step with PyTorch's profiler."""
+
+    def __init__(self, run: Run, world: World, layout: Layout, run_dir: Path, place: Place) -> None:
+        self.run, self.world, self.layout, self.run_dir, self.place = run, world, layout, run_dir, place
+        self.at = layout.coordinates(world.rank)
+        self.step = 0
+
+    def measure(self, steps: int) -> dict[str, Any]:
+        """Everything one rank measures: its entry in profile.json."""
+        for _ in range(WARM_UP):
+            self._one()
+        timed = self._timed(steps)
+        memory = self._memory()
+        trace = self._trace()
+        return {
+            "rank": self.world.rank,
+            "stage": self.at.pp,
+            "tp": self.at.tp,
+            "dp": self.at.dp,
+            "host": socket.gethostname(),
+            **timed,
+            **memory,
+            "trace": trace,
+        }
+
+    def _one(self) -> float:
+        self.step += 1
+        started = time.perf_counter()
+        record, _ = self.run._step(self.step)
+        self.run.metrics.write(record)
+        return time.perf_counter() - started
+
+    def _timed(self, steps: int) -> dict[str, Any]:
+        clock = Clock(self.world.device)
+        wire = Wire(self.layout, self.world.rank, clock)
+        engine: Any = self.run.engine
+        run: Any = self.run
+        finish = clock.timed("optimizer", engine.finish)
+        load = clock.timed("data wait", run._next)
+        with observed(clock.part), wire.counting(), replaced(run, "_next", load), replaced(engine, "finish", finish):
+            dist.barrier()
+            wire.found.clear()
+            clock.take()
+            total = sum(self._one() for _ in range(steps))
+            seconds, counts = clock.take()
+        passes = {kind: seconds.get(kind, 0.0) / max(1, counts.get(kind, 0)) for kind in ("forward", "backward")}
+        return {
+            "seconds": {part: seconds.get(part, 0.0) / steps for part in PARTS} | {"step": total / steps},
+            "micro_batch_seconds": passes,
+            "traffic": [
+                {**asdict(row), "calls": row.calls / steps, "nbytes": row.nbytes / steps, "seconds": row.seconds / steps}
+                for row in sorted(wire.found.values(), key=lambda r: -r.nbytes)
+            ],
+        }
+
+    def _memory(self) -> dict[str, Any]:
+        cuda = self.world.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.memory._record_memory_history(max_entries=100_000)
+        with StepMeter(self.run.engine) as meter, observed(meter.around):
+            self._one()
+        found = meter.found
+        result: dict[str, Any] = {
+            "memory": {**found.parts, "peak": found.peak},
+            "predicted": self._predicted(),
+            "memory_over_time": [[round(t, 6), n] for t, n in found.samples],
+            "rss": psutil.Process().memory_info().rss,
+        }
+        if cuda:
+            snapshot = f"profile/snapshot-rank{self.world.rank}.pickle"
+            torch.cuda.memory._dump_snapshot(str(self.run_dir / snapshot))
+            torch.cuda.memory._record_memory_history(enabled=None)
+            result |= {
+                "allocated": torch.cuda.max_memory_allocated(),
+                "reserved": torch.cuda.max_memory_reserved(),
+                "snapshot": snapshot,
+            }
+        return result
+
+    def _predicted(self) -> dict[str, int]:
+        w = Workload.of(self.run.config, self.world.size)
+        hardware = predict.hardware_here(gpu=gpu_name(self.world.device), ranks=self.world.size)
+        return {k: round(v) for k, v in predict.memory(w, hardware, self.at.pp, dp_rank=self.at.dp).items()}
+
+    def _trace(self) -> str:
+        from torch.profiler import ProfilerActivity, record_function
+
+        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.world.device.type == "cuda" else [])
+        with torch.profiler.profile(activities=kinds) as profiler, observed(record_function):
+            self._one()
+        name = f"profile/trace-rank{self.world.rank}.json.gz"
+        target = self.run_dir / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{os.getpid()}-{target.name}")
+        profiler.export_chrome_trace(str(partial))
+        partial.replace(target)
+        return name
+
+
+def header(config: RunConfig, layout: Layout, world: World, *, steps: int) -> dict[str, Any]:
+    """profile.json without its ranks: what ran, where, and what the planner says of it."""
+    w = Workload.of(config, world.size)
+    gpu = gpu_name(world.device)
+    hardware = predict.hardware_here(gpu=gpu, ranks=world.size)
+    return {
+        "format": FORMAT,
+        "device": gpu or platform.processor() or "cpu",
+        "hardware": str(hardware),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "megatron-core", "deepspeed")},
+        "config": json.loads(config.model_dump_json()),
+        "layout": asdict(layout),
+        "steps": steps,
+        "predicted": predict.as_json(w, hardware),
+    }
+
+
+def gpu_name(device: torch.device) -> str | None:
+    """The GPU's own name, None on a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of one object set for a while."""
+    had = name in vars(owner)
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+__all__ = ["PROFILE", "Options", "Session", "own_folder", "profile"]
