@@ -6,9 +6,7 @@ COMPAT_PYTHON ?= $(firstword $(shell for p in python3.12 python3.13 "$$HOME"/.py
 	"$$p" -c 'import ensurepip' >/dev/null 2>&1 && echo "$$p"; done))
 COMPAT_VENV ?= .venv-compat
 
-.PHONY: help quickstart test test-compat parity checks format docs bench bench-search score-planner clean
-.PHONY: help quickstart test test-compat parity checks format docs bench bench-checkpoints score-planner clean
-.PHONY: help quickstart test test-compat parity checks format docs bench bench-search score-planner report-example clean
+.PHONY: help quickstart test test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert score-planner report-example clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -47,8 +45,8 @@ else
 	$(COMPAT_VENV)/bin/python -m pytest tests/parity
 endif
 
-parity: $(VENV)/.dev  ## the parity suite, and docs/parity.md and docs/memory.md from what it measured
-	$(BIN)/python -m pytest tests/parity tests/checkpoint tests/memory/test_own_runs.py --all-cells
+parity: $(VENV)/.dev  ## the parity suite with its long cells, and docs/parity.md and docs/memory.md from what it measured
+	$(BIN)/python -m pytest tests/parity tests/checkpoint tests/convert tests/memory/test_own_runs.py --all-cells
 	$(BIN)/python -m tests.parity.report > docs/parity.md
 	$(BIN)/python -m tests.memory.report > docs/memory.md
 

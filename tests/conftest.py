@@ -76,7 +76,7 @@ class Extensions:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-cells", action="store_true", help="also the cells with NVMe offload (make parity)")
+    parser.addoption("--all-cells", action="store_true", help="also the long ones (make parity)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 SHAPE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -167,7 +169,7 @@ def main() -> None:
     places: dict[str, dict[str, Any]] = {}
     memory = Path("/dev/shm")
     for where, parent in (("disk", arguments.disk), ("memory (tmpfs)", memory)):
-        if parent.is_dir() and shutil.disk_usage(parent).free > 12e9:
+        if parent.is_dir() and shutil.disk_usage(parent).free > 12e9 and (parent != memory or psutil.virtual_memory().available > 12e9):
             with tempfile.TemporaryDirectory(dir=parent, prefix="convert-") as folder:
                 places[where] = measure(Path(folder), shape=SHAPE, rounds=arguments.rounds)
     text = table(places, arguments.rounds)

@@ -111,6 +111,19 @@ def test_offline_and_on_the_fly_are_the_same(pool: Pool, tmp_path: Path) -> None
     assert offline == fly and offline["first"] == LEG + 1
 
 
+@pytest.mark.parametrize(("stage", "key"), [(2, {"round_robin_gradients": True}), (3, {"sub_group_size": 3000})])
+def test_the_same_layout_cut_otherwise(stage: int, key: dict[str, Any], pool: Pool, tmp_path: Path) -> None:
+    """DeepSpeed's own keys change what lies where in the same layout: seen in the files, and nothing but the way of reading changes."""
+    base = {"model.dropout": 0.1, "model.num_layers": 2}
+    whole = run(pool, tmp_path, base, leg(2, stage), steps=2 * LEG)
+    shutil.rmtree(tmp_path / f"checkpoints/step-{2 * LEG:08d}")
+    moved = run(pool, tmp_path, base, leg(2, stage, zero__deepspeed={"zero_optimization": key}), steps=2 * LEG)
+    assert moved["first"] == LEG + 1 and moved["losses"] == pytest.approx(whole["losses"][LEG:], rel=1e-6)
+    first, second = (tmp_path / f"checkpoints/step-{n * LEG:08d}" for n in (1, 2))
+    files = [[(p.name, read_tensors(p)[1]["fragments"]) for p in sorted(f.glob("*.group-*"))] for f in (first, second)]
+    assert files[0] != files[1]
+
+
 def check_cut(one: Path, other: Path) -> set[str]:
     """Files that one run's last checkpoint and another's first do not share by name."""
     return {p.name for p in (one / f"checkpoints/step-{2 * LEG:08d}").iterdir()} ^ {
@@ -204,6 +217,6 @@ def test_what_auto_says(text: Path, tmp_path: Path) -> None:
     assert (first := Run(config)).wait() == 0, first.text()
     again = Run(config, "optimizer.schedule=constant", "train.steps=4", "zero.stage=3", "checkpoint.resume=must", ranks=2)
     assert again.wait() == 0, again.text()
-    expected = "it was saved by 1 processes with dp=1, zero.stage=1, and this run has dp=2, zero.stage=3: resharding on the fly"
+    expected = "it was saved by 1 process with dp=1, zero.stage=1, and this run has dp=2, zero.stage=3: resharding on the fly"
     assert expected in again.text() and "dropout's generators are seeded anew from run.seed and step 2" in again.text()
     assert [m[0] for m in metrics(tmp_path / "run")] == [1, 2, 3, 4]

@@ -63,7 +63,7 @@ def same(a: Path, b: Path) -> None:
     assert one.num_parameters() == two.num_parameters()
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_llama(seed: int, pool: Pool, tmp_path: Path) -> None:
     layout = LAYOUTS[seed % 4]
     shape = models.draw(seed, even="parallel.tp" in layout)
@@ -74,7 +74,7 @@ def test_llama(seed: int, pool: Pool, tmp_path: Path) -> None:
     assert done.parameters == model.num_parameters() == parameter_count(parse_config(config_of(tmp_path / "ours", {}, run=tmp_path)).model)
     export_model(tmp_path / "ours", tmp_path / "back", shard_gb=40e-6)
     same(hf, tmp_path / "back")
-    check_logits(pool, tmp_path / "ours", models.logits(hf), [{}, layout], tmp_path / "run")
+    check_logits(pool, tmp_path / "ours", models.logits(hf), [{}, layout] if seed < 2 else [layout], tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ def gguf() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
+@pytest.mark.all_cells  # transformers takes a minute of two cores to write out the quantised blocks
 def test_smollm2(pool: Pool, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -16,7 +16,7 @@ def measure_cell(cell: dict[str, Any]) -> dict[str, dict[str, float]]:
     from toolkit.config.load import parse_config
     from toolkit.engine.schedule import Schedule, observed
     from toolkit.engine.zero import Engine, partitioner
-    from toolkit.memory.measure import StepMeter
+    from toolkit.memory.measure import Live, StepMeter
     from toolkit.model.build import build_chunks
     from toolkit.parallel.rules import check
     from toolkit.plan.workload import Workload
@@ -28,6 +28,8 @@ def measure_cell(cell: dict[str, Any]) -> dict[str, dict[str, float]]:
     layout = check(config, world.size)
     connect(world, layout, seed=config.run.seed)
     ds_config = deepspeed_config(config, layout)
+    with Live() as left:  # by earlier cells of this worker
+        pass
     chunks = build_chunks(config, layout, device=world.device, partition=partitioner(config, ds_config))
     engine = Engine(chunks, config, layout, ds_config)
     schedule = Schedule(engine.views, layout, seq_length=config.train.seq_length, micro_batch_size=config.train.micro_batch_size)
@@ -46,4 +48,4 @@ def measure_cell(cell: dict[str, Any]) -> dict[str, dict[str, float]]:
     with StepMeter(engine, follow=cell.get("follow", False)) as meter, observed(meter.around):
         step(1)
     predicted = memory(Workload.of(config, world.size), hardware_here(gpu=None, ranks=world.size), at.pp, dp_rank=at.dp)
-    return {"predicted": predicted, "measured": {**meter.found.parts, "peak": meter.found.peak}}
+    return {"predicted": predicted, "measured": {**meter.found.parts, "peak": meter.found.peak - left.now}}

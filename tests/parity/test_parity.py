@@ -75,11 +75,13 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {p: version(p) for p in ("torch", "megatron-core", "deepspeed")}
 
 
-def _parameter(cell: Cell) -> Any:
-    return pytest.param(cell, id=cell.id, marks=[pytest.mark.all_cells] if cell.rare else [])
+def _parameters() -> list[Any]:
+    rare = {c.id for c in cells.llama() if c.rare}
+    every = (*cells.llama(), *cells.cover(), *cells.extras())
+    return [pytest.param(c, id=c.id, marks=[pytest.mark.all_cells] if c.id in rare else []) for c in every]
 
 
-@pytest.mark.parametrize("cell", [_parameter(c) for c in (*cells.llama(), *cells.cover(), *cells.extras())])
+@pytest.mark.parametrize("cell", _parameters())
 def test_same_as_one_process(cell: Cell, suite: Suite, extension: Callable[[str], None]) -> None:
     if cell.uses("cpu") or cell.uses("nvme"):
         extension("cpu_adam")

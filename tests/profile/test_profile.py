@@ -88,10 +88,12 @@ def test_a_damaged_profile_is_named(tmp_path: object, profiled: Profiled) -> Non
     assert found is not None and read_profile(folder) is None
     path = write_profile(folder, found)
     whole = path.read_text()
+    rankless = whole.replace('"rss"', '"gone"')
     for text, words in (
         (whole[:-20], "is damaged"),
         ('{"format": 99}', "format 99"),
         ('{"format": 1, "config": {"a": 1}}', "lacks layout"),
+        (rankless, "lacks rss of a rank"),
     ):
         path.write_text(text)
         with pytest.raises(DataError, match=words):

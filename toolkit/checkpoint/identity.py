@@ -70,7 +70,8 @@ def same_degrees(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def moved(manifest: Manifest, layout: Mapping[str, Any]) -> str:
     """How a checkpoint is cut that this run is not, in words; "" where they are cut alike."""
     here, there = _differences(layout, manifest.layout)
-    return f"it was saved by {manifest.processes} processes with {there}, and this run has {here}" if here else ""
+    processes = f"{manifest.processes} process{'' if manifest.processes == 1 else 'es'}"
+    return f"it was saved by {processes} with {there}, and this run has {here}" if here else ""
 
 
 def changed_keys(manifest: Manifest, config: RunConfig) -> list[str]:

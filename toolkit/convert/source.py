@@ -327,7 +327,7 @@ def _gguf(path: Path) -> Source:
         ) from None
     folder, name = str(path.parent), path.name
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, torch_dtype=torch.float32)
     except Exception as e:  # the reader's errors are of many kinds
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise ConvertError(f"{path} cannot be read by transformers", why=reason, fix="Import a folder with safetensors instead.") from None

@@ -75,11 +75,16 @@ def write_all(paths: list[Path], jobs: list[Job], *, threads: int = 2, progress:
                 _write(descriptors[slot.file], rows.pieces, slot.offset)
             progress(job.total)
 
+    failed: list[OSError] = []
+
     def flush() -> None:
         # what is written goes to the disk while the rest is still being made
-        while not stop.wait(_FLUSH_S):
-            for descriptor in descriptors:
-                os.fdatasync(descriptor)
+        try:
+            while not stop.wait(_FLUSH_S):
+                for descriptor in descriptors:
+                    os.fdatasync(descriptor)
+        except OSError as e:  # the system tells of a write that failed only once
+            failed.append(e)
 
     try:
         for i, descriptor in enumerate(descriptors):
@@ -99,6 +104,8 @@ def write_all(paths: list[Path], jobs: list[Job], *, threads: int = 2, progress:
             stop.set()
             pool.shutdown(cancel_futures=True)
             flusher.join()
+        for error in failed:
+            raise error
         for descriptor in descriptors:
             os.fsync(descriptor)
     finally:

@@ -152,13 +152,14 @@ class Saved:
 
 
 class Live(TorchDispatchMode):
-    """Follows every storage from its first appearance to its end while active, those that exist already included.
+    """Follows every storage on one type of device from its first appearance to its end while active, those that exist already included.
 
     now, peak: bytes; samples: (seconds since the start, bytes) at each change, thinned to at most `most` points that keep the peaks.
     """
 
-    def __init__(self, *, most: int = 2000) -> None:
+    def __init__(self, kind: str = "cpu", *, most: int = 2000) -> None:
         super().__init__()
+        self.kind = kind
         self.storages: dict[int, int] = {}
         self.now = self.peak = 0
         self.most = most
@@ -186,7 +187,7 @@ class Live(TorchDispatchMode):
         return result
 
     def _see(self, tensor: Tensor) -> None:
-        if tensor.is_meta or tensor.layout != torch.strided:
+        if tensor.device.type != self.kind or tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
         address, nbytes = storage._cdata, storage.nbytes()
@@ -240,7 +241,8 @@ class StepMeter:
         self.engine = engine
         self.found = StepMemory()
         self.saved = Saved(tensor for tensors in _parts(engine).values() for tensor in tensors)
-        self.live = Live() if follow else None
+        self.kind = engine.device.type  # what offloading keeps elsewhere does not weigh on the device
+        self.live = Live(self.kind) if follow else None
         self.stack = ExitStack()
 
     def __enter__(self) -> StepMeter:
@@ -291,4 +293,4 @@ class StepMeter:
 
     def _note(self) -> None:
         for part, by_device in inventory(self.engine).items():
-            self.found.parts[part] = max(self.found.parts.get(part, 0), sum(by_device.values()))
+            self.found.parts[part] = max(self.found.parts.get(part, 0), by_device.get(self.kind, 0))

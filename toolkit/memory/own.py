@@ -70,7 +70,8 @@ def states(w: Workload, stage: int, *, dp_rank: int = 0) -> dict[str, float]:
         "zero buffers": w.bucket * b if w.zero == 2 else 0.0,
     }
     if offloaded:  # the optimizer's own gradients, beside those that backwards add to
-        parts["gradients"] = 4 * flat / cut + b * (flat if w.zero < 2 else sum(_touched(w, stage, shares, dp_rank)))
+        added = b * flat if w.zero < 2 else 4 * (flat / cut if b < 4 else sum(_touched(w, stage, shares, dp_rank)))
+        parts["gradients"] = 4 * flat / cut + added
         parts["zero buffers"] = w.bucket * b + 2 * b * max(x.count for x in each + edges) + b * flat / cut
     elif w.zero == 2 and b == 4:
         touched = _touched(w, stage, shares, dp_rank)
@@ -175,7 +176,8 @@ def stage_saved(w: Workload, stage: int, *, cpu: bool) -> dict[str, float]:
         held = rounds * w.pp + min(max(within - chunk * w.pp, 0), w.pp) if w.vpp > 1 else min(ahead, w.microbatches)
         each = layers * layer_saved(w, cpu=cpu)
         if stage == 0 and chunk == 0:  # token ids, and which of them are this rank's
-            each += t * (8 + (1 if w.tp > 1 else 0)) + (8 * w.seq if s.positions else 0)
+            each += t * (8 + (1 if w.tp > 1 else 0))
+            total += 8 * w.seq if s.positions else 0  # positions, the same tensor for every micro-batch
         if stage == w.pp - 1 and chunk == w.vpp - 1:
             whole = t / w.sequence_shards
             each += whole * norm_saved(w, s.hidden, cpu=cpu)
@@ -211,9 +213,13 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
     if w.recompute == "full":
         redone = layer_saved(replace(w, recompute="none"), cpu=cpu) - t / w.sequence_shards * b * s.hidden
     stream = t / w.sequence_shards * b * s.hidden
-    widest = t * b * max((4 if s.gated else 2) * s.ffn / w.tp, (s.query + s.key_value) / w.tp)
+    # the product has gone when the gradients of the gate's halves come: as much freed as one of three takes
+    widest = t * b * max((2 if s.gated else 1) * s.ffn / w.tp, (s.query + s.key_value) / w.tp)
+    held = kept["activations"]
+    if stage == w.pp - 1:
+        held -= t / w.sequence_shards * norm_saved(w, s.hidden, cpu=cpu)  # the final norm's backward is over
     found = {
-        "backward": {"activations": kept["activations"], "working set": redone + widest + 2 * stream},
+        "backward": {"activations": held, "working set": redone + widest + 2 * stream},
         "optimizer step": {"working set": _step_copies(w, stage)},
     }
     if stage == w.pp - 1:

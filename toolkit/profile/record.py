@@ -12,6 +12,7 @@ from toolkit.errors import DataError
 
 PROFILE = "profile.json"
 FORMAT = 1
+RANK_KEYS = ("rank", "stage", "memory", "predicted", "memory_over_time", "rss", "seconds", "micro_batch_seconds", "traffic")
 
 
 def write_profile(run_dir: Path, found: Mapping[str, Any]) -> Path:
@@ -46,6 +47,8 @@ def read_profile(run_dir: Path) -> dict[str, Any] | None:
         version = found.get("format") if isinstance(found, dict) else None
         raise DataError(f"{path} has format {version!r}", why=f"this version reads format {FORMAT}", fix="Run toolkit profile again.")
     missing = [key for key in ("config", "layout", "predicted", "ranks") if not found.get(key)]
+    for rank in found.get("ranks") or ():
+        missing += [f"{key} of a rank" for key in RANK_KEYS if not isinstance(rank, dict) or key not in rank]
     if missing:
-        raise DataError(f"{path} lacks {', '.join(missing)}", why="it is damaged", fix="Run toolkit profile again.")
+        raise DataError(f"{path} lacks {', '.join(dict.fromkeys(missing))}", why="it is damaged", fix="Run toolkit profile again.")
     return found

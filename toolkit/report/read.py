@@ -127,9 +127,10 @@ def _tune(path: Path) -> dict[str, Any]:
     plans = found.get("plans") if isinstance(found, dict) else None
     if not isinstance(plans, list) or found.get("format") != TUNE_FORMAT:
         raise DataError(f"{path} is not a ranking that toolkit tune wrote in format {TUNE_FORMAT}", fix="Run toolkit tune again.")
-    wanted = ("layout", "tokens_per_s", "step_s", "peak_device_gib")
+    figure = (int, float)
+    wanted: dict[str, Any] = {"layout": dict, "tokens_per_s": figure, "step_s": figure, "peak_device_gib": figure}
     for number, plan in enumerate(plans, start=1):
-        lacking = [key for key in wanted if not isinstance(plan, dict) or plan.get(key) is None]
+        lacking = [key for key, kind in wanted.items() if not isinstance(plan, dict) or not isinstance(plan.get(key), kind)]
         if lacking:
             raise DataError(f"{path}, plan {number}, lacks {', '.join(lacking)}", why="it is damaged", fix="Run toolkit tune again.")
     return dict(found)
