@@ -171,10 +171,10 @@ def measure(folder: Path, *, gib: float, reshard_gib: float, rounds: int) -> str
     ]
     for name, found in (("`async_save: true`", quick), ("`async_save: false`", slow)):
         pause, total = (statistics.median(found[k][1:]) for k in ("pause", "write"))
-        lines.append(f"| {name} | {pause:.2f} s | {total:.2f} s | {size / total / 1e9:.2f} | {disk / total:.0%} |")
+        lines.append(f"| {name} | {pause:.2f} s | {total:.2f} s | {size / total / 1e9:.3f} | {disk / total:.0%} |")
     seconds = quick["deepspeed"][0]
     lines.append(
-        f"| DeepSpeed's `save_checkpoint`, {theirs / GIB:.2f} GiB, neither synced nor hashed | {seconds:.2f} s | {seconds:.2f} s | {theirs / seconds / 1e9:.2f} | {theirs / size * disk / seconds:.0%} |"
+        f"| DeepSpeed's `save_checkpoint`, {theirs / GIB:.2f} GiB, neither synced nor hashed | {seconds:.2f} s | {seconds:.2f} s | {theirs / seconds / 1e9:.3f} | {theirs / size * disk / seconds:.0%} |"
     )
     lines += ["", *side_by_side(folder, source, deepspeed, rounds=rounds), "", *large(folder, reshard_gib), "", machine()]
     return "\n".join(lines)
@@ -203,7 +203,7 @@ def side_by_side(folder: Path, source: Path, deepspeed: Path, *, rounds: int) ->
     lines = ["| The same state | seconds | GB/s of state | peak memory of a process |", "|---|---|---|---|"]
     for name, (_, parts) in tools.items():
         seconds, peak = (statistics.median(values) for values in zip(*found[name], strict=True))
-        lines.append(f"| {name} | {seconds:.1f} | {states * parts / seconds / 1e9:.2f} | {peak / GIB:.2f} GiB |")
+        lines.append(f"| {name} | {seconds:.1f} | {states * parts / seconds / 1e9:.3f} | {peak / GIB:.2f} GiB |")
     return lines
 
 
@@ -216,7 +216,7 @@ def large(folder: Path, gib: float) -> list[str]:
     seconds, peak = watched("-m", "toolkit.cli", "checkpoint", "reshard", source, folder / "larger", *TO)
     return [
         f"`toolkit checkpoint reshard`, DP=2 x ZeRO-1 to TP=2 x PP=2 x ZeRO-2, {states / 12e9:.2f}B parameters ({states / GIB:.1f} GiB of states, made of "
-        f"random numbers): {seconds:.0f} s, {states / seconds / 1e9:.2f} GB/s with every byte of the source held to its checksum and every "
+        f"random numbers): {seconds:.0f} s, {states / seconds / 1e9:.3f} GB/s with every byte of the source held to its checksum and every "
         f"byte of the new one hashed and synced; peak {peak / GIB:.2f} GiB a process, where 2 x the largest tensor + 1 GiB are "
         f"{(2 * largest + GIB) / GIB:.2f} GiB."
     ]

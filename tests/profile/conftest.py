@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -51,7 +52,12 @@ def toolkit(*arguments: str, timeout_s: float = 600.0) -> subprocess.CompletedPr
 @pytest.fixture(scope="session")
 def profiled(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Profiled:
     """Four pipeline micro-batches on two ranks, profiled in a folder that holds a training's metrics."""
-    folder = tmp_path_factory.mktemp("profiled")
+    return _profiled(text, tmp_path_factory.getbasetemp() / "profiled")
+
+
+@functools.cache  # the fixture is imported by tests/report, where pytest takes it for another one
+def _profiled(text: Path, folder: Path) -> Profiled:
+    folder.mkdir()
     run, config = folder / "runs" / "small", folder / "small.yaml"
     data = {**TINY["data"], "source": str(text), "cache_dir": str(folder / "data")}
     config.write_text(yaml.safe_dump({**TINY, "run": {"dir": str(run)}, "data": data}))

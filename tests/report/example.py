@@ -31,7 +31,7 @@ def main() -> None:
             toolkit("train", *every, "--num-procs", "2")
             toolkit("profile", *every, "--num-procs", "2")
         shown.append(str(run))
-    plan = options.folder / "llama3-8b"
+    plan = options.folder / "llama2-7b"
     verbs = subprocess.run([sys.executable, "-m", "toolkit.cli", "--help"], capture_output=True, text=True).stdout
     if " tune " in verbs and not plan.exists():
         toolkit("tune", "launch/recipes/llama2-7b.yaml", "--hardware", "h100-80gb:8x2", "--out", str(plan))
@@ -44,7 +44,16 @@ def main() -> None:
     profile = options.folder / "browser"
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", f"--user-data-dir={profile}"]
     command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    subprocess.run([*command, "--window-size=1200,2300", f"--screenshot={options.out.resolve()}", report.resolve().as_uri()], check=True)
+    subprocess.run(
+        [
+            *command,
+            "--window-size=1200,3900",
+            "--force-device-scale-factor=0.7",
+            f"--screenshot={options.out.resolve()}",
+            report.resolve().as_uri(),
+        ],
+        check=True,
+    )
 
 
 if __name__ == "__main__":

@@ -213,9 +213,13 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
     if w.recompute == "full":
         redone = layer_saved(replace(w, recompute="none"), cpu=cpu) - t / w.sequence_shards * b * s.hidden
     stream = t / w.sequence_shards * b * s.hidden
-    widest = t * b * max((4 if s.gated else 2) * s.ffn / w.tp, (s.query + s.key_value) / w.tp)
+    # the product has gone when the gradients of the gate's halves come: as much freed as one of three takes
+    widest = t * b * max((2 if s.gated else 1) * s.ffn / w.tp, (s.query + s.key_value) / w.tp)
+    held = kept["activations"]
+    if stage == w.pp - 1:
+        held -= t / w.sequence_shards * norm_saved(w, s.hidden, cpu=cpu)  # the final norm's backward is over
     found = {
-        "backward": {"activations": kept["activations"], "working set": redone + widest + 2 * stream},
+        "backward": {"activations": held, "working set": redone + widest + 2 * stream},
         "optimizer step": {"working set": _step_copies(w, stage)},
     }
     if stage == w.pp - 1:
