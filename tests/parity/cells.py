@@ -18,6 +18,7 @@ BOUNDS = {  # worst relative difference of (loss, gradient norm) over all steps
     "bf16": (1e-3, 2e-2),
     "fp16": (2e-4, 1e-2),
 }
+ABBREVIATED = {"zero_hpz_partition_size": "hpz", "overlap_comm": "overlap"}
 NVME = "NVME"  # replaced by a folder of the test session
 
 
@@ -45,7 +46,7 @@ class Cell:
             if k.get(key, "none") != "none"
         ]
         parts += ["tied"] if k.get("model.tie_embeddings") else []
-        parts += ["hpz"] if "zero.deepspeed" in k else []
+        parts += [ABBREVIATED[key] for key in k.get("zero.deepspeed", {}).get("zero_optimization", {})]
         parts += ["compile"] if k.get("model.compile") else []
         parts += [f"{b}-bias-{str(k[key]).lower()}" for b in ("attention", "mlp", "norm") if (key := f"model.{b}_bias") in k]
         parts += ["qknorm"] if k.get("model.qk_layernorm") else []
@@ -136,7 +137,8 @@ def llama() -> list[Cell]:
 
 
 def extras() -> list[Cell]:
-    """torch.compile as far as the rules leave it, ZeRO++'s second partition of parameters (hpZ), biases other than the family's."""
+    """torch.compile as far as the rules leave it, ZeRO++'s second partition of parameters (hpZ), biases other than the family's, and
+    overlap_comm, which many a DeepSpeed JSON has."""
     hpz = {"zero.stage": 3, "zero.deepspeed": {"zero_optimization": {"zero_hpz_partition_size": 2}}}
     compiled = [Cell(2, {"model.compile": True, "zero.stage": stage, "parallel.pp": pp}) for stage, pp in ((0, 1), (1, 2))]
     sp = {"parallel.tp": 2, "parallel.sequence_parallel": True}
@@ -145,7 +147,13 @@ def extras() -> list[Cell]:
         Cell(4, sp | {"model.mlp_bias": True, "parallel.pp": 2, "zero.stage": 3}),
         Cell(2, sp | {"model.family": "gpt", "zero.stage": 2} | {f"model.{k}_bias": False for k in ("attention", "mlp", "norm")}),
     ]
-    return [Cell(4, hpz), Cell(4, hpz | {"parallel.pp": 2}), *compiled, *biases]
+    overlap = {"zero.deepspeed": {"zero_optimization": {"overlap_comm": True}}}
+    overlapped = [Cell(2, overlap | {"zero.stage": stage}) for stage in range(4)]
+    overlapped += [
+        Cell(2, overlap | {"zero.stage": 1, "zero.offload_optimizer": "cpu"}),
+        Cell(2, overlap | {"zero.stage": 2, "parallel.pp": 2}),
+    ]
+    return [Cell(4, hpz), Cell(4, hpz | {"parallel.pp": 2}), *compiled, *biases, *overlapped]
 
 
 FACTORS: dict[str, tuple[Any, ...]] = {

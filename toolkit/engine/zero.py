@@ -322,6 +322,9 @@ def _engine_config(ds_config: dict[str, Any], *, stage: int, bare: bool, flat: b
     if stage == 0:
         final.pop("train_batch_size", None)
         final["zero_optimization"] = {**final.get("zero_optimization", {}), "stage": 1}
+    if bare:
+        # it makes DeepSpeed's hooks reduce within backward, a second time where the schedule runs several micro-batches
+        final["zero_optimization"] = {**final.get("zero_optimization", {}), "overlap_comm": False}
     if flat:
         # DeepSpeed's hooks set up a bucket of 5e8 elements that flat gradients never use: 1.9 GiB a rank
         final["zero_optimization"] = {**final.get("zero_optimization", {}), "reduce_bucket_size": 1}
