@@ -152,3 +152,21 @@ def test_workers_outlive_a_sigterm_and_leave_with_the_rank(config: Callable[...,
     assert out.split() == ["read"] * 5 + ["left"]
     assert process.returncode == 0
     assert _gone(workers, within=5)
+
+
+def test_workers_that_hang_within_fork_are_forked_again(
+    train: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hanging = [True]
+
+    def in_child() -> None:
+        if hanging[0]:
+            time.sleep(600)
+
+    def in_parent() -> None:
+        hanging[0] = False  # the first fork alone
+
+    os.register_at_fork(after_in_child=in_child, after_in_parent=in_parent)
+    monkeypatch.setattr("toolkit.data.loader._START_S", 0.5)
+    assert read(train, workers=2) == read(train)
+    assert "1 of 2 reading processes hang" in caplog.text

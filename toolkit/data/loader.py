@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
+import select
 import signal
+import time
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -15,11 +18,15 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from toolkit.data.workers import end_with_parent
-from toolkit.errors import DataError
+from toolkit.errors import DataError, MachineError
 from toolkit.parallel.layout import Layout
+
+log = logging.getLogger(__name__)
 
 _READ_AHEAD = 4  # micro-batches per worker
 _SIGTERM_GRACE = 60  # seconds a worker outlives a SIGTERM
+_START_S = 15.0  # seconds in which forked workers must run Python; they take milliseconds
+_TRIES = 4
 
 
 def sample_ids(*, samples: int, layout: Layout, dp_rank: int, global_batch_size: int, consumed_samples: int = 0) -> Iterator[list[int]]:
@@ -47,7 +54,8 @@ def _collate(rows: list[dict[str, np.ndarray]]) -> np.ndarray:
     return np.stack([row["text"] for row in rows], dtype=np.int32, casting="same_kind")
 
 
-def _start_worker(_: int, *, parent: int) -> None:
+def _start_worker(_: int, *, parent: int, started: int) -> None:
+    os.write(started, b"x")
     end_with_parent(parent)
     # A scheduler's SIGTERM reaches every process, but the rank still needs its data up to the end of its step.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SIGTERM_GRACE))
@@ -55,15 +63,40 @@ def _start_worker(_: int, *, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class Batches(Iterator[dict[str, torch.Tensor]]):
-    """Iterator over micro-batches; starts reading at once, and close() ends its workers."""
+def _started(loader: DataLoader[np.ndarray], pipe: int) -> Iterator[np.ndarray]:
+    """The loader's iterator, with workers that are known to run; MachineError where they do not.
 
-    def __init__(self, loader: DataLoader[np.ndarray]) -> None:
-        self._pin = torch.cuda.is_available()
+    A fork copies the interpreter's lock over its list of threads as it is. Python 3.11 waits for it in the child before it makes it
+    anew, so a child hangs for good when a thread of gloo's was just entering or leaving Python. It is then killed and forked again.
+    """
+    for _ in range(_TRIES):
         with warnings.catch_warnings():
             # Python 3.12 warns of forking with threads about; what the workers run takes none of their locks.
             warnings.simplefilter("ignore", DeprecationWarning)
-            self._rows: Iterator[np.ndarray] | None = iter(loader)
+            rows: Any = iter(loader)
+        missing, end = loader.num_workers, time.monotonic() + _START_S
+        while missing and select.select([pipe], [], [], max(0.0, end - time.monotonic()))[0]:
+            missing -= len(os.read(pipe, missing))
+        if not missing:
+            return rows  # type: ignore[no-any-return]
+        log.warning("%d of %d reading processes hang since they were forked; starting them again", missing, loader.num_workers)
+        for worker in rows._workers:
+            worker.kill()
+            worker.join()
+        del rows
+        while select.select([pipe], [], [], 0)[0]:
+            os.read(pipe, 1 << 12)
+    raise MachineError(
+        f"{loader.num_workers} reading processes do not start", fix="Set data.workers=0, which reads within the training process."
+    )
+
+
+class Batches(Iterator[dict[str, torch.Tensor]]):
+    """Iterator over micro-batches; starts reading at once, and close() ends its workers."""
+
+    def __init__(self, rows: Iterator[np.ndarray]) -> None:
+        self._pin = torch.cuda.is_available()
+        self._rows: Iterator[np.ndarray] | None = rows
         # Before multiprocessing's own exit handler, which would wait for workers that wait for work.
         atexit.register(self.close)
 
@@ -104,20 +137,25 @@ def batches(
             fix=f"Set it to a multiple of {slice_size}.",
         )
     ids = _Ids(samples=len(dataset), layout=layout, dp_rank=dp_rank, global_batch_size=global_batch_size, consumed_samples=consumed_samples)
-    options: dict[str, Any] = {}
-    if workers > 0:
-        # fork: a worker needs no import and shares the mapped files; it never touches process groups or the device.
-        options = {
-            "multiprocessing_context": "fork",
-            "prefetch_factor": _READ_AHEAD,
-            "worker_init_fn": partial(_start_worker, parent=os.getpid()),
-        }
-    loader: DataLoader[np.ndarray] = DataLoader(
+    read = partial(
+        DataLoader[np.ndarray],
         dataset,
         batch_sampler=ids,
         num_workers=workers,
         collate_fn=_collate,
         generator=torch.Generator().manual_seed(seed),
-        **options,
     )
-    return Batches(loader)
+    if not workers:
+        return Batches(iter(read()))
+    pipe, started = os.pipe()
+    try:
+        # fork: a worker needs no import and shares the mapped files; it never touches process groups or the device.
+        loader = read(
+            multiprocessing_context="fork",
+            prefetch_factor=_READ_AHEAD,
+            worker_init_fn=partial(_start_worker, parent=os.getpid(), started=started),
+        )
+        return Batches(_started(loader, pipe))
+    finally:
+        os.close(pipe)
+        os.close(started)
