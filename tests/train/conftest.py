@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -57,7 +57,8 @@ class Started:
         try:
             output, _ = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            for one in (*psutil.Process(process.pid).children(recursive=True), process):  # the ranks have sessions of their own
+                one.kill()
             pytest.fail(f"did not end within {timeout_s} s:\n{process.communicate()[0]}")
         return Done(process.returncode, output)
 
