@@ -217,6 +217,7 @@ def mutated(picked: list[tuple[str, int]]) -> RunConfig:
 @settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(picks, worlds, machines)
 @example([("parallel.tp", 20), ("model.num_attention_heads", 20)], 4096, GPU)
+@example([("parallel.cp", 1), ("parallel.pp", 1), ("train.global_batch_size", 4388)], 1, Machine())  # as large as a batch may be
 def test_a_legal_layout_or_suggestions_that_mend(picked: list[tuple[str, int]], world_size: int, machine: Machine) -> None:
     config = mutated(picked)
     found = violations(config, world_size, machine=machine)

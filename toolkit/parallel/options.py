@@ -56,7 +56,7 @@ def layouts(case: Case) -> Iterator[Option]:
                 chunks = {1, case.vpp if pp > 1 and case.layers // pp % case.vpp == 0 else 1}
                 for vpp in chunks:
                     unit = step * (pp if vpp > 1 else 1)
-                    batch = max(1, round(case.batch / unit)) * unit
+                    batch = max(1, min(round(case.batch / unit), LARGEST_INT // unit)) * unit
                     sp = case.sp and tp > 1 and case.seq % (tp * cp) == 0
                     distance = sum(abs(math.log(new / old)) for new, old in _pairs(case, tp, pp, cp, vpp, batch)) + (sp != case.sp)
                     wanted = {"tp": tp, "pp": pp, "cp": cp, "vpp": vpp, "sequence_parallel": sp}
