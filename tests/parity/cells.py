@@ -19,6 +19,9 @@ BOUNDS = {  # worst relative difference of (loss, gradient norm) over all steps
     "fp16": (2e-4, 1e-2),
 }
 ABBREVIATED = {"zero_hpz_partition_size": "hpz", "overlap_comm": "overlap"}
+# DeepSpeed's defaults take 8 GB of memory a rank for a model of any size, and three ranks of them the whole machine
+SMALL_BUFFERS: dict[str, Any] = {"reduce_bucket_size": 1_000_000}
+SMALL_SWAP: dict[str, Any] = {"buffer_size": 1_000_000, "max_in_cpu": 1_000_000}
 NVME = "NVME"  # replaced by a folder of the test session
 
 
@@ -68,6 +71,10 @@ class Cell:
         return device in (self.keys.get("zero.offload_optimizer"), self.keys.get("zero.offload_param"))
 
     @property
+    def uses_param_nvme(self) -> bool:
+        return self.keys.get("zero.offload_param") == "nvme"
+
+    @property
     def rare(self) -> bool:
         """Of the whole space, what only `make parity` runs: NVMe, which DeepSpeed compiles minutes for, and CPU offload on 3 or 4
         ranks, half of the suite's time. The cover has offload on 4 ranks in every test run."""
@@ -81,6 +88,9 @@ class Cell:
             raw.setdefault(section, {})[key] = value
         if self.uses("nvme"):
             raw["zero"]["nvme_path"] = nvme
+            raw["zero"]["deepspeed"] = {
+                "zero_optimization": SMALL_BUFFERS | ({"offload_param": SMALL_SWAP} if self.uses_param_nvme else {})
+            }
         return raw
 
     def legal(self) -> bool:
