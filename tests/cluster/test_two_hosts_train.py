@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,6 @@ import yaml
 
 from tests.cluster.two_hosts import ADDRESSES, INTERFACE, REPOSITORY, TwoHosts
 from toolkit.cluster.launch import run_local
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("toolkit.train.__main__") is None, reason="toolkit.train cannot be run as a module"
-)
 
 STEPS = 3
 CONFIG: dict[str, dict[str, Any]] = {
