@@ -227,7 +227,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gib", type=float, default=1.0, help="weights and optimizer states of the engine's checkpoint")
-    parser.add_argument("--reshard-gib", type=float, default=3.0, help="of the one that is resharded alone")
+    parser.add_argument("--reshard-gib", type=float, default=17.0, help="of the one that is resharded alone")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each tool")
     parser.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
     parser.add_argument("--write", type=Path, help="the Markdown file with the generated markers")
