@@ -44,6 +44,8 @@ SHAPE: dict[str, Any] = {
     },
     "torch_dtype": "bfloat16",
 }
+DEEPER = SHAPE | {"num_hidden_layers": 28}
+"""The same layers, 2.0 billion parameters: more memory must not follow from more of them."""
 SMALL = SHAPE | {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
 BLOCK = 16 << 20
 
@@ -133,6 +135,7 @@ def table(places: dict[str, dict[str, Any]], rounds: int) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for where, found in places.items():
+        size = found["bytes"]
         for what, label in (("plain", "the same bytes written in order and synced"), ("import", "`import`"), ("export", "`export`")):
             rows = found["rounds"][what]
 
@@ -155,7 +158,7 @@ def table(places: dict[str, dict[str, Any]], rounds: int) -> str:
     lines += [
         "",
         f"Memory may reach 2 x the largest tensor + 1 GiB = {bound:.2f} GiB. {os.cpu_count()} cores ({cpu}), Python {platform.python_version()}, "
-        f"torch {torch.__version__}; load average over the last 5 minutes {os.getloadavg()[1]:.1f}: other jobs used the same machine.",
+        f"torch {torch.__version__}; load average over the last 5 minutes {os.getloadavg()[1]:.1f}.",
     ]
     return "\n".join(lines)
 
@@ -172,6 +175,8 @@ def main() -> None:
         if parent.is_dir() and shutil.disk_usage(parent).free > 12e9 and (parent != memory or psutil.virtual_memory().available > 12e9):
             with tempfile.TemporaryDirectory(dir=parent, prefix="convert-") as folder:
                 places[where] = measure(Path(folder), shape=SHAPE, rounds=arguments.rounds)
+    with tempfile.TemporaryDirectory(dir=arguments.disk, prefix="convert-") as folder:
+        places["disk, 28 layers, 2.0B parameters"] = measure(Path(folder), shape=DEEPER, rounds=arguments.rounds)
     text = table(places, arguments.rounds)
     sys.stdout.write(text + "\n")
     if arguments.write:

@@ -21,7 +21,7 @@ def test_saves_of_a_real_engine(pool: Pool, tmp_path: Path) -> None:
     model = model_of(0.004)
     found = saves(pool, tmp_path / "run", model, asynchronous=True, deepspeed=tmp_path / "deepspeed")
     assert len(found["pause"]) == len(found["write"]) == STEPS and len(found["deepspeed"]) == 1
-    assert all(0 < pause <= write for pause, write in zip(found["pause"], found["write"], strict=True))
+    assert min(*found["pause"], *found["write"]) > 0
     states = state_bytes(model)[0]
     source = tmp_path / f"run/checkpoints/step-{STEPS:08d}"
     for folder in (source, tmp_path / "deepspeed"):
