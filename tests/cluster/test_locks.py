@@ -48,7 +48,8 @@ def _compiles(process: psutil.Process) -> bool:
 
 
 def kill_tree(pid: int) -> None:
-    tree = [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
+    # the builder first: one that sees its compiler die removes the lock
+    tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     for process in tree:
         process.kill()
     psutil.wait_procs(tree, timeout=10)
