@@ -27,6 +27,7 @@ ALWAYS = (
     "gpt-tp2-pp2-vpp2-sp-zero0-tied-recompute-full",
     "gpt-dp4-zero0-tied-recompute-selective-bf16",
     "llama-dp2-zero3-opt-cpu-param-cpu",
+    "llama-pp2-vpp2-zero3-6-layers",
 )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+import pytest
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from toolkit.config.load import parse_config
-from toolkit.parallel.layout import Coordinates, Layout
+from toolkit.parallel.layout import Coordinates, Layout, seats
 
 degree = st.integers(1, 4)
 layouts = st.builds(Layout, tp=degree, pp=degree, vpp=st.integers(1, 3), cp=st.integers(1, 3), dp=degree)
@@ -29,11 +30,32 @@ def test_order_is_tp_cp_dp_pp() -> None:
     assert strides == [1, 2, 6, 30]
 
 
-@given(layouts, st.integers(1, 4))
-def test_every_layer_lies_in_one_chunk(layout: Layout, per_chunk: int) -> None:
-    count = layout.pp * layout.vpp * per_chunk
+@given(layouts, st.integers(1, 40))
+def test_every_layer_lies_in_one_chunk(layout: Layout, count: int) -> None:
+    assume(seats(count, layout.pp * layout.vpp))
     chunks = [layout.layers_of(count, stage=s, chunk=c) for c in range(layout.vpp) for s in range(layout.pp)]
     assert [layer for chunk in chunks for layer in chunk] == list(range(count))
+    sizes = [len(chunk) for chunk in chunks]
+    most = max(sizes)
+    assert min(sizes) > 0 and all(size == most for size in sizes[1:-1]) and sizes[0] >= sizes[-1] >= most - 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "chunks", "split"),
+    [
+        (8, 4, (2, 0)),
+        (126, 16, (8, 2)),
+        (7, 2, (4, 1)),
+        (4, 3, (2, 2)),
+        (5, 8, None),
+        (6, 8, None),
+        (7, 4, (2, 1)),
+        (4, 5, None),
+        (9, 7, None),
+    ],
+)
+def test_the_ends_count_as_layers_where_layers_alone_do_not_divide(layers: int, chunks: int, split: tuple[int, int] | None) -> None:
+    assert seats(layers, chunks) == split
 
 
 def test_of_derives_dp_and_micro_batches() -> None:

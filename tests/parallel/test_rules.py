@@ -14,7 +14,7 @@ from toolkit.config.load import dump_config, load_config, parse_config
 from toolkit.config.schema import RunConfig
 from toolkit.errors import LayoutError
 from toolkit.parallel.case import Case, Machine
-from toolkit.parallel.layout import Layout
+from toolkit.parallel.layout import Layout, seats
 from toolkit.parallel.rules import RULES, check, legal, rules_markdown, violations
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +58,7 @@ BROKEN: list[tuple[str, dict[str, Any], int, Machine, list[str]]] = [
     ("heads-groups", {"model.num_query_groups": 3}, 1, GPU, ["model.num_query_groups=3", "model.num_attention_heads=4"]),
     ("sp-tp", {"parallel.sequence_parallel": True}, 2, GPU, ["sequence_parallel=true", "parallel.tp=2"]),
     ("sp-sequence", {"parallel.tp": 2, "parallel.sequence_parallel": True, "train.seq_length": 31}, 2, GPU, ["train.seq_length=31"]),
-    ("pp-layers", {"parallel.pp": 3}, 3, GPU, ["model.num_layers=4", "parallel.pp=3"]),
+    ("pp-layers", {"parallel.pp": 5}, 5, GPU, ["model.num_layers=4", "parallel.pp=5"]),
     ("pp-layers", {"parallel.pp": 2, "parallel.vpp": 3}, 2, GPU, ["parallel.vpp=3", "parallel.vpp=2"]),
     ("vpp-pp", {"parallel.vpp": 2}, 2, GPU, ["parallel.vpp=2", "parallel.pp=1"]),
     ("batch", {"train.global_batch_size": 7}, 1, GPU, ["train.global_batch_size=7", "=8 or 6"]),
@@ -227,7 +227,7 @@ def test_a_legal_layout_or_suggestions_that_mend(picked: list[tuple[str, int]], 
         layout = check(config, world_size, machine=machine)
         assert layout.world_size == world_size
         assert layout.num_microbatches * layout.micro_batch_size * layout.dp == config.train.global_batch_size
-        assert config.model.num_layers % (layout.pp * layout.vpp) == 0
+        assert seats(config.model.num_layers, layout.pp * layout.vpp)
     for violation in found:
         assert violation.what and violation.why and violation.fix.endswith(".")
         assert violation.suggest, violation

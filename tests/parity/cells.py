@@ -48,6 +48,8 @@ class Cell:
             for short, key in (("opt", "zero.offload_optimizer"), ("param", "zero.offload_param"))
             if k.get(key, "none") != "none"
         ]
+        uneven = k.get("model.num_layers", 2) % (k.get("parallel.pp", 1) * k.get("parallel.vpp", 1))
+        parts += [f"{k['model.num_layers']}-layers"] if uneven else []
         parts += ["tied"] if k.get("model.tie_embeddings") else []
         parts += [ABBREVIATED[key] for key in k.get("zero.deepspeed", {}).get("zero_optimization", {})]
         parts += ["compile"] if k.get("model.compile") else []
@@ -147,8 +149,8 @@ def llama() -> list[Cell]:
 
 
 def extras() -> list[Cell]:
-    """torch.compile as far as the rules leave it, ZeRO++'s second partition of parameters (hpZ), biases other than the family's, and
-    overlap_comm, which many a DeepSpeed JSON has."""
+    """torch.compile as far as the rules leave it, ZeRO++'s second partition of parameters (hpZ), biases other than the family's,
+    overlap_comm, which many a DeepSpeed JSON has, and stages that differ because the layers do not divide."""
     hpz = {"zero.stage": 3, "zero.deepspeed": {"zero_optimization": {"zero_hpz_partition_size": 2}}}
     compiled = [Cell(2, {"model.compile": True, "zero.stage": stage, "parallel.pp": pp}) for stage, pp in ((0, 1), (1, 2))]
     sp = {"parallel.tp": 2, "parallel.sequence_parallel": True}
@@ -163,7 +165,19 @@ def extras() -> list[Cell]:
         Cell(2, overlap | {"zero.stage": 1, "zero.offload_optimizer": "cpu"}),
         Cell(2, overlap | {"zero.stage": 2, "parallel.pp": 2}),
     ]
-    return [Cell(4, hpz), Cell(4, hpz | {"parallel.pp": 2}), *compiled, *biases, *overlapped]
+    uneven = [
+        _uneven(2, 3, {"parallel.pp": 2, "zero.stage": 2, "model.tie_embeddings": True}),
+        _uneven(4, 6, {"parallel.pp": 4, "zero.stage": 1}),
+        _uneven(2, 6, {"parallel.pp": 2, "parallel.vpp": 2, "zero.stage": 3}),
+        _uneven(4, 5, {"parallel.pp": 2, "zero.stage": 3, "model.family": "gpt", "train.precision": "bf16"}),
+        _uneven(4, 7, {"parallel.pp": 2, "parallel.vpp": 2, "zero.stage": 1, "train.recompute": "full"} | sp),
+    ]
+    return [Cell(4, hpz), Cell(4, hpz | {"parallel.pp": 2}), *compiled, *biases, *overlapped, *uneven]
+
+
+def _uneven(world: int, layers: int, keys: dict[str, Any]) -> Cell:
+    dp = world // (keys.get("parallel.tp", 1) * keys["parallel.pp"])
+    return Cell(world, keys | {"model.num_layers": layers} | batches(dp, keys["parallel.pp"], world))
 
 
 FACTORS: dict[str, tuple[Any, ...]] = {

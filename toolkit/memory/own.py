@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import ceil
 
-from toolkit.plan.schedule import warmup
+from toolkit.plan.schedule import order, warmup
 from toolkit.plan.workload import Workload
 
 ALIGN = 2  # DeepSpeed pads each optimizer group of ZeRO-0/1/2 to this many elements per data-parallel rank
@@ -93,9 +93,8 @@ def _touched(w: Workload, stage: int, sizes: list[int], dp_rank: int) -> list[in
     sizes: elements of a partition, by optimizer group.
     """
     first, last = edge_weights(w, stage)
-    layers = w.layers_on(stage)
     ordered = [(x, 0) for x in first]
-    ordered += [(x, layer * w.vpp // max(1, layers)) for layer in range(layers) for x in layer_weights(w)]
+    ordered += [(x, chunk) for chunk in range(w.vpp) for _ in range(w.layers_in(stage, chunk)) for x in layer_weights(w)]
     ordered += [(x, w.vpp - 1) for x in last]
     at = [0, 0, 0]
     by_chunk = [0] * w.vpp
@@ -163,29 +162,38 @@ def norm_saved(w: Workload, width: int, *, cpu: bool) -> float:
 
 
 def stage_saved(w: Workload, stage: int, *, cpu: bool) -> dict[str, float]:
-    """Bytes a stage keeps for backwards at its fullest moment: activations of all micro-batches in flight, and the logits of one.
-
-    At the end of the first forward that a backward follows, each chunk holds the micro-batches begun so far.
-    """
+    """Bytes a stage keeps for backwards at its fullest moment: activations of all micro-batches in flight, and the logits of one."""
     s, b, t = w.shape, w.width, w.tokens
-    ahead = warmup(stage=stage, pp=w.pp, vpp=w.vpp, microbatches=w.microbatches) + 1
-    rounds, within = divmod(min(ahead, w.microbatches * w.vpp), w.pp * w.vpp)
-    layers = w.layers_on(stage) / w.vpp
-    total = logits = 0.0
-    for chunk in range(w.vpp):
-        held = rounds * w.pp + min(max(within - chunk * w.pp, 0), w.pp) if w.vpp > 1 else min(ahead, w.microbatches)
-        each = layers * layer_saved(w, cpu=cpu)
-        if stage == 0 and chunk == 0:  # token ids, and which of them are this rank's
-            each += t * (8 + (1 if w.tp > 1 else 0))
-            total += 8 * w.seq if s.positions else 0  # positions, the same tensor for every micro-batch
-        if stage == w.pp - 1 and chunk == w.vpp - 1:
-            whole = t / w.sequence_shards
-            each += whole * norm_saved(w, s.hidden, cpu=cpu)
-            logits = whole * b * s.hidden + t * (4 * s.vocab / w.tp + 9)  # the output layer's input, fp32 softmax, targets and their mask
-        total += held * each
-        if w.recompute == "full" and s.gated:
-            total += 4 * w.seq * s.head_dim  # RoPE's angles, of which megatron-core makes one tensor for all of a chunk's layers
-    return {"activations": total, "logits": logits}
+    each = [w.layers_in(stage, chunk) * layer_saved(w, cpu=cpu) for chunk in range(w.vpp)]
+    once = logits = 0.0
+    if stage == 0:
+        each[0] += t * (8 + (1 if w.tp > 1 else 0))  # token ids, and which of them are this rank's
+        once += 8 * w.seq if s.positions else 0  # positions, the same tensor for every micro-batch
+    if stage == w.pp - 1:
+        whole = t / w.sequence_shards
+        each[-1] += whole * norm_saved(w, s.hidden, cpu=cpu)
+        logits = whole * b * s.hidden + t * (4 * s.vocab / w.tp + 9)  # the output layer's input, fp32 softmax, targets and their mask
+    if w.recompute == "full" and s.gated:
+        once += 4 * w.seq * s.head_dim * w.vpp  # RoPE's angles, of which megatron-core makes one tensor for all of a chunk's layers
+    held, logits = _fullest(w, stage, each, logits)
+    return {"activations": held + once, "logits": logits}
+
+
+def _fullest(w: Workload, stage: int, each: list[float], logits: float) -> tuple[float, float]:
+    """Activations and logits when their sum is largest; each: bytes a chunk keeps of one micro-batch."""
+    if len({w.layers_in(stage, chunk) for chunk in range(w.vpp)}) == 1:
+        # the end of the first forward that a backward follows: each chunk holds the micro-batches begun so far
+        ahead = min(warmup(stage=stage, pp=w.pp, vpp=w.vpp, microbatches=w.microbatches) + 1, w.microbatches * w.vpp)
+        rounds, within = divmod(ahead, w.pp * w.vpp)
+        begun = [rounds * w.pp + min(max(within - chunk * w.pp, 0), w.pp) for chunk in range(w.vpp)] if w.vpp > 1 else [ahead]
+        return sum(n * size for n, size in zip(begun, each, strict=True)), logits
+    # chunks that differ take turns in being held: all moments until they recur
+    now, best = 0.0, (0.0, 0.0)
+    for work in order(stage=stage, pp=w.pp, vpp=w.vpp, microbatches=min(w.microbatches, 3 * w.pp)):
+        now += each[work.chunk] if work.kind == "forward" else -each[work.chunk]
+        there = logits if stage == w.pp - 1 and work.kind == "forward" and work.chunk == w.vpp - 1 else 0.0
+        best = max(best, (now, there), key=sum)
+    return best
 
 
 def known(w: Workload) -> bool:

@@ -19,7 +19,7 @@ from toolkit.config.schema import ModelSection, RopeScaling, RunConfig
 from toolkit.engine.grads import TIED_COPY
 from toolkit.model.init import materialise
 from toolkit.model.layers import local_spec, mark_shared_gradients, mask_padding, te_spec
-from toolkit.parallel.layout import Layout
+from toolkit.parallel.layout import Layout, seats
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,6 +35,8 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
     llama = m.family == "llama"
     dtype = DTYPES[t.precision]
     interleaved = layout.vpp > 1
+    split = seats(m.num_layers, layout.pp * layout.vpp)
+    assert split is not None, "the rules refuse it"
     modes: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
@@ -61,6 +63,8 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if interleaved else None,
+        account_for_loss_in_pipeline_split=split[1] > 0,
+        account_for_embedding_in_pipeline_split=split[1] > 1,
         context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel,
         pipeline_dtype=dtype,

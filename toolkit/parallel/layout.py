@@ -9,6 +9,19 @@ if TYPE_CHECKING:
     from toolkit.config.schema import RunConfig
 
 
+def seats(num_layers: int, chunks: int) -> tuple[int, int] | None:
+    """Layers of a pipeline chunk, and how many of its seats the ends take; None where no split is even.
+
+    Where the layers alone do not divide, the output layer counts as one (the last chunk holds a layer fewer), then the embedding too:
+    megatron-core's account_for_loss_in_pipeline_split and account_for_embedding_in_pipeline_split. No chunk is without a layer.
+    """
+    for ends in (0, 1, 2):
+        each, rest = divmod(num_layers + ends, chunks)
+        if rest == 0 and each > (ends > 0):
+            return each, ends
+    return None
+
+
 @dataclass(frozen=True)
 class Coordinates:
     """One rank's place along each axis, counted from 0."""
@@ -64,7 +77,9 @@ class Layout:
         return at.tp + self.tp * (at.cp + self.cp * (at.dp + self.dp * at.pp))
 
     def layers_of(self, num_layers: int, *, stage: int, chunk: int = 0) -> range:
-        """Global layer numbers (from 0) that a stage's chunk holds: chunk c of stage s is virtual stage c*pp + s."""
-        per_chunk = num_layers // (self.pp * self.vpp)
-        first = (chunk * self.pp + stage) * per_chunk
-        return range(first, first + per_chunk)
+        """Global layer numbers (from 0) that a stage's chunk holds: chunk c of stage s is virtual stage c*pp + s. Assumes that seats() are there."""
+        split = seats(num_layers, self.pp * self.vpp)
+        assert split is not None, "the rules refuse it"
+        each, ends = split
+        first = (chunk * self.pp + stage) * each - (ends > 1)
+        return range(max(0, first), min(num_layers, first + each))

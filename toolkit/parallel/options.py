@@ -9,8 +9,16 @@ from typing import Any
 
 from toolkit.config.schema import LARGEST_INT
 from toolkit.parallel.case import Case
+from toolkit.parallel.layout import seats
 
 Option = dict[str, Any]
+
+
+@lru_cache(maxsize=256)
+def chunk_counts(layers: int) -> tuple[int, ...]:
+    """Every number of pipeline chunks (pp x vpp) that so many layers can be split into, ascending."""
+    counts = {count for ends in (0, 1, 2) for count in divisors(layers + ends) if seats(layers, count)}
+    return tuple(sorted(counts))
 
 
 def choices(*options: Option) -> Iterator[Option]:
@@ -50,11 +58,12 @@ def layouts(case: Case) -> Iterator[Option]:
     """Whole layouts for the same processes and model, with a global batch that fits: for when no single key mends a rule."""
     found: list[tuple[float, int, Option]] = []
     for tp in divisors(math.gcd(case.world, case.heads, case.groups, case.ffn, case.vocab)):
-        for pp in divisors(math.gcd(case.world // tp, case.layers)):
+        for pp in divisors(case.world // tp):
             for cp in {1, case.cp} if case.world // tp // pp % case.cp == 0 else {1}:
                 step = case.micro * (case.world // (tp * pp * cp))
-                chunks = {1, case.vpp if pp > 1 and case.layers // pp % case.vpp == 0 else 1}
-                for vpp in chunks:
+                for vpp in {1, case.vpp if pp > 1 else 1}:
+                    if seats(case.layers, pp * vpp) is None:
+                        continue
                     unit = step * (pp if vpp > 1 else 1)
                     batch = max(1, min(round(case.batch / unit), LARGEST_INT // unit)) * unit
                     sp = case.sp and tp > 1 and case.seq % (tp * cp) == 0
@@ -74,8 +83,8 @@ def _pairs(case: Case, tp: int, pp: int, cp: int, vpp: int, batch: int) -> tuple
 
 
 def splits(case: Case) -> Iterator[Option]:
-    """Other pipeline degrees and chunk counts that divide the layers."""
-    fits = divisors(case.layers)
+    """Other pipeline degrees and chunk counts that split the layers."""
+    fits = chunk_counts(case.layers)
     single = [(abs(math.log(value / case.vpp)), "parallel.vpp", value) for value in fits]
     single += [(abs(math.log(value / case.pp)), "parallel.pp", value) for value in fits]
     yield from ({key: value} for _, key, value in sorted(single))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from toolkit.parallel.case import Case
+from toolkit.parallel.layout import seats
 from toolkit.parallel.options import (
     Option,
     batches,
@@ -105,10 +106,10 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="pp-layers",
-        title="`parallel.pp` x `parallel.vpp` divides `model.num_layers`",
-        why="every stage, and every chunk of a stage, holds equally many layers",
-        broken=lambda c: c.layers % (c.pp * c.vpp) != 0,
-        what=lambda c: f"model.num_layers={c.layers} is no multiple of parallel.pp={c.pp} x parallel.vpp={c.vpp}",
+        title="`parallel.pp` x `parallel.vpp` divides `model.num_layers`, or that number with the output layer, or with the embedding too, counted as one",
+        why="every chunk of a stage holds equally many layers, but for one fewer beside the output layer and beside the embedding",
+        broken=lambda c: seats(c.layers, c.pp * c.vpp) is None,
+        what=lambda c: f"parallel.pp={c.pp} x parallel.vpp={c.vpp} does not split model.num_layers={c.layers}",
         options=splits,
     ),
     Rule(

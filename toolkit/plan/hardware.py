@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from toolkit.errors import ConfigError
+from toolkit.parallel.case import Machine
 
 _BUILT_IN = Path(__file__).with_name("hardware.yaml")
 GB = 1e9  # makers count bandwidth in powers of ten, memory figures here are GiB
@@ -64,6 +65,11 @@ class Hardware:
         """GPUs that reach each other without the network."""
         return self.gpu.domain or self.gpus_per_node
 
+    @property
+    def machine(self) -> Machine:
+        """What the rules ask of such a node; Transformer Engine is taken to be installed beside a GPU."""
+        return Machine(cuda=self.gpu.accelerator, transformer_engine=self.gpu.accelerator)
+
     def __str__(self) -> str:
         return f"{self.gpu.name}:{self.gpus_per_node}x{self.nodes}"
 
@@ -110,6 +116,13 @@ def parse_hardware(spec: str, *, extra: Path | None = None) -> Hardware:
 def with_network(hardware: Hardware, *, nic_gb_s: float) -> Hardware:
     """The same machines with another network; nic_gb_s: GB/s of one GPU in one direction."""
     return replace(hardware, nic_gb_s=nic_gb_s)
+
+
+def with_host_gib(hardware: Hardware, gib: float) -> Hardware:
+    """The same machines with another RAM of a node, GiB; raises ConfigError for none."""
+    if gib <= 0:
+        raise ConfigError(f"--host-gib {gib:g} is not above 0", fix="Leave it out, or give the RAM of a node.")
+    return replace(hardware, gpu=replace(hardware.gpu, host_gib=gib))
 
 
 def _plain(name: str) -> str:

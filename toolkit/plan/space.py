@@ -11,8 +11,8 @@ from toolkit.config.explain import nearest
 from toolkit.config.schema import RunConfig
 from toolkit.errors import ConfigError
 from toolkit.parallel import rules
-from toolkit.parallel.case import Case, Machine
-from toolkit.parallel.options import divisors
+from toolkit.parallel.case import Case
+from toolkit.parallel.options import chunk_counts, divisors
 from toolkit.plan.hardware import Hardware
 from toolkit.plan.workload import Workload
 
@@ -105,8 +105,7 @@ class Space:
     @classmethod
     def of(cls, config: RunConfig, hardware: Hardware, *, max_gpus: int | None = None, fixed: Mapping[str, tuple[Any, ...]]) -> Space:
         """The space of a config on a cluster; the GPUs there have CUDA and Transformer Engine where they are GPUs at all."""
-        gpus = hardware.gpu.accelerator
-        case = Case.of(config, 1, machine=Machine(cuda=gpus, transformer_engine=gpus))
+        case = Case.of(config, 1, machine=hardware.machine)
         most = hardware.count if max_gpus is None else min(max_gpus, hardware.count)
         return cls(case=case, base=Workload.of(config, 1), hardware=hardware, max_gpus=most, fixed=fixed)
 
@@ -140,8 +139,8 @@ class Space:
         shardings = self._legal(whole, self.shardings())
         for tp in self._degrees("tp", self.case.heads):
             for cp in self._degrees("cp", self.case.seq) if self._legal(replace(whole, tp=tp), shardings) else ():
-                for pp in self._degrees("pp", self.case.layers) if self._legal(replace(whole, tp=tp, cp=cp), shardings) else ():
-                    for vpp in self._degrees("vpp", self.case.layers // pp) if tp * cp * pp <= self.max_gpus else ():
+                for pp in self._pipelines() if self._legal(replace(whole, tp=tp, cp=cp), shardings) else ():
+                    for vpp in self._interleaves(pp) if tp * cp * pp <= self.max_gpus else ():
                         for sp in (False, True) if tp > 1 else (False,):
                             cut = Structure(tp=tp, pp=pp, vpp=vpp, cp=cp, sp=sp)
                             legal = self._legal(cut, shardings) if self.allows("sp", sp) else []
@@ -185,6 +184,12 @@ class Space:
             offload_optimizer=optimizer,  # type: ignore[arg-type]
             offload_param=param,  # type: ignore[arg-type]
         )
+
+    def _pipelines(self) -> list[int]:
+        return sorted({pp for count in chunk_counts(self.case.layers) for pp in self._degrees("pp", count)})
+
+    def _interleaves(self, pp: int) -> list[int]:
+        return [n // pp for n in chunk_counts(self.case.layers) if n % pp == 0 and self.allows("vpp", n // pp)]
 
     def _degrees(self, axis: str, divided: int) -> list[int]:
         return [v for v in divisors(divided) if self.allows(axis, v)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from toolkit.parallel.layout import seats
 from toolkit.plan.stack import TOOLKIT, TOOLKIT_TE, Stack
 
 if TYPE_CHECKING:
@@ -140,9 +141,22 @@ class Workload:
         return self.tp if self.sp else 1
 
     def layers_on(self, stage: int) -> int:
-        """Layers of a pipeline stage; where they do not divide, the first stages hold one more."""
-        each, rest = divmod(self.shape.layers, self.pp)
-        return each + (1 if stage < rest else 0)
+        """Layers of a pipeline stage."""
+        split = seats(self.shape.layers, self.pp * self.vpp)
+        if split is None:
+            return sum(self.layers_in(stage, chunk) for chunk in range(self.vpp))
+        each, ends = split
+        return each * self.vpp - (stage == 0 and ends > 1) - (stage == self.pp - 1 and ends > 0)
+
+    def layers_in(self, stage: int, chunk: int) -> int:
+        """Layers of a chunk of a stage; where others split what our rules do not, the first chunks hold one more."""
+        chunks, place = self.pp * self.vpp, chunk * self.pp + stage
+        split = seats(self.shape.layers, chunks)
+        if split is None:
+            each, rest = divmod(self.shape.layers, chunks)
+            return each + (1 if place < rest else 0)
+        each, ends = split
+        return each - (place == 0 and ends > 1) - (place == chunks - 1 and ends > 0)
 
     def parameters_on(self, stage: int) -> float:
         """Weights one rank of a stage would hold without ZeRO."""
