@@ -23,6 +23,9 @@ os.environ["TORCH_EXTENSIONS_DIR"] = str(
     Path(__file__).parents[1] / "build" / f"extensions-py{sys.version_info.major}{sys.version_info.minor}"
 )
 
+# one ninja for the tests and what they start: another version knows nothing of a build and compiles it anew
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
 EXTENSIONS = ("cpu_adam", "async_io")
 
 

@@ -54,6 +54,7 @@ def estimate(
     overrides: Overrides = None,
     hardware: Annotated[str | None, typer.Option(help="GPU:PER_NODExNODES, e.g. h100-80gb:8x4")] = None,
     hardware_file: Annotated[Path | None, typer.Option(help="YAML with more GPUs")] = None,
+    host_gib: Annotated[float | None, typer.Option(help="RAM of a node for offload, GiB; default: the catalogue's")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
     jsonl: Annotated[Path | None, typer.Option(help="published measurements to predict, instead of CONFIG")] = None,
     out: Annotated[Path | None, typer.Option(help="where --jsonl writes its predictions")] = None,
@@ -73,13 +74,16 @@ def estimate(
     import json
 
     from toolkit.config.load import load_config
+    from toolkit.plan.hardware import parse_hardware, with_host_gib
     from toolkit.plan.show import estimate_json, estimate_text
 
-    loaded = load_config(config, overrides or [])
+    loaded, cluster = load_config(config, overrides or []), parse_hardware(hardware, extra=hardware_file)
+    if host_gib is not None:
+        cluster = with_host_gib(cluster, host_gib)
     if as_json:
-        typer.echo(json.dumps(estimate_json(loaded, hardware, hardware_file=hardware_file, calibrated=calibration), indent=1))
+        typer.echo(json.dumps(estimate_json(loaded, cluster, calibrated=calibration), indent=1))
     else:
-        typer.echo(estimate_text(loaded, hardware, hardware_file=hardware_file, calibrated=calibration), nl=False)
+        typer.echo(estimate_text(loaded, cluster, calibrated=calibration), nl=False)
 
 
 @data_app.command("prepare")

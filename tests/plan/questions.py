@@ -64,7 +64,7 @@ def one_by_one(asked: Question) -> Iterator[tuple[Workload, float]]:
                 offload_optimizer=case.opt_offload,
                 offload_param=case.param_offload,
             )
-            if fits(estimate(w, hardware), w, hardware, headroom=asked.limits.headroom):
+            if fits(estimate(w, hardware), headroom=asked.limits.headroom):
                 yield w, step_time(w, hardware, scale=asked.scale).step
 
 

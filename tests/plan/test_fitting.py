@@ -33,7 +33,7 @@ def test_the_advice_is_legal_and_fits(train: dict[str, Any]) -> None:
     config = _config(**train)
     before = estimate(Workload.of(config, 8), NODE).worst.device
     assert before > NODE.gpu.memory_gib * GIB
-    text = nearest_fit(config, 8, NODE)
+    text = nearest_fit(config, 8, NODE, machine=NODE.machine)
     option = {key: int(value) if value.isdigit() else value for key, value in re.findall(r"(?:Set | and )([\w.]+)=(\w+)", text)}
     changed = with_keys(config, option)
     assert option and changed is not None and not violations(changed, 8, machine=Machine(cuda=True))
@@ -46,4 +46,6 @@ def test_the_advice_is_legal_and_fits(train: dict[str, Any]) -> None:
 
 def test_a_model_that_fits_nowhere_is_told_by_how_much() -> None:
     config = parse_config({"model": {"preset": "llama3-405b"}, "train": {"seq_length": 8192, "global_batch_size": 8}})
-    assert re.search(r"No single setting here fits: the smallest, .* still needs \d+\.\d\d GiB", nearest_fit(config, 8, NODE))
+    assert re.search(
+        r"No single setting here fits: the smallest, .* still needs \d+\.\d\d GiB", nearest_fit(config, 8, NODE, machine=NODE.machine)
+    )

@@ -13,6 +13,7 @@ from tests.plan.questions import GPUS, identity, one_by_one, question, smaller_m
 from toolkit.memory.estimate import GIB
 from toolkit.parallel import rules
 from toolkit.parallel.options import divisors
+from toolkit.plan.hardware import parse_hardware
 from toolkit.plan.search import Limits, Objective, Plan
 from toolkit.plan.show import estimate_json
 from toolkit.plan.space import spec
@@ -90,7 +91,7 @@ def test_every_plan_is_legal_fits_and_is_estimated_alike(asked: Question) -> Non
         machine = GPUS if asked.hardware.gpu.accelerator else rules.Machine()
         layout = rules.check(config, plan.gpus, machine=machine)
         assert layout.num_microbatches == w.microbatches
-        alone = estimate_json(config, spec(asked.hardware, plan.gpus))
+        alone = estimate_json(config, parse_hardware(spec(asked.hardware, plan.gpus)))
         assert alone["fits"] and alone["step_s"] == pytest.approx(plan.time.step)
         assert alone["peak_device_gib"] == pytest.approx(plan.worst.device / GIB, abs=0.001)
         assert sum(plan.time.parts.values()) == pytest.approx(plan.time.step)

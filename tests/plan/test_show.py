@@ -11,6 +11,7 @@ import pytest
 from toolkit.config.load import parse_config
 from toolkit.config.schema import RunConfig
 from toolkit.errors import ConfigError, LayoutError
+from toolkit.plan.hardware import parse_hardware, with_host_gib
 from toolkit.plan.show import estimate_json, estimate_text
 
 
@@ -26,7 +27,7 @@ def _config(**parallel: int) -> RunConfig:
 
 
 def test_json_holds_every_part_and_they_sum() -> None:
-    answer = estimate_json(_config(tp=2, pp=2), "h100-80gb:8x4")
+    answer = estimate_json(_config(tp=2, pp=2), parse_hardware("h100-80gb:8x4"))
     assert answer["gpus"] == 32 and answer["layout"]["dp"] == 8 and answer["fits"] is True
     assert sum(answer["time_parts_s"].values()) == pytest.approx(answer["step_s"])
     for stage in answer["stages"]:
@@ -37,39 +38,70 @@ def test_json_holds_every_part_and_they_sum() -> None:
 
 
 def test_text_names_the_worst_rank_and_the_verdict() -> None:
-    text = estimate_text(_config(tp=2, pp=2), "h100-80gb:8x4")
+    text = estimate_text(_config(tp=2, pp=2), parse_hardware("h100-80gb:8x4"))
     assert "fits: stage 0 (from rank 0)" in text and "tokens/s per GPU" in text and "pipeline bubble" in text
     assert "8.03 B parameters" in text and "GiB" in text
-    assert "does not fit" in estimate_text(_config(), "rtx4090-24gb:8x4")
+    assert "does not fit" in estimate_text(_config(), parse_hardware("rtx4090-24gb:8x4"))
+
+
+def test_what_does_not_fit_is_told_what_to_set() -> None:
+    text = estimate_text(_config(), parse_hardware("h100-80gb:8x4"), width=300)
+    assert "GiB too much" in text and "Set zero.stage=3: the estimate is then" in text
+    assert "toolkit tune" in estimate_json(_config(), parse_hardware("h100-80gb:8x4"))["remedy"]
+
+
+def test_a_node_whose_ram_is_too_small_does_not_fit() -> None:
+    config = parse_config(
+        {
+            "model": {"preset": "llama3-70b"},
+            "train": {"global_batch_size": 8, "recompute": "full"},
+            "zero": {"stage": 3, "offload_optimizer": "cpu"},
+        }
+    )
+    node = parse_hardware("h100-80gb:8")
+    assert estimate_json(config, node)["fits"] and not estimate_json(config, with_host_gib(node, 512))["fits"]
+    text = estimate_text(config, with_host_gib(node, 512), width=300)
+    assert "does not fit" in text and "RAM" in text and "461 GiB of RAM to spare" in text
+    with pytest.raises(ConfigError, match="--host-gib"):
+        with_host_gib(node, 0)
+
+
+def test_context_parallelism_is_estimated_with_a_remark() -> None:
+    answer = estimate_json(_config(cp=2), parse_hardware("h100-80gb:8x4"))
+    assert "parallel.cp=2" in answer["remark"] and answer["step_s"] > 0
+    assert "note: toolkit train refuses this layout: parallel.cp=2" in estimate_text(_config(cp=2), parse_hardware("h100-80gb:8x4"))
 
 
 def test_small_models_are_shown_in_small_units() -> None:
     model = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 256}
-    text = estimate_text(parse_config({"model": model, "train": {"precision": "fp32", "seq_length": 32}}), "cpu:2")
+    text = estimate_text(parse_config({"model": model, "train": {"precision": "fp32", "seq_length": 32}}), parse_hardware("cpu:2"))
     assert "one rank, MiB" in text and "fits: stage 0" in text
 
 
 @pytest.mark.parametrize(
     ("parallel", "spec", "error", "words"),
     [
-        ({"tp": 3}, "h100:8x4", LayoutError, "does not divide"),
-        ({}, "h100:8x16", LayoutError, "train.global_batch_size=64 is not a multiple"),
+        ({"tp": 3}, "h100:8x4", LayoutError, "32 processes are no multiple of parallel.tp=3"),
+        ({"tp": 32}, "h100:8x4", LayoutError, "parallel.tp=32 does not divide model.num_query_groups=8"),
+        ({"vpp": 2}, "h100:8x4", LayoutError, "parallel.vpp=2 with parallel.pp=1"),
+        ({}, "h100:8x16", LayoutError, "train.global_batch_size=64 is no multiple"),
         ({}, "h1000:8x4", ConfigError, "Did you mean"),
     ],
 )
 def test_what_cannot_run_is_refused(parallel: dict[str, int], spec: str, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        estimate_text(_config(**parallel), spec)
+        estimate_text(_config(**parallel), parse_hardware(spec))
 
 
 def test_estimating_imports_no_training_library() -> None:
     program = (
         "import sys\n"
         "from toolkit.config.load import parse_config\n"
+        "from toolkit.plan.hardware import parse_hardware\n"
         "from toolkit.plan.show import estimate_text\n"
         "import toolkit.plan.published, toolkit.plan.fit, toolkit.plan.score\n"
         "config = parse_config({'model': {'preset': 'llama3-8b'}, 'train': {'global_batch_size': 64}})\n"
-        "estimate_text(config, 'h100:8x4')\n"
+        "estimate_text(config, parse_hardware('h100:8x4'))\n"
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'deepspeed', 'megatron', 'transformers', 'numpy'}))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from math import inf
 
 from toolkit.memory import activations, own
 from toolkit.plan.hardware import Hardware
@@ -16,6 +17,7 @@ WORKSPACE = 64 * 2**20  # cuBLAS workspaces
 FRAGMENTATION, PIPELINE_FRAGMENTATION = 0.07, 0.25  # of what comes and goes each step, that the caching allocator holds beyond it;
 # more where activations of several micro-batches live and die out of order
 HEADROOM = 1.0 * GIB  # a run that needs more than the device's memory less this counts as not fitting
+HOST_SHARE = 0.9  # of a node's RAM that offloaded states may take beside the system and the data loaders
 BUCKET = 5e8  # DeepSpeed's default reduce and gather bucket, elements
 LIVE = 1e9  # DeepSpeed's default stage3_max_live_parameters
 
@@ -48,12 +50,13 @@ class StageMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """All stages, and the host bytes of one node (CPU RAM, NVMe) that offloading needs."""
+    """All stages, and the host bytes of one node (CPU RAM, NVMe) that offloading needs; capacity: bytes of a device, room: of RAM for host."""
 
     stages: tuple[StageMemory, ...]
     host: float
     nvme: float
-    capacity: float = field(default=0.0)
+    capacity: float
+    room: float
 
     @property
     def worst(self) -> StageMemory:
@@ -62,8 +65,13 @@ class MemoryEstimate:
 
     @property
     def fits(self) -> bool:
-        """Whether every stage leaves HEADROOM free."""
+        """Whether every stage leaves HEADROOM of its device free."""
         return all(s.device + HEADROOM <= self.capacity for s in self.stages)
+
+    @property
+    def host_fits(self) -> bool:
+        """Whether a node's RAM holds what is offloaded to it."""
+        return self.host <= self.room
 
 
 def estimate(w: Workload, hardware: Hardware, *, only: int | None = None) -> MemoryEstimate:
@@ -71,7 +79,8 @@ def estimate(w: Workload, hardware: Hardware, *, only: int | None = None) -> Mem
     seen = {only} if only is not None else {0, 1, w.pp // 2, w.pp - 2, w.pp - 1} if w.pp > 8 else set(range(w.pp))
     stages = tuple(_stage(w, stage, hardware) for stage in sorted(s for s in seen if 0 <= s < w.pp))
     host, nvme = host_bytes(w, hardware)
-    return MemoryEstimate(stages=stages, host=host, nvme=nvme, capacity=hardware.gpu.memory_gib * GIB)
+    room = HOST_SHARE * hardware.gpu.host_gib * GIB if hardware.gpu.accelerator else inf  # a CPU's ranks count it among their own
+    return MemoryEstimate(stages=stages, host=host, nvme=nvme, capacity=hardware.gpu.memory_gib * GIB, room=room)
 
 
 def states(w: Workload, params: float) -> dict[str, float]:

@@ -14,7 +14,19 @@ from toolkit.parallel.layout import Layout
 from toolkit.parallel.options import Option, layouts
 from toolkit.parallel.table import RULES, Rule
 
-__all__ = ["RULES", "Case", "Machine", "Rule", "Violation", "check", "fitting_micro_batch", "legal", "rules_markdown", "violations"]
+__all__ = [
+    "RULES",
+    "Case",
+    "Machine",
+    "Rule",
+    "Violation",
+    "check",
+    "fitting_micro_batch",
+    "legal",
+    "refuse",
+    "rules_markdown",
+    "violations",
+]
 
 MOST_OPTIONS = 4000  # settings tried for one suggestion: keeps absurd inputs fast
 
@@ -51,12 +63,16 @@ def check(config: RunConfig, world_size: int, *, machine: Machine = NO_GPU) -> L
     """The layout of a legal run; raises LayoutError naming every broken rule, its reason and what to set."""
     if world_size < 1:
         raise LayoutError(f"{world_size} processes cannot run anything", fix="Start at least 1.")
-    found = violations(config, world_size, machine=machine)
+    refuse(violations(config, world_size, machine=machine))
+    return Layout.of(config, world_size)
+
+
+def refuse(found: list[Violation]) -> None:
+    """Raise LayoutError naming every violation, its reason and what to set; return where there is none."""
     if len(found) == 1:
         raise LayoutError(found[0].what, why=found[0].why, fix=found[0].fix)
     if found:
         raise LayoutError(f"{len(found)} rules are broken:" + "".join(f"\n  {v}" for v in found))
-    return Layout.of(config, world_size)
 
 
 def fitting_micro_batch(config: RunConfig, world_size: int, *, machine: Machine = NO_GPU) -> int | None:
@@ -97,11 +113,16 @@ def _mending(rule: Rule, case: Case) -> list[Option]:
     rest: list[Option] = []
     for source in (rule.options, layouts):
         clean: list[Option] = []
+        reached: list[Case] = []
         for option in islice(source(case), MOST_OPTIONS):
             changed = case.changed(option)
-            if option in clean or rule.broken(changed):
+            if changed in reached or rule.broken(changed):
                 continue
-            (rest if any(broken(changed) for broken in already) else clean).append(option)
+            if any(broken(changed) for broken in already):
+                rest.append(option)
+                continue
+            clean.append(option)
+            reached.append(changed)
             if len(clean) == 2:
                 break
         if clean:

@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any
 
 from toolkit.config.schema import RunConfig
-from toolkit.memory.estimate import GIB, estimate
+from toolkit.memory.estimate import GIB, HEADROOM, estimate
 from toolkit.parallel.case import Machine
 from toolkit.parallel.rules import violations
 from toolkit.plan.hardware import Hardware
@@ -16,16 +16,22 @@ from toolkit.plan.workload import Workload
 Option = dict[str, Any]
 
 
-def nearest_fit(config: RunConfig, world_size: int, hardware: Hardware, *, cuda: bool = True) -> str:
-    """What to set, as a sentence: the fewest and cheapest changes whose estimate fits, or how far the smallest one is off."""
+def nearest_fit(config: RunConfig, world_size: int, hardware: Hardware, *, machine: Machine, ran_out: bool = False) -> str:
+    """What to set, as a sentence: the fewest and cheapest changes whose estimate fits, or how far the smallest one is off.
+
+    ran_out: the run did run out of memory, so a change that hardly counts is no answer, whatever the estimate says.
+    """
     smallest: tuple[float, Option] | None = None
-    # it did run out, so a change that hardly counts is no answer, whatever the estimate says
-    most = min(hardware.gpu.memory_gib * GIB, 0.8 * estimate(Workload.of(config, world_size), hardware).worst.device)
+    capacity = hardware.gpu.memory_gib * GIB
+    most = min(capacity, 0.8 * estimate(Workload.of(config, world_size), hardware).worst.device) if ran_out else capacity - HEADROOM
     for option in sorted(options(config), key=_cost):
         changed = with_keys(config, option)
-        if changed is None or violations(changed, world_size, machine=Machine(cuda=cuda)):
+        if changed is None or violations(changed, world_size, machine=machine):
             continue
-        need = estimate(Workload.of(changed, world_size), hardware).worst.device
+        memory = estimate(Workload.of(changed, world_size), hardware)
+        if not memory.host_fits:
+            continue
+        need = memory.worst.device
         if need <= most:
             return f"Set {_text(option)}: the estimate is then {need / GIB:.2f} GiB."
         if smallest is None or need < smallest[0]:

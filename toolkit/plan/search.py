@@ -21,7 +21,6 @@ Objective = Literal["tokens/s", "cost", "fewest-gpus"]
 Key = tuple[float, float]
 Kind = tuple[int, int, int, int]
 
-HOST_SHARE = 0.9  # of a node's RAM that offloaded states may take
 PER_KIND = 2  # plans listed of the same tp, pp, cp and dp, so that the list shows different ones
 
 
@@ -196,15 +195,15 @@ class _Search:
             self.found.sized += 1
             w = self.space.workload(cut, dp, micro, recompute, sharding)
             alone = estimate(w, self.hardware, only=0) if w.pp > 1 else None  # the first stage holds most in flight: often the last word
-            if (alone is None or self._allows(alone, w)) and self._allows(estimate(w, self.hardware), w):
+            if (alone is None or self._allows(alone)) and self._allows(estimate(w, self.hardware)):
                 low = micro
             else:
                 high = micro
             self.sizes[name] = low, high
         return micro <= low
 
-    def _allows(self, memory: MemoryEstimate, w: Workload) -> bool:
-        return fits(memory, w, self.hardware, headroom=self.limits.headroom)
+    def _allows(self, memory: MemoryEstimate) -> bool:
+        return fits(memory, headroom=self.limits.headroom)
 
     def _bound(self, cut: Structure, dp: int, micro: int, recompute: str) -> float:
         """Seconds that no step of these degrees can undercut."""
@@ -242,16 +241,6 @@ def _within(less: Sharding, more: Sharding) -> bool:
     return less[0] == more[0] and all(_FAR[a] <= _FAR[b] for a, b in zip(less[1:], more[1:], strict=True))
 
 
-def fits(memory: MemoryEstimate, w: Workload, hardware: Hardware, *, headroom: float = HEADROOM) -> bool:
+def fits(memory: MemoryEstimate, *, headroom: float = HEADROOM) -> bool:
     """Whether every rank leaves the headroom (bytes) free and the node's RAM holds what is offloaded to it."""
-    return needed(memory, w, hardware) + headroom <= memory.capacity and host_fits(memory, hardware)
-
-
-def needed(memory: MemoryEstimate, w: Workload, hardware: Hardware) -> float:
-    """Bytes of the worst rank; a CPU's ranks also hold what is offloaded to the CPU."""
-    return memory.worst.device + (0.0 if hardware.gpu.accelerator else memory.host / min(hardware.gpus_per_node, w.world))
-
-
-def host_fits(memory: MemoryEstimate, hardware: Hardware) -> bool:
-    """Whether a node's RAM holds what is offloaded to it beside the system and the data loaders (HOST_SHARE)."""
-    return not hardware.gpu.accelerator or memory.host <= HOST_SHARE * hardware.gpu.host_gib * GIB
+    return memory.worst.device + headroom <= memory.capacity and memory.host_fits

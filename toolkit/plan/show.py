@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.config.schema import RunConfig
-from toolkit.errors import LayoutError
 from toolkit.memory.estimate import GIB, HEADROOM, MemoryEstimate, estimate
+from toolkit.parallel import rules
 from toolkit.plan import calibration
 from toolkit.plan.cost import TimeEstimate, step_time
-from toolkit.plan.hardware import Hardware, parse_hardware
+from toolkit.plan.fitting import nearest_fit
+from toolkit.plan.hardware import Hardware
 from toolkit.plan.workload import Workload
 
 
-def estimate_json(
-    config: RunConfig, hardware_spec: str, *, hardware_file: Path | None = None, calibrated: Path | None = None
-) -> dict[str, Any]:
-    """Memory by part of every stage (GiB) and step time by part (seconds) of a config on `GPU:PER_NODExNODES`.
+def estimate_json(config: RunConfig, hardware: Hardware, *, calibrated: Path | None = None) -> dict[str, Any]:
+    """Memory by part of every stage (GiB) and step time by part (seconds) of a config on a cluster.
 
-    calibrated: a file of `toolkit calibrate`. Raises ConfigError for unknown hardware, LayoutError where the GPUs do not divide into the config's degrees.
+    calibrated: a file of `toolkit calibrate`. Raises LayoutError for a layout that `toolkit train` would refuse there.
     """
-    hardware, workload = _resolve(config, hardware_spec, hardware_file)
+    remark = _check(config, hardware)
+    workload = Workload.of(config, hardware.count)
     scale = calibration.scale_for(hardware.gpu, workload.precision, own=calibrated)
     memory, time = estimate(workload, hardware), step_time(workload, hardware, scale=scale)
     worst = memory.worst
@@ -31,7 +31,9 @@ def estimate_json(
         "gpus": workload.world,
         "parameters": workload.shape.parameters,
         "layout": {name: getattr(workload, name) for name in ("tp", "pp", "vpp", "cp", "dp", "zero", "micro", "microbatches")},
-        "fits": memory.fits,
+        "remark": remark,
+        "fits": memory.fits and memory.host_fits,
+        "remedy": _remedy(config, memory, hardware),
         "capacity_gib": round(memory.capacity / GIB, 3),
         "worst_rank": _first_rank(workload, worst.stage),
         "worst_stage": worst.stage,
@@ -60,13 +62,12 @@ def estimate_json(
     }
 
 
-def estimate_text(
-    config: RunConfig, hardware_spec: str, *, hardware_file: Path | None = None, calibrated: Path | None = None, width: int = 100
-) -> str:
+def estimate_text(config: RunConfig, hardware: Hardware, *, calibrated: Path | None = None, width: int = 100) -> str:
     """The same as two tables and a verdict, for a terminal."""
     from rich.console import Console
 
-    hardware, workload = _resolve(config, hardware_spec, hardware_file)
+    remark = _check(config, hardware)
+    workload = Workload.of(config, hardware.count)
     scale = calibration.scale_for(hardware.gpu, workload.precision, own=calibrated)
     memory, time = estimate(workload, hardware), step_time(workload, hardware, scale=scale)
     out = Console(file=io.StringIO(), width=width, force_terminal=False)
@@ -76,8 +77,15 @@ def estimate_text(
         f" · ZeRO-{w.zero} · {w.microbatches} micro-batches of {w.micro} × {w.seq} · {w.precision}, recompute {w.recompute}",
         highlight=False,
     )
-    out.print(_memory_table(memory))
+    if remark:
+        out.print(f"note: {remark}", highlight=False)
+    unit, size = _unit(memory.worst.device)
+    out.print(f"peak memory of one rank, {unit}", style="italic")
+    out.print(_memory_table(memory, size))
     out.print(_verdict(memory, workload, hardware), highlight=False)
+    if remedy := _remedy(config, memory, hardware):
+        out.print(remedy, highlight=False)
+    out.print("one optimizer step", style="italic")
     out.print(_time_table(time))
     out.print(
         f"step {time.step:.3g} s · {time.tokens / time.step:,.0f} tokens/s · {time.tokens_per_s_per_gpu:,.0f} tokens/s per GPU · MFU {mfu(w, time, hardware):.1%}",
@@ -87,24 +95,18 @@ def estimate_text(
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 
-def _resolve(config: RunConfig, spec: str, extra: Path | None) -> tuple[Hardware, Workload]:
-    hardware = parse_hardware(spec, extra=extra)
-    p, t = config.parallel, config.train
-    each = p.tp * p.pp * p.cp
-    if hardware.count % each:
-        raise LayoutError(
-            f"{hardware} has {hardware.count} GPUs, which parallel.tp={p.tp} × parallel.pp={p.pp} × parallel.cp={p.cp} = {each} does not divide",
-            why="each data-parallel copy of the model takes that many",
-            fix="Change the degrees, or take a multiple of them in GPUs.",
-        )
-    per_step = t.micro_batch_size * (hardware.count // each)
-    if t.global_batch_size % per_step:
-        raise LayoutError(
-            f"train.global_batch_size={t.global_batch_size} is not a multiple of train.micro_batch_size={t.micro_batch_size} × dp={hardware.count // each}",
-            why="every data-parallel rank runs the same number of micro-batches",
-            fix=f"Set train.global_batch_size to a multiple of {per_step}.",
-        )
-    return hardware, Workload.of(config, hardware.count)
+def _check(config: RunConfig, hardware: Hardware) -> str:
+    """Refuse what `toolkit train` refuses; context parallelism, which it does not run yet, is estimated and remarked on."""
+    found = rules.violations(config, hardware.count, machine=hardware.machine)
+    rules.refuse([v for v in found if v.rule != "cp"])
+    return f"toolkit train refuses this layout: {found[0]}" if found else ""
+
+
+def _remedy(config: RunConfig, memory: MemoryEstimate, hardware: Hardware) -> str:
+    """What to set where the estimate does not fit."""
+    if memory.fits and memory.host_fits:
+        return ""
+    return nearest_fit(config, hardware.count, hardware, machine=hardware.machine) + " `toolkit tune` looks at other degrees too."
 
 
 def _first_rank(w: Workload, stage: int) -> int:
@@ -133,11 +135,10 @@ def _unit(nbytes: float) -> tuple[str, float]:
     return next(((name, size) for name, size in (("GiB", GIB), ("MiB", 2**20)) if nbytes >= 0.5 * size), ("KiB", 2**10))
 
 
-def _memory_table(memory: MemoryEstimate) -> Any:
+def _memory_table(memory: MemoryEstimate, size: float) -> Any:
     from rich.table import Table
 
-    unit, size = _unit(memory.worst.device)
-    table = Table(title=f"peak memory of one rank, {unit}", title_justify="left")
+    table = Table()
     table.add_column("part")
     for s in memory.stages:
         table.add_column(f"stage {s.stage}", justify="right")
@@ -156,20 +157,20 @@ def _verdict(memory: MemoryEstimate, w: Workload, hardware: Hardware) -> str:
     worst = memory.worst
     where = f"stage {worst.stage} (from rank {_first_rank(w, worst.stage)})"
     unit, size = _unit(worst.device)
-    text = f"{'fits' if memory.fits else 'does not fit'}: {where} needs {worst.device / size:.1f} {unit} of {memory.capacity / GIB:.1f} GiB"
+    text = f"{'fits' if memory.fits and memory.host_fits else 'does not fit'}: {where} needs {worst.device / size:.1f} {unit} of {memory.capacity / GIB:.1f} GiB"
     if not memory.fits:
         text += f", {(worst.device + HEADROOM - memory.capacity) / GIB:.1f} GiB too much with {HEADROOM / GIB:.0f} GiB of headroom"
     if memory.host or memory.nvme:
         text += f"; offloading takes {memory.host / GIB:.1f} GiB of RAM and {memory.nvme / GIB:.1f} GiB of NVMe a node"
-        if memory.host > hardware.gpu.host_gib * GIB:
-            text += f", which has {hardware.gpu.host_gib:.0f} GiB of RAM"
+        if not memory.host_fits:
+            text += f", which has {memory.room / GIB:.0f} GiB of RAM to spare"
     return text
 
 
 def _time_table(time: TimeEstimate) -> Any:
     from rich.table import Table
 
-    table = Table(title="one optimizer step", title_justify="left")
+    table = Table()
     table.add_column("part")
     table.add_column("seconds", justify="right")
     table.add_column("share", justify="right")

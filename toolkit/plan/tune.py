@@ -9,12 +9,11 @@ from typing import Any
 from toolkit.config.explain import validate
 from toolkit.config.schema import RunConfig
 from toolkit.errors import ConfigError, LayoutError
-from toolkit.memory.estimate import GIB, MemoryEstimate, estimate
+from toolkit.memory.estimate import GIB, HOST_SHARE, MemoryEstimate, estimate
 from toolkit.parallel import rules
-from toolkit.parallel.case import Machine
-from toolkit.plan.hardware import Hardware, catalogue
+from toolkit.plan.hardware import Hardware, catalogue, with_host_gib
 from toolkit.plan.reasons import differences, layout_words, share, size
-from toolkit.plan.search import HOST_SHARE, Found, Limits, Objective, Plan, host_fits, needed, search
+from toolkit.plan.search import Found, Limits, Objective, Plan, search
 from toolkit.plan.show import count
 from toolkit.plan.space import AXES, Space, spec
 from toolkit.plan.workload import Workload
@@ -37,9 +36,7 @@ class Question:
 
     def with_host_gib(self, gib: float) -> Question:
         """The same with another RAM of a node, GiB; raises ConfigError for none."""
-        if gib <= 0:
-            raise ConfigError(f"--host-gib {gib:g} is not above 0", fix="Leave it out, or give the RAM of a node.")
-        return replace(self, hardware=replace(self.hardware, gpu=replace(self.hardware.gpu, host_gib=gib)))
+        return replace(self, hardware=with_host_gib(self.hardware, gib))
 
     def space(self) -> Space:
         """The candidates of this question."""
@@ -143,11 +140,10 @@ def _nothing_legal(question: Question) -> LayoutError:
             raw[section][name] = values[0]
     p = raw["parallel"]
     world = p["tp"] * p["pp"] * p["cp"] * question.fixed.get("dp", (1,))[0]
-    gpus = question.hardware.gpu.accelerator
     held = ", ".join(f"{axis}={'|'.join(str(v).lower() for v in values)}" for axis, values in question.fixed.items())
     where = f"no layout is legal{f' with {held} fixed' if held else ''} on up to {question.space().max_gpus} GPUs of {question.hardware}"
     try:
-        found = rules.violations(validate(raw), world, machine=Machine(cuda=gpus, transformer_engine=gpus))
+        found = rules.violations(validate(raw), world, machine=question.hardware.machine)
     except ConfigError as error:
         return LayoutError(where, why=str(error))
     if not found:
@@ -197,17 +193,17 @@ def _nothing_fits(question: Question) -> LayoutError:
     """By how much the layout that comes nearest misses, and what would make something fit."""
     hardware, headroom = question.hardware, question.limits.headroom
     sized = _all_sized(question)
-    memory, workload = min(sized, key=lambda entry: _overfull(question, *entry))
-    capacity, taken, ram = memory.capacity, needed(memory, workload, hardware), HOST_SHARE * hardware.gpu.host_gib * GIB
+    memory, workload = min(sized, key=lambda entry: _overfull(question, entry[0]))
+    capacity, taken = memory.capacity, memory.worst.device
     misses = []
     if taken + headroom > capacity:
         over = size(taken + headroom - capacity)
         misses.append(f"takes {size(taken)} a GPU, {over} more than the {size(capacity)} there less {size(headroom)} of headroom")
-    if not host_fits(memory, hardware):
+    if not memory.host_fits:
         misses.append(
-            f"offloads {size(memory.host)} to a node's RAM, {size(memory.host - ram)} more than the {size(ram)} that are free there"
+            f"offloads {size(memory.host)} to a node's RAM, {size(memory.host - memory.room)} more than the {size(memory.room)} that are free there"
         )
-    alone = [needed(m, w, hardware) for m, w in sized if host_fits(m, hardware)]
+    alone = [m.worst.device for m, w in sized if m.host_fits]
     return LayoutError(
         f"{count(workload.shape.parameters)} parameters fit in no legal layout on up to {question.space().max_gpus} GPUs of {hardware}",
         why=f"the one that comes nearest ({layout_words(workload)}) {' and '.join(misses)}",
@@ -229,11 +225,9 @@ def _all_sized(question: Question) -> list[tuple[MemoryEstimate, Workload]]:
     return found
 
 
-def _overfull(question: Question, memory: MemoryEstimate, w: Workload) -> float:
+def _overfull(question: Question, memory: MemoryEstimate) -> float:
     """How many times over the fuller of device and RAM would be full."""
-    hardware = question.hardware
-    device = (needed(memory, w, hardware) + question.limits.headroom) / memory.capacity
-    return max(device, memory.host / (HOST_SHARE * hardware.gpu.host_gib * GIB)) if hardware.gpu.accelerator else device
+    return max((memory.worst.device + question.limits.headroom) / memory.capacity, memory.host / memory.room)
 
 
 def _remedies(question: Question, least: float | None) -> Iterator[str]:

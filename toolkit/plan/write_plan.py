@@ -11,7 +11,6 @@ from toolkit.config.deepspeed import deepspeed_config
 from toolkit.config.load import dump_config
 from toolkit.errors import ConfigError
 from toolkit.parallel import rules
-from toolkit.parallel.case import Machine
 from toolkit.plan.hardware import Hardware
 from toolkit.plan.search import Plan
 from toolkit.plan.tune import Question, planned
@@ -30,8 +29,7 @@ def write_plan(question: Question, plan: Plan, out: Path, *, ranking: dict[str, 
     Raises ConfigError where the folder cannot be written, LayoutError if the rules refuse the plan after all.
     """
     config = planned(question.config, plan)
-    gpus = question.hardware.gpu.accelerator
-    layout = rules.check(config, plan.gpus, machine=Machine(cuda=gpus, transformer_engine=gpus))
+    layout = rules.check(config, plan.gpus, machine=question.hardware.machine)
     node = question.hardware.gpus_per_node
     hosts = (
         ""

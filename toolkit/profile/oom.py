@@ -12,6 +12,7 @@ import torch
 
 from toolkit.config.schema import RunConfig
 from toolkit.errors import ConfigError, OutOfMemory
+from toolkit.parallel.case import Machine
 from toolkit.parallel.layout import Layout
 from toolkit.plan.fitting import nearest_fit
 from toolkit.plan.workload import Workload
@@ -73,7 +74,7 @@ class Place:
             gpu=torch.cuda.get_device_name() if cuda else None, ranks=self.layout.world_size, memory_gib=memory / ranks_here
         )
         limit = f"{memory / ranks_here:.2f} GiB" + (" of --memory-limit" if self.limit_gib else " a rank")
-        fix = nearest_fit(self.config, self.layout.world_size, hardware, cuda=cuda)
+        fix = nearest_fit(self.config, self.layout.world_size, hardware, machine=Machine(cuda=cuda), ran_out=True)
         stages = predict.as_json(Workload.of(self.config, self.layout.world_size), hardware)["memory"]
         estimate = stages[str(at.pp)]["peak"]
         return OutOfMemory(
