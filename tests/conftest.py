@@ -12,10 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.pool import Pool
 from toolkit.cluster.locks import check_extension_locks, extension_folders
 from toolkit.errors import MachineError
+
+# the same examples everywhere, and none that fails because a machine was busy
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # the tests' own builds: another environment's would be compiled anew each time, and its locks are not ours to judge

@@ -81,7 +81,10 @@ class Pool:
         for process, _, _ in self.workers:
             if process.is_alive() and process.pid:
                 os.kill(process.pid, signal.SIGUSR1)
-        time.sleep(1.0)
+        end = time.monotonic() + 10
+        while time.monotonic() < end and not all(p.exists() and p.stat().st_size for _, _, p in self.workers):
+            time.sleep(0.1)
+        time.sleep(0.5)  # a dump is several writes
         text = "\n".join(f"--- worker {i}\n{path.read_text()}" for i, (_, _, path) in enumerate(self.workers) if path.exists())
         self.close()
         return text

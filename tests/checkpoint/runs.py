@@ -55,6 +55,7 @@ class Run:
             if bad is not None or None not in codes:
                 if bad is not None and bad > 0:  # the others are given time for the same error
                     self._join(20.0)
+                    bad = min((p.exitcode for p in self.processes if p.exitcode), default=bad)
                 self.kill()
                 return bad or 0
             time.sleep(0.02)

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from toolkit.cluster import launch
 from toolkit.cluster.environment import deepspeed_env_lines, device_ids, export_environment, rank_environment
 from toolkit.cluster.launch import cluster_command, local_command, main, read_hostfile
 from toolkit.errors import ConfigError, ToolkitError
@@ -22,15 +23,17 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SMOKE = "tests.cluster.smoke"
 CPU = {"CUDA_VISIBLE_DEVICES": "-1", "PATH": os.environ["PATH"]}
 START = """
-import logging, sys
-from toolkit.cluster.launch import run_local
+import logging, os, sys
+from toolkit.cluster import launch
+launch.SECOND_SIGNAL_S = float(os.environ["SECOND_SIGNAL_S"])
 logging.basicConfig(format="toolkit: %(message)s")
-sys.exit(run_local("c.yaml", sys.argv[2:], num_procs=int(sys.argv[1]), module="tests.cluster.smoke"))
+sys.exit(launch.run_local("c.yaml", sys.argv[2:], num_procs=int(sys.argv[1]), module="tests.cluster.smoke"))
 """
 
 
-def start(*args: str) -> subprocess.Popen[str]:
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "-1"}
+def start(*args: str, second_signal_s: float = 60.0) -> subprocess.Popen[str]:
+    """second_signal_s: seconds after which another signal counts as a second one."""
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "-1", "SECOND_SIGNAL_S": str(second_signal_s)}
     return subprocess.Popen(
         [sys.executable, "-c", START, *args], env=env, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -179,10 +182,12 @@ def test_a_signal_lets_every_rank_finish_its_step(tmp_path: Path, signum: signal
 
 
 def test_a_second_signal_kills(tmp_path: Path) -> None:
-    process = start("2", f"wait={tmp_path}", "deaf=1")
+    process = start("2", f"wait={tmp_path}", "deaf=1", second_signal_s=launch.SECOND_SIGNAL_S)
     wait_for(tmp_path, "ready-0", "ready-1")
     process.send_signal(signal.SIGTERM)
-    time.sleep(1.5)
+    assert process.stdout is not None
+    assert any("a second signal kills them" in line for line in process.stdout)  # its handler has run
+    time.sleep(1.1 * launch.SECOND_SIGNAL_S)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=240)

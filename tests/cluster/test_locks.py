@@ -69,8 +69,8 @@ def test_the_lock_of_a_killed_build_is_named(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_build_at_work_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    process = build(tmp_path, monkeypatch, seconds=5)
-    check_extension_locks(grace_s=1)
+    process = build(tmp_path, monkeypatch, seconds=10)
+    check_extension_locks(grace_s=5)
     assert process.wait(60) == 0
     assert (tmp_path / "extensions" / "slow" / "slow.so").exists()
     assert [r.message for r in caplog.records if "compiles it" in r.message]

@@ -6,10 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -30,10 +30,36 @@ def contents(prefix: Path) -> dict[str, bytes]:
     return {k: v.replace(prefix.name.encode(), b"PREFIX") for k, v in files.items()}
 
 
-def start(source: Path, out: Path, *, workers: int = 1, tokenizer: str = "train:300", shard_bytes: int = SMALL) -> subprocess.Popen[bytes]:
-    call = f"prepare({str(source)!r}, out={str(out)!r}, workers={workers}, tokenizer={tokenizer!r}, shard_bytes={shard_bytes})"
-    script = f"import logging\nlogging.basicConfig(level=logging.INFO)\nfrom toolkit.data.prepare import prepare\n{call}\n"
-    return subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
+PREPARE = """
+import logging, os, signal, sys
+from pathlib import Path
+from toolkit.data.prepare import prepare
+logging.basicConfig(level=logging.INFO)
+out, here, stopped = Path(sys.argv[1]), os.getpid(), []
+work = out.with_name(out.name + ".work")
+def stop(event, _):
+    if event == "open" and not stopped and os.getpid() == here and {moment}:
+        stopped.append(True)
+        os.kill(here, signal.SIGSTOP)
+sys.addaudithook(stop)
+prepare(sys.argv[2], out=out, workers=int(sys.argv[3]), tokenizer=sys.argv[4], shard_bytes=int(sys.argv[5]))
+"""
+
+
+def start(
+    source: Path, out: Path, *, workers: int = 1, tokenizer: str = "train:300", shard_bytes: int = SMALL, stop_when: str = "False"
+) -> subprocess.Popen[bytes]:
+    """Prepare in a process of its own. stop_when: an expression in `work`; the process stops itself at the first file it opens after that."""
+    arguments = [str(out), str(source), str(workers), tokenizer, str(shard_bytes)]
+    command = [sys.executable, "-c", PREPARE.replace("{moment}", stop_when), *arguments]
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
+
+
+def wait_until_stopped(process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 120
+    while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
+        assert process.poll() is None and time.monotonic() < end, "it finished before it could be stopped"
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -65,25 +91,23 @@ def test_workers_do_not_change_a_byte(corpus: Path, reference: Path, tmp_path: P
     assert contents(tmp_path / "the-other") == contents(reference)
 
 
-def _parts(number: int) -> Callable[[Path], bool]:
-    return lambda work: len(list(work.glob("part-*.json"))) >= number
+def _parts(number: int) -> str:
+    return f"len(list(work.glob('part-*.json'))) >= {number}"
 
 
 @pytest.mark.parametrize(
     ("workers", "moment"),
-    [(1, _parts(1)), (1, _parts(30)), (2, _parts(5)), (1, lambda work: (work / "all.bin").exists())],
+    [(1, _parts(1)), (1, _parts(30)), (2, _parts(5)), (1, "(work / 'all.bin').exists()")],
     ids=["first-part", "later", "two-workers", "assembling"],
 )
 def test_a_killed_prepare_goes_on(
-    corpus: Path, reference: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int, moment: Callable[[Path], bool]
+    corpus: Path, reference: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int, moment: str
 ) -> None:
     out, work = tmp_path / "the-one", tmp_path / "the-one.work"
-    process = start(corpus, out, workers=workers)
-    while process.poll() is None and not moment(work):
-        time.sleep(0.001)
+    process = start(corpus, out, workers=workers, stop_when=moment)
+    wait_until_stopped(process)
     process.kill()
     process.communicate()
-    assert process.returncode == -signal.SIGKILL, "it finished before it could be killed"
     with pytest.raises(DataError, match="preparing did not finish"):
         load_manifest(out)
     done = {p: p.stat().st_mtime_ns for p in work.glob("part-*.json")}
@@ -97,16 +121,16 @@ def test_a_killed_prepare_goes_on(
 
 def test_a_killed_helper_is_an_error_and_its_shards_are_kept(corpus: Path, reference: Path, tmp_path: Path) -> None:
     out, work = tmp_path / "the-one", tmp_path / "the-one.work"
-    process = start(corpus, out, workers=2, shard_bytes=200)
-    while process.poll() is None and not _parts(3)(work):
-        time.sleep(0.001)
+    process = start(corpus, out, workers=2, shard_bytes=200, stop_when=_parts(3))
+    wait_until_stopped(process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert children
     os.kill(int(children[0]), signal.SIGKILL)
+    process.send_signal(signal.SIGCONT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert b"an encoding process ended with code -9" in stderr
-    assert _parts(3)(work)
+    assert len(list(work.glob("part-*.json"))) >= 3
 
 
 def test_two_at_once_share_one_result(corpus: Path, reference: Path, tmp_path: Path) -> None:
@@ -146,12 +170,10 @@ def test_files_of_others_are_not_overwritten(tmp_path: Path) -> None:
 
 def test_a_changed_source_is_not_mixed_with_old_parts(tmp_path: Path) -> None:
     source, out = write_folder(tmp_path / "texts", make_texts(60)), tmp_path / "out"
-    process = start(source, out, tokenizer="bytes", shard_bytes=300)
-    while process.poll() is None and not _parts(20)(tmp_path / "out.work"):
-        time.sleep(0.001)
+    process = start(source, out, tokenizer="bytes", shard_bytes=300, stop_when=_parts(20))
+    wait_until_stopped(process)
     process.kill()
     process.communicate()
-    assert process.returncode == -signal.SIGKILL
     (source / "0000.txt").write_text("now something else")
     prepare(str(source), out=out, shard_bytes=300)
     prepare(str(source), out=tmp_path / "fresh", shard_bytes=300)

@@ -117,7 +117,7 @@ def test_a_hang_is_a_failure_with_stacks(pool: Pool) -> None:
     from tests.pool import CellFailed
 
     with pytest.raises(CellFailed, match=r"(?s)no answer within.*sleep_on_rank_1"):
-        pool.run("tests.parity.test_parity:sleep_on_rank_1", 2, None, deadline_s=8.0)
+        pool.run("tests.parity.test_parity:sleep_on_rank_1", 2, None, deadline_s=15.0)
 
 
 def sleep_on_rank_1(_: Any) -> None:

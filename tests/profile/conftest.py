@@ -57,11 +57,11 @@ def profiled(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Profiled:
 
 @functools.cache  # the fixture is imported by tests/report, where pytest takes it for another one
 def _profiled(text: Path, folder: Path) -> Profiled:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     run, config = folder / "runs" / "small", folder / "small.yaml"
     data = {**TINY["data"], "source": str(text), "cache_dir": str(folder / "data")}
     config.write_text(yaml.safe_dump({**TINY, "run": {"dir": str(run)}, "data": data}))
-    run.mkdir(parents=True)
+    run.mkdir(parents=True, exist_ok=True)
     records = Metrics(run, steps=6, every=100, monitor=None)  # what training writes, without its seconds
     for step in range(1, 7):
         norm, rate = 2.0 + 1.0 / step, 900.0 + 20.0 * step

@@ -66,6 +66,7 @@ class Browser:
             "--headless",
             "--no-sandbox",
             "--disable-gpu",
+            "--disable-dev-shm-usage",
             *quiet,
             f"--user-data-dir={profile}",
             *options,

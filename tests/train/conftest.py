@@ -38,6 +38,13 @@ class Done:
     output: str
 
 
+def kill(process: subprocess.Popen[str]) -> None:
+    """End a program and its ranks, which have sessions of their own."""
+    if process.poll() is None:
+        for one in (*psutil.Process(process.pid).children(recursive=True), process):
+            one.kill()
+
+
 @dataclass
 class Started:
     """Starts toolkit programs in a folder of their own."""
@@ -57,8 +64,7 @@ class Started:
         try:
             output, _ = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            for one in (*psutil.Process(process.pid).children(recursive=True), process):  # the ranks have sessions of their own
-                one.kill()
+            kill(process)
             pytest.fail(f"did not end within {timeout_s} s:\n{process.communicate()[0]}")
         return Done(process.returncode, output)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.train.conftest import Started
+from tests.train.conftest import Started, kill
 
 KEYS = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "tflops_per_gpu", "mfu", "step_s", "data_wait_s", "memory_gib"}
 
@@ -62,7 +62,9 @@ def test_a_signal_ends_at_a_step_boundary(shared: Started, number: signal.Signal
     metrics = shared.folder / "runs" / name / "metrics.jsonl"
     end = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        if process.poll() is not None or time.monotonic() > end:
+            kill(process)
+            pytest.fail(process.communicate()[0])
         time.sleep(0.1)
     os.kill(process.pid, number)
     output, _ = process.communicate(timeout=60)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
+from torch.utils.data._utils import signal_handling
 
 from toolkit.data.workers import end_with_parent
 from toolkit.errors import DataError, MachineError
@@ -55,12 +56,12 @@ def _collate(rows: list[dict[str, np.ndarray]]) -> np.ndarray:
 
 
 def _start_worker(_: int, *, parent: int, started: int) -> None:
-    os.write(started, b"x")
     end_with_parent(parent)
     # A scheduler's SIGTERM reaches every process, but the rank still needs its data up to the end of its step.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SIGTERM_GRACE))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.write(started, b"x")
 
 
 def _started(loader: DataLoader[np.ndarray], pipe: int) -> Iterator[np.ndarray]:
@@ -80,6 +81,9 @@ def _started(loader: DataLoader[np.ndarray], pipe: int) -> Iterator[np.ndarray]:
         if not missing:
             return rows  # type: ignore[no-any-return]
         log.warning("%d of %d reading processes hang since they were forked; starting them again", missing, loader.num_workers)
+        if rows._worker_pids_set:  # torch would report the next ones as killed
+            signal_handling._remove_worker_pids(id(rows))
+            rows._worker_pids_set = False
         for worker in rows._workers:
             worker.kill()
             worker.join()

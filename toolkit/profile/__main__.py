@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from toolkit.errors import OutOfMemory, ToolkitError
-from toolkit.train.__main__ import quiet
+from toolkit.train.__main__ import quiet, say
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
 
@@ -47,8 +47,7 @@ def main(arguments: list[str]) -> int:
         time.sleep(3.0)  # the launcher reports the first exit code that it sees
         os._exit(1)
     except ToolkitError as error:
-        if local_rank == 0:
-            sys.stderr.write(f"{'error' if rank == 0 else f'error on rank {rank}'}: {error}\n")
+        say(error, rank=rank, local_rank=local_rank)
         return error.exit_code
     return 0
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -30,10 +32,18 @@ def main(arguments: list[str]) -> int:
 
         train(config, layout, data)
     except ToolkitError as error:
-        if local_rank == 0:
-            sys.stderr.write(f"{'error' if rank == 0 else f'error on rank {rank}'}: {error}\n")
+        say(error, rank=rank, local_rank=local_rank)
         return error.exit_code
     return 0
+
+
+def say(error: ToolkitError, *, rank: int, local_rank: int) -> None:
+    """Write a user error once a host; its other ranks give the one that writes time to do so."""
+    if local_rank == 0:
+        sys.stderr.write(f"{'error' if rank == 0 else f'error on rank {rank}'}: {error}\n")
+        sys.stderr.flush()
+    elif signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        time.sleep(3.0)  # the launcher ends all ranks at the first exit that it sees
 
 
 def quiet() -> None:
