@@ -115,7 +115,11 @@ def test_commands(tmp_path: Path) -> None:
     assert not [p for p in folder.iterdir() if p.name.startswith((".partial", ".deleted"))]
     assert "nothing to delete" in command("prune", tmp_path, "--keep", 1)[1]
     assert command("list", tmp_path / "nowhere")[0] == 2
-    assert command("verify", paths[3])[0] == 2, "a single checkpoint is no folder of them"
+    code, output = command("verify", paths[3])
+    assert code == 0 and "step-00000003: good" in output
+    code, output = command("list", paths[3])
+    assert code == 0 and [line.split()[0] for line in output.splitlines()[1:]] == ["3"]
+    assert command("prune", paths[3])[0] == 2 and paths[3].exists(), "a single checkpoint is no folder of them"
 
 
 # -- fragments: what any other layout will be read from ----------------------------------------------

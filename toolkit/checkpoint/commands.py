@@ -14,20 +14,20 @@ from rich.table import Table
 
 from toolkit.checkpoint.claim import FolderLock
 from toolkit.checkpoint.files import remove_leftovers, remove_tree
-from toolkit.checkpoint.manifest import NAME, Found, Manifest, discover, is_folder_name, read_manifest, verify_files
+from toolkit.checkpoint.manifest import NAME, Found, Manifest, discover, is_folder_name, look_at, read_manifest, verify_files
 from toolkit.checkpoint.prune import prune
 from toolkit.errors import CheckpointError
 
 app = typer.Typer(no_args_is_help=True, help="Look at, check and thin out a run's checkpoints.")
 
-Folder = Annotated[Path, typer.Argument(help="a run folder, or a folder of checkpoints")]
+Folder = Annotated[Path, typer.Argument(help="a run folder, a folder of checkpoints, or one checkpoint")]
 
 
 @app.command("list")
 def list_checkpoints(folder: Folder) -> None:
     """Every checkpoint, newest first; sizes are checked, contents are not."""
-    table = Table("step", "state", "size", box=None)
-    for column in ("saved", "processes", "layout", "samples"):
+    table = Table("step", "state", box=None)
+    for column in ("size", "saved (UTC)", "ranks", "layout", "samples"):
         table.add_column(column, no_wrap=True)
     for f in _found(folder):
         m = f.manifest
@@ -41,7 +41,7 @@ def list_checkpoints(folder: Folder) -> None:
             str(f.step),
             "weights only" if m.weights_only else "complete",
             _size(f.bytes),
-            m.saved_at,
+            m.saved_at[:16].replace("T", " "),
             str(m.processes),
             " ".join(cut),
             f"{m.consumed_samples:,}",
@@ -75,6 +75,8 @@ def prune_checkpoints(
     keep: Annotated[int, typer.Option(min=1, help="complete checkpoints to keep")] = 2,
 ) -> None:
     """Delete all but the newest good checkpoints, and what killed runs left half-written; damaged ones stay."""
+    if (folder / NAME).exists():
+        raise CheckpointError(f"{folder} is one checkpoint", fix="Name a run folder, or the folder its checkpoints are in.")
     folder = _folder(folder)
     lock = FolderLock(folder)
     try:
@@ -155,6 +157,8 @@ def _folder(folder: Path) -> Path:
 
 
 def _found(folder: Path) -> list[Found]:
+    if (folder / NAME).exists():  # one checkpoint, or what `toolkit convert import` wrote
+        return [look_at(folder)]
     folder = _folder(folder)
     found = discover(folder)
     if not found:

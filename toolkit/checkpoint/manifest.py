@@ -131,21 +131,22 @@ def discover(folder: Path) -> list[Found]:
     for path in folder.iterdir() if folder.is_dir() else ():
         if not (match := _STEP.fullmatch(path.name)) or not path.is_dir():
             continue
-        step = int(match[1])
-        if not (path / NAME).exists():
-            found.append(Found(path, step, None, f"{path / NAME} is missing: saving was cut off", finished=False))
-            continue
-        try:
-            manifest = read_manifest(path)
-        except ValueError as e:
-            found.append(Found(path, step, None, str(e)))
-            continue
-        if manifest.step != step:
-            found.append(Found(path, step, None, f"{path / NAME} is of step {manifest.step}"))
-            continue
-        problem = next((p for f in manifest.files if (p := _wrong_size(path, f))), "")
-        found.append(Found(path, step, None if problem else manifest, problem))
+        found.append(look_at(path, step=int(match[1])))
     return sorted(found, key=lambda f: f.step, reverse=True)
+
+
+def look_at(path: Path, *, step: int | None = None) -> Found:
+    """One checkpoint folder, whole or not, sizes held to its manifest; step: the one it must be of."""
+    if not (path / NAME).exists():
+        return Found(path, step or 0, None, f"{path / NAME} is missing: saving was cut off", finished=False)
+    try:
+        manifest = read_manifest(path)
+    except ValueError as e:
+        return Found(path, step or 0, None, str(e))
+    if step is not None and manifest.step != step:
+        return Found(path, step, None, f"{path / NAME} is of step {manifest.step}")
+    problem = next((p for f in manifest.files if (p := _wrong_size(path, f))), "")
+    return Found(path, manifest.step, None if problem else manifest, problem)
 
 
 def _wrong_size(folder: Path, record: FileRecord) -> str:
