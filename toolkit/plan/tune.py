@@ -141,7 +141,7 @@ def _nothing_legal(question: Question) -> LayoutError:
     p = raw["parallel"]
     world = p["tp"] * p["pp"] * p["cp"] * question.fixed.get("dp", (1,))[0]
     held = ", ".join(f"{axis}={'|'.join(str(v).lower() for v in values)}" for axis, values in question.fixed.items())
-    where = f"no layout is legal{f' with {held} fixed' if held else ''} on up to {question.space().max_gpus} GPUs of {question.hardware}"
+    where = f"no layout is legal{f' with {held} fixed' if held else ''} on {_gpus(question)}"
     try:
         found = rules.violations(validate(raw), world, machine=question.hardware.machine)
     except ConfigError as error:
@@ -152,8 +152,8 @@ def _nothing_legal(question: Question) -> LayoutError:
             why=f"no number of copies divides train.global_batch_size={question.config.train.global_batch_size} and fills whole nodes",
             fix="Change the batch, the GPUs or what is fixed.",
         )
-    more = f" ({len(found) - 1} more rules are broken.)" if len(found) > 1 else ""
-    return LayoutError(where, why=f"{found[0]}{more}")
+    more = f" ({len(found) - 1} more rules are broken)" if len(found) > 1 else ""
+    return LayoutError(where, why=f"{found[0].what}: {found[0].why}{more}", fix="Change that, or leave more free.")
 
 
 def _fits_without_targets(question: Question) -> bool:
@@ -191,7 +191,7 @@ def _each_alone(question: Question) -> bool:
 
 def _nothing_fits(question: Question) -> LayoutError:
     """By how much the layout that comes nearest misses, and what would make something fit."""
-    hardware, headroom = question.hardware, question.limits.headroom
+    headroom = question.limits.headroom
     sized = _all_sized(question)
     memory, workload = min(sized, key=lambda entry: _overfull(question, entry[0]))
     capacity, taken = memory.capacity, memory.worst.device
@@ -205,10 +205,15 @@ def _nothing_fits(question: Question) -> LayoutError:
         )
     alone = [m.worst.device for m, w in sized if m.host_fits]
     return LayoutError(
-        f"{count(workload.shape.parameters)} parameters fit in no legal layout on up to {question.space().max_gpus} GPUs of {hardware}",
+        f"{count(workload.shape.parameters)} parameters fit in no legal layout on {_gpus(question)}",
         why=f"the one that comes nearest ({layout_words(workload)}) {' and '.join(misses)}",
         fix=" ".join(_remedies(question, min(alone, default=None))),
     )
+
+
+def _gpus(question: Question) -> str:
+    most = question.space().max_gpus
+    return f"{'up to ' if most > 1 else ''}{most} GPU{'s' if most > 1 else ''} of {question.hardware}"
 
 
 def _all_sized(question: Question) -> list[tuple[MemoryEstimate, Workload]]:
