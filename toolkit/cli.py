@@ -38,14 +38,16 @@ def train(
     num_procs: Annotated[int | None, typer.Option(help="processes on this machine; default: its GPUs, or 1")] = None,
 ) -> None:
     """Train on this machine through the deepspeed launcher."""
-    from toolkit.cluster.environment import gpu_count
+    import os
+
+    from toolkit.cluster.environment import PLANNED, gpu_count
     from toolkit.cluster.launch import run_local
     from toolkit.config.load import load_config
     from toolkit.train.plan import plan
 
     processes = (gpu_count() or 1) if num_procs is None else num_procs
     plan(load_config(config, overrides or []), max(1, processes))  # what is wrong is said before any process starts
-    raise typer.Exit(run_local(config, overrides or [], num_procs=processes))
+    raise typer.Exit(run_local(config, overrides or [], num_procs=processes, environ={**os.environ, PLANNED: "1"}))
 
 
 @app.command()

@@ -37,6 +37,7 @@ def test_layouts_give_the_same_losses_on_real_data(shared: Started) -> None:
 def test_run_folder_holds_what_ran(shared: Started) -> None:
     done = shared.train(_run_dir(shared, "files"), "log.tensorboard=true", "log.csv=true", "train.steps=2")
     assert done.code == 0, done.output
+    assert done.output.count("train: ") == 1, "the ranks say again what the command has said"
     folder = shared.folder / "runs" / "files"
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["model"]["vocab_size"] == 257 and config["train"]["steps"] == 2

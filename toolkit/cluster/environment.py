@@ -63,6 +63,9 @@ def device_ids(num_procs: int, *, environ: Mapping[str, str] | None = None) -> l
     return (_device_ids(visible) if visible is not None else [str(i) for i in range(gpus)])[:num_procs]
 
 
+PLANNED = "TOOLKIT_PLANNED"  # set for ranks whose starter has already said what planning says
+
+
 def rank_environment(num_procs: int, *, environ: Mapping[str, str] | None = None, python: str = sys.executable) -> dict[str, str]:
     """The environment local ranks start with: what the user set wins, the rest is chosen for num_procs ranks on this machine."""
     env = dict(os.environ if environ is None else environ)

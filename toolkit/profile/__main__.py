@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from toolkit.errors import OutOfMemory, ToolkitError
-from toolkit.train.__main__ import quiet, say
+from toolkit.train.__main__ import quiet, said_before, say
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
 
@@ -31,7 +31,8 @@ def main(arguments: list[str]) -> int:
         from toolkit.train.plan import plan
 
         config = load_config(options.config, options.overrides)
-        layout, data = plan(config, int(os.environ.get("WORLD_SIZE", 1)))
+        with said_before():
+            layout, data = plan(config, int(os.environ.get("WORLD_SIZE", 1)))
         from toolkit.profile.session import Options, profile
 
         profile(config, layout, data, Options(steps=options.steps, memory_limit=options.memory_limit))

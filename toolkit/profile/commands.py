@@ -20,7 +20,9 @@ def profile(
     memory_limit: Annotated[float | None, typer.Option(help="GiB a rank may take for model and training; default: all there is")] = None,
 ) -> None:
     """Run a few steps and set memory, time and traffic against the estimate; writes RUN/profile.json."""
-    from toolkit.cluster.environment import gpu_count
+    import os
+
+    from toolkit.cluster.environment import PLANNED, gpu_count
     from toolkit.cluster.launch import run_local
     from toolkit.config.load import load_config
     from toolkit.train.plan import plan
@@ -32,4 +34,6 @@ def profile(
     processes = (gpu_count() or 1) if num_procs is None else num_procs
     plan(load_config(config, overrides or []), max(1, processes))  # what is wrong is said before any process starts
     extra = [f"--steps={steps}"] + ([f"--memory-limit={memory_limit}"] if memory_limit is not None else [])
-    raise typer.Exit(run_local(config, [*(overrides or []), *extra], num_procs=processes, module="toolkit.profile"))
+    # KINETO_LOG_LEVEL: torch's profiler would write its starts and stops between the tables
+    environ = {"KINETO_LOG_LEVEL": "99", **os.environ, PLANNED: "1"}
+    raise typer.Exit(run_local(config, [*(overrides or []), *extra], num_procs=processes, module="toolkit.profile", environ=environ))

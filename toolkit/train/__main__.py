@@ -8,8 +8,11 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from toolkit.cluster.environment import PLANNED
 from toolkit.errors import ToolkitError
 
 
@@ -27,7 +30,8 @@ def main(arguments: list[str]) -> int:
         config = load_config(Path(arguments[0]), arguments[1:])
         from toolkit.train.plan import plan
 
-        layout, data = plan(config, int(os.environ.get("WORLD_SIZE", 1)))
+        with said_before():
+            layout, data = plan(config, int(os.environ.get("WORLD_SIZE", 1)))
         from toolkit.train.loop import train  # torch comes with it, once there is something to train
 
         train(config, layout, data)
@@ -44,6 +48,16 @@ def say(error: ToolkitError, *, rank: int, local_rank: int) -> None:
         sys.stderr.flush()
     elif signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         time.sleep(3.0)  # the launcher ends all ranks at the first exit that it sees
+
+
+@contextmanager
+def said_before() -> Iterator[None]:
+    """Leave out what the process that started the ranks has already shown."""
+    log = logging.getLogger("toolkit")
+    if PLANNED in os.environ:
+        log.setLevel(logging.WARNING)
+    yield
+    log.setLevel(logging.NOTSET)
 
 
 def quiet() -> None:
