@@ -80,7 +80,7 @@ def test_what_is_refused_before_anything_is_read(tmp_path: Path) -> None:
         path.unlink()
     out = tmp_path / "out"
     assert "parallel.tp=3 does not divide model.num_attention_heads=4" in fails(saved, out, "parallel.tp=3", "--num-procs", 3)
-    assert "parallel.pp=3" in fails(saved, out, "parallel.pp=3", "--num-procs", 3)
+    assert "parallel.pp=5" in fails(saved, out, "parallel.pp=5", "--num-procs", 5)
     assert "are no multiple" in fails(saved, out, "parallel.tp=2", "--num-procs", 3)
     assert "optimizer.lr=1 does not change how a checkpoint is cut" in fails(saved, out, "optimizer.lr=1")
     assert "parallel.tpp is not a known key" in fails(saved, out, "parallel.tpp=2")
