@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing as mp
 import os
-import secrets
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from toolkit.checkpoint.files import sync_folder
 from toolkit.checkpoint.identity import same_degrees
 from toolkit.checkpoint.manifest import FileRecord, Manifest, folder_name, verify_files, write_manifest
 from toolkit.checkpoint.names import group_file, rank_file
+from toolkit.checkpoint.partial import Partial
 from toolkit.checkpoint.target import Target
 from toolkit.checkpoint.tensors import read_tensors, write_stream, write_tensors
 from toolkit.checkpoint.whole import WholeCheckpoint
@@ -58,20 +56,17 @@ def reshard(source: Path, out: Path, target: Target, *, workers: int, progress: 
         ]
     jobs = sorted(jobs, key=lambda j: -j.elements) + [_Job(rank, None, 0) for rank in range(target.layout.world_size)]
     made = _missing_parents(out)
-    final, partial = out / folder_name(manifest.step), out / f".partial-{folder_name(manifest.step)}-{secrets.token_hex(4)}"
+    final = out / folder_name(manifest.step)
     if final.exists():
         raise CheckpointError(f"{final} exists", why="a checkpoint is never written over", fix="Name another folder.")
     try:
-        partial.mkdir(parents=True)
-        with _Workers(workers, source, partial, target, progress) as run:
-            run.all(_verify, sorted(manifest.files, key=lambda f: -f.bytes))
-            records = run.all(_write, jobs)
-        sync_folder(partial)
-        partial.rename(final)
-        sync_folder(out)
+        with Partial(final) as partial:
+            with _Workers(workers, source, partial.folder, target, progress) as run:
+                run.all(_verify, sorted(manifest.files, key=lambda f: -f.bytes))
+                records = run.all(_write, jobs)
+            partial.publish()
         write_manifest(final, _manifest(manifest, target, records))
     except BaseException as e:
-        shutil.rmtree(partial, ignore_errors=True)
         for folder in made:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()

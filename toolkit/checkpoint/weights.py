@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import secrets
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from toolkit.checkpoint.files import remove_tree, sync_folder, write_durably
+from toolkit.checkpoint.files import write_durably
 from toolkit.checkpoint.identity import layout_of, model_identity
 from toolkit.checkpoint.manifest import FileRecord, Manifest, write_manifest
 from toolkit.checkpoint.names import weights_file
+from toolkit.checkpoint.partial import Partial
 from toolkit.checkpoint.tensors import Rows, write_tensors
 from toolkit.checkpoint.versions import versions
 from toolkit.config.schema import RunConfig
@@ -64,7 +64,7 @@ class WeightsWriter:
     def __init__(self, folder: Path, manifest: Manifest, *, shard_bytes: int = SHARD_BYTES, threads: int = 2) -> None:
         self.folder, self.manifest, self.shard_bytes = folder, manifest, shard_bytes
         self.at_once = threads * shard_bytes
-        self.partial = folder.with_name(f".partial-{folder.name}-{secrets.token_hex(4)}")
+        self.partial = Partial(folder)
         self.shard: dict[str, Tensor | Rows] = {}
         self.writing: list[tuple[int, Future[FileRecord]]] = []
         self.records: list[FileRecord] = []
@@ -79,8 +79,7 @@ class WeightsWriter:
                 f"{self.folder} exists", why="a checkpoint is never written over", fix="Name a folder that does not exist."
             )
         try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self.partial.mkdir()
+            self.partial.__enter__()
         except OSError as e:
             raise self._failure(e) from None
         return self
@@ -105,25 +104,24 @@ class WeightsWriter:
             if kind is None:
                 self._write()
                 self._settle(0)
+                self._publish()
         finally:
             self.threads.shutdown(cancel_futures=True)
-            if kind is not None or len(self.records) != self.count:
-                remove_tree(self.partial, token="")
-        if kind is None:
-            try:
-                for name, data in self.files.items():
-                    write_durably(self.partial / name, data)
-                    self.records.append(FileRecord(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
-                sync_folder(self.partial)
-                self.partial.rename(self.folder)
-                sync_folder(self.folder.parent)
-                write_manifest(self.folder, self.manifest.model_copy(update={"files": self.records}))
-            except OSError as e:
-                raise self._failure(e) from None
+            self.partial.__exit__()
+
+    def _publish(self) -> None:
+        try:
+            for name, data in self.files.items():
+                write_durably(self.partial.folder / name, data)
+                self.records.append(FileRecord(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
+            self.partial.publish()
+            write_manifest(self.folder, self.manifest.model_copy(update={"files": self.records}))
+        except OSError as e:
+            raise self._failure(e) from None
 
     def _write(self) -> None:
         if self.shard:
-            shard, path = self.shard, self.partial / weights_file(self.count)
+            shard, path = self.shard, self.partial.folder / weights_file(self.count)
             self.shard, self.count = {}, self.count + 1
             size = _bytes(shard)
             self._settle(max(0, self.at_once - size))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,9 +12,10 @@ from typing import Any
 
 import torch
 
-from toolkit.checkpoint.files import remove_tree, sync_folder, write_durably
+from toolkit.checkpoint.files import write_durably
 from toolkit.checkpoint.find import checkpoint_in
 from toolkit.checkpoint.manifest import Manifest, verify_files
+from toolkit.checkpoint.partial import Partial
 from toolkit.checkpoint.tensors import Rows
 from toolkit.checkpoint.whole import WholeCheckpoint
 from toolkit.config.schema import ModelSection
@@ -70,22 +70,15 @@ def export_model(
         jobs = [_job(entry, readers, model, kind) for entry in entries(TABLES[table], model, absent=table == "gpt2")]
         files, origin = _files(folder, whole.manifest, tokenizer)
         config |= _kept(files)
-        partial = out.with_name(f".partial-{out.name}-{secrets.token_hex(4)}")
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            partial.mkdir()
-            count = _write(partial, jobs, whole, config, files, shard_gb, progress)
-            sync_folder(partial)
-            partial.rename(out)
-            sync_folder(out.parent)
+            with Partial(out) as partial:
+                count = _write(partial.folder, jobs, whole, config, files, shard_gb, progress)
+                partial.publish()
         except OSError as e:
             reason = e.strerror or str(e)
             raise ConvertError(
                 f"{out} cannot be written", why=reason[:1].lower() + reason[1:], fix="Make room, or name a folder that you may write to."
             ) from None
-        finally:
-            if partial.exists():
-                remove_tree(partial, token="")
     return Exported(sum(j.total for j in jobs), count, said, origin)
 
 
