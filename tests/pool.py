@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import importlib
@@ -80,7 +81,8 @@ class Pool:
     def _stacks(self) -> str:
         for process, _, _ in self.workers:
             if process.is_alive() and process.pid:
-                os.kill(process.pid, signal.SIGUSR1)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(process.pid, signal.SIGUSR1)
         end = time.monotonic() + 10
         while time.monotonic() < end and not all(p.exists() and p.stat().st_size for _, _, p in self.workers):
             time.sleep(0.1)

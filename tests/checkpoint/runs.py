@@ -65,7 +65,8 @@ class Run:
     def signal(self, number: int) -> None:
         for p in self.processes:
             if p.is_alive() and p.pid:
-                os.kill(p.pid, number)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(p.pid, number)
 
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
