@@ -37,7 +37,8 @@ def nearest_fit(config: RunConfig, world_size: int, hardware: Hardware, *, machi
         if smallest is None or need < smallest[0]:
             smallest = need, option
     if smallest is None:
-        return "Use more ranks, or a smaller model."
+        on_host = "cpu" in (config.zero.offload_optimizer, config.zero.offload_param)
+        return f"Use more ranks{', offload to nvme (zero.nvme_path)' if on_host else ''} or a smaller model."
     return (
         f"No single setting here fits: the smallest, {_text(smallest[1])}, still needs {smallest[0] / GIB:.2f} GiB. "
         "Use more ranks (parallel.tp, parallel.pp), a shorter train.seq_length or a smaller model."
