@@ -91,6 +91,18 @@ BROKEN: list[tuple[str, dict[str, Any], int, Machine, list[str]]] = [
     ("offload-param-stage", {"zero.offload_param": "cpu", "zero.stage": 2}, 1, GPU, ["zero.offload_param=cpu", "zero.stage=3"]),
     ("nvme-optimizer-stage", {"zero.offload_optimizer": "nvme", "zero.nvme_path": "/d", "zero.stage": 2}, 1, GPU, ["zero.stage=3"]),
     (
+        "nvme-buffer",
+        {
+            "zero.offload_param": "nvme",
+            "zero.nvme_path": "/d",
+            "zero.stage": 3,
+            "zero.deepspeed.zero_optimization.offload_param.buffer_size": 5e3,
+        },
+        1,
+        GPU,
+        ["buffer_size=5000", "16384 elements", "buffer_size=auto"],
+    ),
+    (
         "nvme-path",
         {"zero.offload_optimizer": "nvme", "zero.offload_param": "nvme", "zero.stage": 3},
         1,

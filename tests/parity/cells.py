@@ -19,9 +19,9 @@ BOUNDS = {  # worst relative difference of (loss, gradient norm) over all steps
     "fp16": (2e-4, 1e-2),
 }
 ABBREVIATED = {"zero_hpz_partition_size": "hpz", "overlap_comm": "overlap"}
-# DeepSpeed's defaults take 8 GB of memory a rank for a model of any size, and three ranks of them the whole machine
+# DeepSpeed's defaults take gigabytes a rank for a model of any size, and three ranks of them the whole machine
 SMALL_BUFFERS: dict[str, Any] = {"reduce_bucket_size": 1_000_000}
-SMALL_SWAP: dict[str, Any] = {"buffer_size": 1_000_000, "max_in_cpu": 1_000_000}
+SMALL_SWAP: dict[str, Any] = {"max_in_cpu": 1_000_000}
 NVME = "NVME"  # replaced by a folder of the test session
 
 

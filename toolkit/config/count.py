@@ -27,6 +27,21 @@ def layer_parameter_count(model: ModelSection) -> int:
     return attention + mlp + biases + 2 * norm + qk_norm
 
 
+def largest_weights(model: ModelSection) -> tuple[int, int]:
+    """Elements of the largest matrix that tensor-parallel ranks share out, and of the largest that each holds whole (learned positions).
+
+    model.vocab_size: null counts as the multiple it is padded to.
+    """
+    h, f, d = model.hidden_size, model.ffn_hidden_size, model.head_dim
+    assert f is not None and d is not None and model.num_query_groups is not None, "the schema fills these"
+    rows = (
+        padded_vocab(model.vocab_size or model.vocab_multiple, model.vocab_multiple),
+        (2 if model.family == "llama" else 1) * f,
+        (model.num_attention_heads + 2 * model.num_query_groups) * d,
+    )
+    return h * max(rows), h * model.max_position_embeddings if model.family == "gpt" else 0
+
+
 def parameter_count(model: ModelSection, *, padded: bool = False) -> int:
     """Parameters of the whole model, tied copies once; padded: with the embedding rows that pad the vocabulary.
 

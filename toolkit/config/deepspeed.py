@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.config.count import largest_weights
 from toolkit.config.deepspeed_keys import check_keys, copied, read_deepspeed_json
 from toolkit.config.describe import show
 from toolkit.config.explain import validate
@@ -132,6 +133,11 @@ def zero_key(config: RunConfig, name: str, default: Any = None) -> Any:
     return default if value in ("auto", None) else value
 
 
+def partition(split: int, whole: int, *, tp: int, dp: int) -> int:
+    """Elements of the largest weight that one rank keeps under ZeRO-3; split, whole: of the largest weights that TP does and does not share out."""
+    return -(-max(-(-split // tp), whole) // max(1, dp))
+
+
 def hpz_group(*, tp: int, cp: int, dp: int) -> int:
     """hpZ's group size where the JSON says "auto": the data-parallel ranks of one node, 1 (off) where they are not neighbours."""
     return 1 if tp * cp > 1 else max(d for d in range(1, GPUS_PER_NODE + 1) if dp % d == 0)
@@ -149,6 +155,9 @@ def _zero_section(config: RunConfig, layout: Layout, rest: dict[str, Any]) -> di
     section["stage"] = zero.stage
     for name, device in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_param)):
         options: dict[str, Any] = section.pop(name, {})
+        if name == "offload_param" and device == "nvme" and options.get("buffer_size") in ("auto", None):
+            # DeepSpeed's 1e8 elements are too few for a large model on few ranks, and memory for nothing otherwise
+            options["buffer_size"] = partition(*largest_weights(config.model), tp=layout.tp, dp=layout.dp)
         if device != "none":
             section[name] = {**options, "device": device, **({"nvme_path": str(zero.nvme_path)} if device == "nvme" else {})}
     return section

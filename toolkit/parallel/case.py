@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from toolkit.config.count import padded_vocab
-from toolkit.config.deepspeed import accumulation, zero_key
+from toolkit.config.count import largest_weights, padded_vocab
+from toolkit.config.deepspeed import accumulation, partition, zero_key
 from toolkit.config.schema import RunConfig
 
 
@@ -58,6 +58,8 @@ class Case:
     qwz: bool
     qgz: bool
     partial_offload: bool
+    swap_buffer: int  # elements of one of DeepSpeed's buffers for parameters on NVMe; 0: filled in
+    widest: tuple[int, int]  # elements of the largest weight that TP shares out, and of the largest that it does not
     steps: int
     warmup: int
     decay: int  # 0: null
@@ -106,6 +108,8 @@ class Case:
             qwz=bool(zero_key(config, "zero_quantized_weights", False) or zero_key(config, "zero_quantized_nontrainable_weights", False)),
             qgz=bool(zero_key(config, "zero_quantized_gradients", False)),
             partial_offload=offload.get("ratio", 1) != 1 or bool(offload.get("super_offload", False)),
+            swap_buffer=_elements(zero_key(config, "offload_param", {}).get("buffer_size")),
+            widest=largest_weights(m),
             steps=t.steps,
             warmup=o.warmup_steps,
             decay=o.decay_steps or 0,
@@ -123,6 +127,11 @@ class Case:
         dp, rest = divmod(self.world, self.tp * self.pp * self.cp)
         return 0 if rest else dp
 
+    @property
+    def largest_partition(self) -> int:
+        """Elements of the largest weight that one rank keeps under ZeRO-3."""
+        return partition(*self.widest, tp=self.tp, dp=self.dp)
+
     def decay_overlaps(self) -> bool:
         """Whether warm-up leaves the decay no room (a warm-up longer than the run has its own rule)."""
         if self.schedule == "wsd":
@@ -135,6 +144,11 @@ class Case:
         for key, value in settings.items():
             setattr(other, *_ATTRIBUTES[key](value))
         return other
+
+
+def _elements(value: Any) -> int:
+    """A size of a DeepSpeed JSON, which may be written 1e8; 0 where it is left open or no number (DeepSpeed says so itself)."""
+    return int(value) if isinstance(value, (int, float)) and 0 < value < 1e18 else 0
 
 
 def _plain(name: str) -> Any:
@@ -169,6 +183,7 @@ _ATTRIBUTES: Mapping[str, Any] = {
     "zero.deepspeed.zero_optimization.zero_quantized_weights": _plain("qwz"),
     "zero.deepspeed.zero_optimization.zero_quantized_nontrainable_weights": _plain("qwz"),
     "zero.deepspeed.zero_optimization.zero_quantized_gradients": _plain("qgz"),
+    "zero.deepspeed.zero_optimization.offload_param.buffer_size": lambda value: ("swap_buffer", 0 if value == "auto" else value),
     "zero.deepspeed.gradient_accumulation_steps": lambda value: ("accumulation", 0 if value == "auto" else value),
     "optimizer.warmup_steps": _plain("warmup"),
     "optimizer.decay_steps": lambda value: ("decay", value or 0),

@@ -241,6 +241,16 @@ RULES: tuple[Rule, ...] = (
         hint="set zero.nvme_path to a folder on a local disk",
     ),
     Rule(
+        id="nvme-buffer",
+        title="`offload_param.buffer_size` of a DeepSpeed JSON holds the largest weight's partition",
+        why="DeepSpeed reads a rank's part of a weight from NVMe into one buffer",
+        broken=lambda c: c.param_offload == "nvme" and 0 < c.swap_buffer < c.largest_partition,
+        what=lambda c: (
+            f"offload_param.buffer_size={c.swap_buffer} is less than the {c.largest_partition} elements of a weight that a rank keeps"
+        ),
+        options=lambda c: choices({"zero.deepspeed.zero_optimization.offload_param.buffer_size": "auto"}),
+    ),
+    Rule(
         id="partial-offload",
         title="`offload_optimizer.ratio` < 1 and `super_offload` of a DeepSpeed JSON need `zero.stage` 3",
         why="DeepSpeed splits the optimizer between devices in stage 3 only",
