@@ -28,6 +28,7 @@ ALWAYS = (
     "gpt-dp4-zero0-tied-recompute-selective-bf16",
     "llama-dp2-zero3-opt-cpu-param-cpu",
     "llama-pp2-vpp2-zero3-6-layers",
+    "llama-dp2-zero2-overlap",
 )
 
 

@@ -57,6 +57,7 @@ def states(w: Workload, stage: int, *, dp_rank: int = 0) -> dict[str, float]:
     edges = [x for side in edge_weights(w, stage) for x in side]
     if w.zero == 3:
         return _sharded(w, [(x, layers) for x in each] + [(x, 1) for x in edges])
+    buckets = w.bucket * w.width * (2 if w.zero == 2 and w.overlap_comm else 1)
     b, cut, offloaded = w.width, w.shards if w.zero else 1, w.offload_optimizer != "none"
     sizes = [layers * sum(x.count for x in each if x.group == g) + sum(x.count for x in edges if x.group == g) for g in range(3)]
     padded = [ceil(n / (ALIGN * cut)) * ALIGN * cut for n in sizes]
@@ -67,12 +68,12 @@ def states(w: Workload, stage: int, *, dp_rank: int = 0) -> dict[str, float]:
         "parameters": b * flat,
         "gradients": 4 * flat if w.zero < 2 else 4 * flat / cut,
         "optimizer": (12 if cloned else 8) * flat / cut + (0 if offloaded else 4 * sum(n > 0 for n in padded)),
-        "zero buffers": w.bucket * b if w.zero == 2 else 0.0,
+        "zero buffers": buckets if w.zero == 2 else 0.0,
     }
     if offloaded:  # the optimizer's own gradients, beside those that backwards add to
         added = b * flat if w.zero < 2 else 4 * (flat / cut if b < 4 else sum(_touched(w, stage, shares, dp_rank)))
         parts["gradients"] = 4 * flat / cut + added
-        parts["zero buffers"] = w.bucket * b + 2 * b * max(x.count for x in each + edges) + b * flat / cut
+        parts["zero buffers"] = buckets + 2 * b * max(x.count for x in each + edges) + b * flat / cut
     elif w.zero == 2 and b == 4:
         touched = _touched(w, stage, shares, dp_rank)
         # interleaved, the last chunk's backward comes first and makes room for all gradients, and for zeros of the others' beside it

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from toolkit.config.deepspeed import hpz_group, zero_key
 from toolkit.parallel.layout import seats
 from toolkit.plan.stack import TOOLKIT, TOOLKIT_TE, Stack
 
@@ -108,6 +109,7 @@ class Workload:
     fused_accumulation: bool = True  # weight gradients are added to the kept ones inside the GEMM, where the stack keeps them
     stack: Stack = TOOLKIT
     bucket: float = 5e8  # elements of DeepSpeed's reduce bucket (its default)
+    overlap_comm: bool = False  # of the DeepSpeed JSON: ZeRO-2 then fills a second bucket while the first one is sent
     persist: float = 1e5  # elements up to which ZeRO-3 keeps a weight whole (DeepSpeed's default)
     hpz: int = 1  # ranks over which ZeRO++ keeps a second partition of the weights
 
@@ -213,14 +215,13 @@ class Workload:
             precision=t.precision,
             stack=TOOLKIT if m.impl == "local" else TOOLKIT_TE,
             bucket=bucket,
+            overlap_comm=bool(zero_key(config, "overlap_comm", False)),
             persist=persist,
             hpz=_hpz(config, dp),
         )
 
 
 def _hpz(config: RunConfig, dp: int) -> int:
-    from toolkit.config.deepspeed import hpz_group, zero_key
-
     section = (config.zero.deepspeed or {}).get("zero_optimization") or {}
     if section.get("zero_hpz_partition_size") == "auto":
         return hpz_group(tp=config.parallel.tp, cp=config.parallel.cp, dp=dp)
