@@ -46,9 +46,9 @@ else
 endif
 
 parity: $(VENV)/.dev  ## the parity suite with its long cells, and docs/parity.md and docs/memory.md from what it measured
-	$(BIN)/python -m pytest tests/parity tests/checkpoint tests/convert tests/memory/test_own_runs.py --all-cells
+	$(BIN)/python -m pytest tests/parity tests/checkpoint tests/convert tests/cost/test_own_engine_runs.py --all-cells
 	$(BIN)/python -m tests.parity.report > docs/parity.md
-	$(BIN)/python -m tests.memory.report > docs/memory.md
+	$(BIN)/python -m tests.cost.report > docs/memory.md
 
 checks: $(VENV)/.dev  ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -76,7 +76,7 @@ bench-convert: $(VENV)/.run  ## import and export of a 1B model: seconds, GB/s, 
 	$(BIN)/python -m tests.bench.convert --write docs/conversion.md
 
 score-planner: $(VENV)/.run  ## docs/planner.md: predictions against published measurements
-	$(BIN)/python -m toolkit.plan.score ../shared/planner/published_dev.jsonl ../shared/planner/score_planner.py --out docs/planner.md
+	$(BIN)/python -m toolkit.evidence.score ../shared/planner/published_dev.jsonl ../shared/planner/score_planner.py --out docs/planner.md
 
 report-example: $(VENV)/.dev  ## docs/report.png: two small runs, trained, profiled and shown
 	$(BIN)/python -m tests.report.example

@@ -9,6 +9,12 @@ from pathlib import Path
 
 import pytest
 
+# from the ground up: a room imports only rooms before it
+HOUSE = [
+    *("errors", "files", "tensors", "arch", "config", "parallel", "hardware", "runfolder", "cluster", "cost", "plan", "evidence"),
+    *("data", "model", "engine", "checkpoint", "convert", "train", "inference", "profile", "rehearse", "report", "supervise"),
+    *("trainer", "cli"),
+]
 ROOT = Path(__file__).parents[1] / "toolkit"
 HEAVY = ("torch", "deepspeed", "megatron", "transformers", "datasets")
 PURE = [
@@ -18,8 +24,8 @@ PURE = [
     "toolkit.parallel.rules",
     "toolkit.cluster.launch",
     "toolkit.cluster.locks",
-    "toolkit.memory.own",
-    "toolkit.plan.fitting",
+    "toolkit.cost.own_engine",
+    "toolkit.plan.remedy",
     "toolkit.profile.show",
     "toolkit.report.page",
 ]
@@ -33,6 +39,33 @@ def _imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found.add(node.module.split(".")[0])
     return found
+
+
+def _room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def _rooms_imported(path: Path) -> set[str]:
+    """Rooms that a file imports anywhere, within functions and for type checkers too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {_room(a.name) for a in node.names if a.name.startswith("toolkit.")}
+        elif isinstance(node, ast.ImportFrom) and node.module == "toolkit":
+            found |= {a.name for a in node.names if not a.name.startswith("__")}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("toolkit."):
+            found.add(_room(node.module))
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    if room == "__init__":
+        return  # the package's door: it names what it offers, and loads it when it is asked for
+    assert room in HOUSE, f"{room} has no place in the house: add it to HOUSE where it stands"
+    above = {other for other in _rooms_imported(path) - {room} if HOUSE.index(other) > HOUSE.index(room)}
+    assert not above, f"{path.relative_to(ROOT)} imports {', '.join(sorted(above))}, which stand above {room}"
 
 
 def test_deepspeed_is_imported_in_one_file() -> None:

@@ -12,7 +12,8 @@ import typer
 from toolkit.checkpoint.commands import app as checkpoint_app
 from toolkit.convert.commands import app as convert_app
 from toolkit.errors import ConfigError, ToolkitError
-from toolkit.plan import commands as plan_commands
+from toolkit.evidence.commands import calibrate
+from toolkit.plan.commands import tune
 from toolkit.profile.commands import profile
 from toolkit.report.commands import report
 
@@ -23,8 +24,8 @@ data_app = typer.Typer(no_args_is_help=True, help="Text to tokens.")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(convert_app, name="convert")
-app.command()(plan_commands.tune)
-app.command()(plan_commands.calibrate)
+app.command()(tune)
+app.command()(calibrate)
 app.command()(profile)
 app.command()(report)
 
@@ -43,7 +44,7 @@ def train(
     from toolkit.cluster.environment import PLANNED, gpu_count
     from toolkit.cluster.launch import run_local
     from toolkit.config.load import load_config
-    from toolkit.train.plan import plan
+    from toolkit.train.resolve import plan
 
     processes = (gpu_count() or 1) if num_procs is None else num_procs
     plan(load_config(config, overrides or []), max(1, processes))  # what is wrong is said before any process starts
@@ -64,7 +65,7 @@ def estimate(
 ) -> None:
     """Say how much memory a run needs and how long a step takes, without a GPU."""
     if jsonl is not None:
-        from toolkit.plan.published import predict_file
+        from toolkit.evidence.published import predict_file
 
         if out is None:
             raise ConfigError("--jsonl has no place to write to", fix="Set --out FILE.")
@@ -76,7 +77,7 @@ def estimate(
     import json
 
     from toolkit.config.load import load_config
-    from toolkit.plan.hardware import parse_hardware, with_host_gib
+    from toolkit.hardware.catalogue import parse_hardware, with_host_gib
     from toolkit.plan.show import estimate_json, estimate_text
 
     loaded, cluster = load_config(config, overrides or []), parse_hardware(hardware, extra=hardware_file)

@@ -47,13 +47,13 @@ def run(argument: dict[str, Any]) -> dict[str, list[float]]:
     """On every rank: train STEPS steps and save after each; then let DeepSpeed save, too."""
     from tests.parity.run import micro_batches
     from toolkit.checkpoint.session import Checkpoints
-    from toolkit.config.deepspeed import deepspeed_config
     from toolkit.config.load import parse_config
     from toolkit.engine.schedule import Schedule
     from toolkit.engine.zero import Engine, partitioner
     from toolkit.model.build import build_chunks
+    from toolkit.parallel.deepspeed_json import deepspeed_config
     from toolkit.parallel.rules import check
-    from toolkit.train.metrics import StepRecord
+    from toolkit.runfolder.metrics import StepRecord
     from toolkit.train.world import World, connect
 
     config = parse_config(argument["config"])

@@ -82,10 +82,10 @@ def _world(shape: Shape, *, zero_stage: int) -> tuple[Any, Any]:
 
 def toolkit_loop(shape: Shape, *, zero_stage: int) -> Step:
     """What `toolkit train` does between the data and the step line."""
-    from toolkit.config.deepspeed import deepspeed_config
     from toolkit.engine.schedule import Schedule
     from toolkit.engine.zero import Engine, partitioner
     from toolkit.model.build import build_chunks
+    from toolkit.parallel.deepspeed_json import deepspeed_config
 
     config, layout = _world(shape, zero_stage=zero_stage)
     ds_config = deepspeed_config(config, layout)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.config.load import parse_config
-from toolkit.plan.hardware import parse_hardware
+from toolkit.hardware.catalogue import parse_hardware
 from toolkit.plan.tune import Question, tune
 
 log = logging.getLogger("bench")

@@ -25,7 +25,7 @@ config = load_config(Path(sys.argv[1]), sys.argv[2:]); lap("config: import pydan
 import torch; lap("import torch")
 import toolkit.model.cpu, deepspeed; lap("import deepspeed")
 import megatron.core; from megatron.core.models.gpt import GPTModel; lap("import megatron-core (most of it torch's compiler)")
-from toolkit.train import loop; from toolkit.train.plan import plan; from toolkit.train.world import World, connect; import toolkit.engine.zero, toolkit.model.build; lap("import toolkit")
+from toolkit.train import loop; from toolkit.train.resolve import plan; from toolkit.train.world import World, connect; import toolkit.engine.zero, toolkit.model.build; lap("import toolkit")
 world = World.from_environment()
 layout, data = plan(config, world.size); lap("rules, opening the prepared data")
 connect(world, layout, seed=config.run.seed); lap("process groups")

@@ -70,14 +70,14 @@ def config_of(folder: Path, keys: dict[str, Any], *, steps: int, checkpoint: dic
 def train(raw: dict[str, Any]) -> dict[str, Any]:
     """Losses and norms of the steps taken, and the digests of all parameters at the end."""
     from toolkit.checkpoint.session import Checkpoints
-    from toolkit.config.deepspeed import deepspeed_config
     from toolkit.config.load import parse_config
     from toolkit.engine.schedule import Schedule
     from toolkit.engine.zero import Engine, partitioner
     from toolkit.model.build import build_chunks
+    from toolkit.parallel.deepspeed_json import deepspeed_config
     from toolkit.parallel.rules import check
+    from toolkit.runfolder.metrics import StepRecord
     from toolkit.train.lr import learning_rate
-    from toolkit.train.metrics import StepRecord
     from toolkit.train.world import World, connect
 
     config = parse_config(raw)

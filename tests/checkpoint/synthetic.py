@@ -16,12 +16,12 @@ from toolkit.checkpoint.identity import model_identity
 from toolkit.checkpoint.manifest import Manifest, folder_name, write_manifest
 from toolkit.checkpoint.names import group_file, rank_file
 from toolkit.checkpoint.target import Target
-from toolkit.checkpoint.tensors import write_stream, write_tensors
 from toolkit.checkpoint.whole import MASTER, Parameter
 from toolkit.config.count import padded_vocab
 from toolkit.config.load import parse_config
 from toolkit.model.init import known_shard
 from toolkit.parallel.layout import Layout
+from toolkit.tensors import write_stream, write_tensors
 
 CHUNK = 1 << 22
 

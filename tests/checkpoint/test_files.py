@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 from tests.checkpoint.run import config_of
 from tests.pool import Pool
-from toolkit.checkpoint.manifest import FileRecord, Manifest, discover, read_manifest, verify_files, write_manifest
-from toolkit.checkpoint.tensors import read_tensors, write_tensors
+from toolkit.checkpoint.manifest import Manifest, discover, read_manifest, verify_files, write_manifest
 from toolkit.errors import CheckpointError
+from toolkit.files import FileRecord
+from toolkit.tensors import read_tensors, write_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
 

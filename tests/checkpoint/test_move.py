@@ -19,13 +19,13 @@ from tests.pool import Pool
 from toolkit.checkpoint.manifest import discover, read_manifest, verify_files
 from toolkit.checkpoint.reshard import reshard
 from toolkit.checkpoint.target import Target
-from toolkit.checkpoint.tensors import read_tensors
 from toolkit.checkpoint.whole import MASTER, WholeCheckpoint, layout_of_manifest
 from toolkit.config.load import load_config, override_config
 from toolkit.data.loader import batches
 from toolkit.model.init import Shard, known_shard
 from toolkit.parallel.layout import Layout
-from toolkit.train.plan import plan
+from toolkit.tensors import read_tensors
+from toolkit.train.resolve import plan
 
 TRAIN = "tests.checkpoint.run:train"
 LEG = 2  # steps in each layout: the second one's loss has seen the optimizer states, too

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.checkpoint.partial import Partial
+from toolkit.files import Partial
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from toolkit.checkpoint.partial import Partial
+from toolkit.files import Partial
 with Partial(Path(sys.argv[1])) as p:
     (p.folder / "half").write_text("x")
     print("writing", flush=True)

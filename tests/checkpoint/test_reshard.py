@@ -11,8 +11,9 @@ from tests.checkpoint import synthetic
 from tests.checkpoint.test_files import command
 from tests.checkpoint.test_whole import TENSORS, weights
 from tests.checkpoint.watched import watched
-from toolkit.checkpoint.manifest import FileRecord, read_manifest, verify_files
+from toolkit.checkpoint.manifest import read_manifest, verify_files
 from toolkit.errors import ToolkitError
+from toolkit.files import FileRecord
 
 MODEL = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 96, "vocab_size": 1000}
 

@@ -13,12 +13,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from toolkit.config.deepspeed import deepspeed_config
 from toolkit.config.describe import keys
 from toolkit.config.load import dump_config, load_config, parse_config
 from toolkit.config.yaml_text import read_yaml
 from toolkit.errors import ToolkitError
 from toolkit.parallel.case import Machine
+from toolkit.parallel.deepspeed_json import deepspeed_config
 from toolkit.parallel.layout import Layout
 from toolkit.parallel.rules import check
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from toolkit.config.deepspeed import deepspeed_config
 from toolkit.config.load import dump_config, load_config, parse_config
 from toolkit.config.schema import RunConfig
 from toolkit.errors import ConfigError
 from toolkit.parallel.case import Machine
+from toolkit.parallel.deepspeed_json import deepspeed_config
 from toolkit.parallel.rules import check
 
 TEMPLATES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))

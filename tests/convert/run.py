@@ -29,10 +29,10 @@ def config_of(folder: Path, keys: dict[str, Any], *, run: Path) -> dict[str, Any
 def start(raw: dict[str, Any]) -> Any:
     """Engine and schedule of a run, as the training loop makes them."""
     from toolkit.checkpoint.session import Checkpoints
-    from toolkit.config.deepspeed import deepspeed_config
     from toolkit.config.load import parse_config
     from toolkit.engine.zero import Engine, partitioner
     from toolkit.model.build import build_chunks
+    from toolkit.parallel.deepspeed_json import deepspeed_config
     from toolkit.parallel.rules import check
     from toolkit.train.world import World, connect
 
@@ -89,7 +89,7 @@ def one_step(raw: dict[str, Any]) -> float:
     """Train one step and save it; the loss."""
     from tests.parity.run import micro_batches
     from toolkit.engine.schedule import Schedule
-    from toolkit.train.metrics import StepRecord
+    from toolkit.runfolder.metrics import StepRecord
 
     config, layout, checkpoints, engine = start(raw)
     t = config.train

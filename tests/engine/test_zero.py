@@ -11,11 +11,11 @@ from tests.pool import Pool
 
 
 def _engine(raw: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
-    from toolkit.config.deepspeed import deepspeed_config
     from toolkit.config.load import parse_config
     from toolkit.engine.schedule import Schedule
     from toolkit.engine.zero import Engine, partitioner
     from toolkit.model.build import build_chunks
+    from toolkit.parallel.deepspeed_json import deepspeed_config
     from toolkit.parallel.rules import check
     from toolkit.train.world import World, connect
 

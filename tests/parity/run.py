@@ -16,11 +16,11 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
 
     cell["mutation"]: name of a function of tests.parity.mutations that breaks the engine first.
     """
-    from toolkit.config.deepspeed import deepspeed_config
     from toolkit.config.load import parse_config
     from toolkit.engine.schedule import Schedule
     from toolkit.engine.zero import Engine, partitioner
     from toolkit.model.build import build_chunks
+    from toolkit.parallel.deepspeed_json import deepspeed_config
     from toolkit.parallel.rules import check
     from toolkit.train.world import World, connect
 

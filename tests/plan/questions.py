@@ -8,14 +8,14 @@ from itertools import product
 from typing import Any
 
 from toolkit.config.load import parse_config
-from toolkit.memory.estimate import estimate
+from toolkit.cost.memory import estimate
+from toolkit.cost.step import step_time
+from toolkit.cost.workload import Workload
+from toolkit.hardware.catalogue import parse_hardware
 from toolkit.parallel import rules
 from toolkit.parallel.case import Machine
-from toolkit.plan.cost import step_time
-from toolkit.plan.hardware import parse_hardware
 from toolkit.plan.search import fits
 from toolkit.plan.tune import Question
-from toolkit.plan.workload import Workload
 
 GPUS = Machine(cuda=True, transformer_engine=True)
 SHAPE: dict[str, Any] = {

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.plan.questions import GPUS, identity, one_by_one, question, smaller_memory
-from toolkit.memory.estimate import GIB
+from toolkit.cost.memory import GIB
+from toolkit.hardware.catalogue import parse_hardware
 from toolkit.parallel import rules
 from toolkit.parallel.options import divisors
-from toolkit.plan.hardware import parse_hardware
 from toolkit.plan.search import Limits, Objective, Plan
 from toolkit.plan.show import estimate_json
 from toolkit.plan.space import spec

@@ -11,7 +11,7 @@ import pytest
 from toolkit.config.load import parse_config
 from toolkit.config.schema import RunConfig
 from toolkit.errors import ConfigError, LayoutError
-from toolkit.plan.hardware import parse_hardware, with_host_gib
+from toolkit.hardware.catalogue import parse_hardware, with_host_gib
 from toolkit.plan.show import estimate_json, estimate_text
 
 
@@ -97,9 +97,9 @@ def test_estimating_imports_no_training_library() -> None:
     program = (
         "import sys\n"
         "from toolkit.config.load import parse_config\n"
-        "from toolkit.plan.hardware import parse_hardware\n"
+        "from toolkit.hardware.catalogue import parse_hardware\n"
         "from toolkit.plan.show import estimate_text\n"
-        "import toolkit.plan.published, toolkit.plan.fit, toolkit.plan.score\n"
+        "import toolkit.evidence.published, toolkit.evidence.fit, toolkit.evidence.score\n"
         "config = parse_config({'model': {'preset': 'llama3-8b'}, 'train': {'global_batch_size': 64}})\n"
         "estimate_text(config, parse_hardware('h100:8x4'))\n"
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'deepspeed', 'megatron', 'transformers', 'numpy'}))\n"

@@ -20,8 +20,9 @@ from tests.train.conftest import TINY, Started
 from toolkit.cli import app
 from toolkit.config.load import load_config
 from toolkit.errors import ConfigError, ToolkitError
-from toolkit.plan import calibration, runs
-from toolkit.plan.hardware import find_gpu, parse_hardware
+from toolkit.evidence import runs
+from toolkit.hardware import calibration
+from toolkit.hardware.catalogue import find_gpu, parse_hardware
 from toolkit.plan.trials import judge, read_trial, run_trials, trial_config
 from toolkit.plan.tune import Question
 

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from tests.plan.questions import SHAPE, question, smaller_memory
 from toolkit.cli import app
 from toolkit.config.load import dump_config, load_config
+from toolkit.cost.memory import GIB
 from toolkit.errors import ConfigError, LayoutError, ToolkitError
-from toolkit.memory.estimate import GIB
 from toolkit.parallel import rules
 from toolkit.plan.search import Limits
 from toolkit.plan.space import AXES, parse_fixes

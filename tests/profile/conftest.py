@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from toolkit.train.metrics import Metrics, StepRecord
+from toolkit.runfolder.metrics import Metrics, StepRecord
 
 TINY: dict[str, Any] = {
     "model": {

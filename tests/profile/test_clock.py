@@ -72,7 +72,7 @@ def all_kinds(_: Any) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize(("world", "keys"), [(2, {"parallel.pp": 2}), (2, {"parallel.pp": 2, "parallel.vpp": 2, "model.num_layers": 4})])
 def test_the_schedule_runs_in_the_order_that_is_drawn(pool: Pool, world: int, keys: dict[str, Any]) -> None:
     from tests.parity.cells import Cell
-    from toolkit.plan.schedule import order
+    from toolkit.parallel.order import order
 
     cell = Cell(world, {"zero.stage": 1, "train.micro_batch_size": 2, **keys})
     ranks = pool.run("tests.profile.test_clock:order_of_passes", world, {"config": cell.raw()}, deadline_s=120.0)
@@ -84,8 +84,8 @@ def test_the_schedule_runs_in_the_order_that_is_drawn(pool: Pool, world: int, ke
 def order_of_passes(cell: dict[str, Any]) -> list[str]:
     from contextlib import contextmanager
 
-    from tests.memory.run import measure_cell
-    from toolkit.memory import measure
+    from tests.cost.run import measure_cell
+    from toolkit.profile import live_tensors as measure
 
     seen: list[str] = []
     around = measure.StepMeter.around

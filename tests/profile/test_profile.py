@@ -10,9 +10,9 @@ import pytest
 
 from tests.profile.conftest import Profiled, toolkit
 from toolkit.errors import DataError
-from toolkit.plan.runs import calibrate, read_run
-from toolkit.profile.record import read_profile, write_profile
+from toolkit.evidence.runs import calibrate, read_run
 from toolkit.profile.show import difference
+from toolkit.runfolder.profile import read_profile, write_profile
 
 
 def test_memory_is_measured_as_estimated(profiled: Profiled) -> None:

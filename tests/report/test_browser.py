@@ -12,7 +12,7 @@ import pytest
 from tests.profile.conftest import Profiled
 from tests.report.conftest import Browser
 from toolkit.report.page import page
-from toolkit.report.read import read_runs
+from toolkit.runfolder.read import read_runs
 
 CHARTS = {"loss", "grad-norm", "throughput", "lr", "step-s", "memory", "memory-parts", "memory-time", "step-time", "pipeline", "tune"}
 

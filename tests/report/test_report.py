@@ -13,7 +13,7 @@ import pytest
 from tests.profile.conftest import Profiled, toolkit
 from toolkit.errors import DataError
 from toolkit.report.page import page
-from toolkit.report.read import read_runs
+from toolkit.runfolder.read import read_runs
 
 GOOD = '{"step": 1, "loss": 5.0, "tokens_per_s": 10.0}\n{"step": 2, "loss": 4.5, "tokens_per_s": 12.0}\n'
 
@@ -129,6 +129,6 @@ def test_extremes_of_a_run_are_drawn(tmp_path: Path) -> None:
 
 
 def test_a_report_needs_no_torch() -> None:
-    code = "import sys, toolkit.report.page, toolkit.report.commands, toolkit.report.read\nprint(sorted({'torch', 'deepspeed', 'megatron'} & sys.modules.keys()))"
+    code = "import sys, toolkit.report.page, toolkit.report.commands, toolkit.runfolder.read\nprint(sorted({'torch', 'deepspeed', 'megatron'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -2,72 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import logging
-import os
 import secrets
 import socket
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-from toolkit.checkpoint.files import remove_leftovers
 from toolkit.config.schema import RunConfig
 from toolkit.errors import CheckpointError
+from toolkit.files import FolderLock, remove_leftovers
 
 log = logging.getLogger(__name__)
-
-LOCK = ".lock"
 
 
 def checkpoint_folder(config: RunConfig) -> Path:
     """Where a run's checkpoints lie: checkpoint.dir, or checkpoints/ in the run folder."""
     return (config.checkpoint.dir or config.run.dir / "checkpoints").expanduser()
-
-
-class FolderLock:
-    """Holds a folder until the process ends or release() is called; raises CheckpointError where another process has it.
-
-    A POSIX record lock: the system drops it however the process ends, forked readers do not inherit it, and NFS knows it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK
-        self.file: IO[bytes] | None = None
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        self.file = os.fdopen(descriptor, "r+b", buffering=0)
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            owner = self._owner()
-            self.file.close()
-            raise CheckpointError(
-                f"{folder} is in use{owner}",
-                why="two runs in one folder would overwrite each other's files",
-                fix="Wait for the other run, or set another run.dir and checkpoint.dir.",
-            ) from None
-        except OSError as e:
-            log.warning("%s cannot be locked (%s): take care that no second run uses the folder", folder, e.strerror)
-        note = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        self.note = json.dumps(note).encode()
-        self.file.truncate(0)
-        self.file.seek(0)
-        self.file.write(self.note)
-
-    def _owner(self) -> str:
-        try:
-            assert self.file is not None
-            note = json.loads(self.file.read())
-            return f" by process {note['pid']} on host {note['host']} since {note['since']}"
-        except (ValueError, KeyError, TypeError):
-            return " by another process"
-
-    def release(self) -> None:
-        if self.file is not None:
-            self.file.close()
-            self.file = None
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from toolkit.checkpoint.claim import FolderLock
-from toolkit.checkpoint.files import remove_leftovers, remove_tree
 from toolkit.checkpoint.manifest import NAME, Found, Manifest, discover, is_folder_name, look_at, read_manifest, verify_files
 from toolkit.checkpoint.prune import prune
 from toolkit.errors import CheckpointError
+from toolkit.files import remove_leftovers, remove_tree
 
 app = typer.Typer(no_args_is_help=True, help="Look at, check and thin out a run's checkpoints.")
 

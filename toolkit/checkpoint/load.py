@@ -18,13 +18,13 @@ from toolkit.checkpoint.identity import layout_of, same_degrees
 from toolkit.checkpoint.move import fill
 from toolkit.checkpoint.names import group_file, holder, rank_file
 from toolkit.checkpoint.resume import Resume
-from toolkit.checkpoint.tensors import read_metadata, read_tensors
 from toolkit.checkpoint.whole import WholeCheckpoint
 from toolkit.config.schema import RunConfig
 from toolkit.engine.state import EngineState, set_generators
 from toolkit.errors import CheckpointError
 from toolkit.parallel.groups import seed_generators
 from toolkit.parallel.layout import Layout
+from toolkit.tensors import read_metadata, read_tensors
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from toolkit.checkpoint.files import sync_folder, write_durably
+from toolkit.files import FileRecord, sync_folder, write_durably
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -21,19 +21,7 @@ _STEP = re.compile(r"step-(\d{8,})")
 _CHUNK = 1 << 19
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileRecord(_Part):
-    """One file of a checkpoint: name inside its folder, size in bytes, sha256 in hex."""
-
-    name: str
-    bytes: int
-    sha256: str
-
-
-class Manifest(_Part):
+class Manifest(BaseModel):
     """A complete checkpoint; a folder without one was not finished.
 
     step: optimizer steps taken; consumed_samples: sequences trained on by all ranks; layout: what the state is cut by; identity: what a
@@ -41,6 +29,8 @@ class Manifest(_Part):
     saved_at: UTC, ISO 8601; weights_only: whole weights without optimizer states, absent where it is false; checksum: sha256 of all
     other fields.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: int = FORMAT
     step: int

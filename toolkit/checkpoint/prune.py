@@ -6,8 +6,8 @@ import logging
 from collections.abc import Collection
 from pathlib import Path
 
-from toolkit.checkpoint.files import remove_tree, sync_folder
 from toolkit.checkpoint.manifest import NAME, discover
+from toolkit.files import remove_tree, sync_folder
 
 log = logging.getLogger(__name__)
 

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint.identity import same_degrees
-from toolkit.checkpoint.manifest import FileRecord, Manifest, folder_name, verify_files, write_manifest
+from toolkit.checkpoint.manifest import Manifest, folder_name, verify_files, write_manifest
 from toolkit.checkpoint.names import group_file, rank_file
-from toolkit.checkpoint.partial import Partial
 from toolkit.checkpoint.target import Target
-from toolkit.checkpoint.tensors import read_tensors, write_stream, write_tensors
 from toolkit.checkpoint.whole import WholeCheckpoint
 from toolkit.engine.partitions import Cut
 from toolkit.errors import CheckpointError
+from toolkit.files import FileRecord, Partial
+from toolkit.tensors import read_tensors, write_stream, write_tensors
 
 _BUFFER = 1 << 22  # elements read, hashed and written at a time
 

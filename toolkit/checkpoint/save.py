@@ -17,16 +17,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from toolkit.checkpoint.agree import everywhere
-from toolkit.checkpoint.files import sync_folder, write_durably
-from toolkit.checkpoint.manifest import LATEST, FileRecord, Manifest, folder_name, write_manifest
+from toolkit.checkpoint.manifest import LATEST, Manifest, folder_name, write_manifest
 from toolkit.checkpoint.names import group_file, holder, rank_file
 from toolkit.checkpoint.prune import prune, set_aside
-from toolkit.checkpoint.tensors import write_tensors
 from toolkit.checkpoint.versions import versions
 from toolkit.config.schema import RunConfig
 from toolkit.engine.state import EngineState, generators
 from toolkit.errors import CheckpointError
+from toolkit.files import FileRecord, sync_folder, write_durably
 from toolkit.parallel.layout import Layout
+from toolkit.tensors import write_tensors
 
 log = logging.getLogger("toolkit.train")
 

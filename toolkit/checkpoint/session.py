@@ -22,7 +22,7 @@ from toolkit.data.dataset import PreparedData
 from toolkit.engine.state import EngineState
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.parallel.layout import Layout
-from toolkit.train.metrics import StepRecord
+from toolkit.runfolder.metrics import StepRecord
 
 log = logging.getLogger("toolkit.train")
 

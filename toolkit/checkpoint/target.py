@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from toolkit.checkpoint.identity import layout_of
 from toolkit.checkpoint.manifest import Manifest
 from toolkit.checkpoint.names import holder
-from toolkit.config.deepspeed import deepspeed_config, zero_key
+from toolkit.config.deepspeed import zero_key
 from toolkit.config.load import override_config
 from toolkit.config.schema import RunConfig
 from toolkit.engine.partitions import Cut, partitions, stage_parameters
 from toolkit.errors import CheckpointError, ConfigError
+from toolkit.parallel.deepspeed_json import deepspeed_config
 from toolkit.parallel.layout import Layout
 from toolkit.parallel.rules import Machine, check, fitting_micro_batch
 

@@ -11,16 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
-from toolkit.checkpoint.files import write_durably
 from toolkit.checkpoint.identity import layout_of, model_identity
-from toolkit.checkpoint.manifest import FileRecord, Manifest, write_manifest
+from toolkit.checkpoint.manifest import Manifest, write_manifest
 from toolkit.checkpoint.names import weights_file
-from toolkit.checkpoint.partial import Partial
-from toolkit.checkpoint.tensors import Rows, write_tensors
 from toolkit.checkpoint.versions import versions
 from toolkit.config.schema import RunConfig
 from toolkit.errors import CheckpointError
+from toolkit.files import FileRecord, Partial, write_durably
 from toolkit.parallel.layout import Layout
+from toolkit.tensors import Rows, write_tensors
 
 SHARD_BYTES = 128 << 20
 

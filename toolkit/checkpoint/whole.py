@@ -17,10 +17,10 @@ from torch import Tensor
 
 from toolkit.checkpoint.manifest import Manifest, read_manifest
 from toolkit.checkpoint.names import GROUP_FILE, WEIGHTS_FILE, rank_file
-from toolkit.checkpoint.tensors import DTYPES, mapped
 from toolkit.errors import CheckpointError
 from toolkit.model.init import known_shard
 from toolkit.parallel.layout import Layout
+from toolkit.tensors import DTYPES, mapped
 
 MASTER = "master"
 _TYPES = {text: dtype for dtype, text in DTYPES.items()}

@@ -12,11 +12,8 @@ from typing import Any
 
 import torch
 
-from toolkit.checkpoint.files import write_durably
 from toolkit.checkpoint.find import checkpoint_in
 from toolkit.checkpoint.manifest import Manifest, verify_files
-from toolkit.checkpoint.partial import Partial
-from toolkit.checkpoint.tensors import Rows
 from toolkit.checkpoint.whole import WholeCheckpoint
 from toolkit.config.schema import ModelSection
 from toolkit.convert.architecture import foreign_config
@@ -25,6 +22,8 @@ from toolkit.convert.stream import Job, Slot, shards, write_all
 from toolkit.convert.table import TABLES, Entry, entries, our_shape, part_shape, present
 from toolkit.convert.transform import part, zeros
 from toolkit.errors import CheckpointError, ConvertError
+from toolkit.files import Partial, write_durably
+from toolkit.tensors import Rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "pretraining_tp")  # of the config.json a model came with

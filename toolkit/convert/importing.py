@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from toolkit.checkpoint.tensors import Rows
 from toolkit.checkpoint.weights import WeightsWriter, weights_manifest
 from toolkit.config.count import parameter_count
 from toolkit.config.load import parse_config
@@ -21,6 +20,7 @@ from toolkit.convert.source import Source, open_source, some, tokenizer_size
 from toolkit.convert.table import IGNORED, TABLES, Entry, entries, our_shape, part_shape
 from toolkit.convert.transform import join
 from toolkit.errors import ConfigError, ConvertError
+from toolkit.tensors import Rows
 
 CONFIG = "config.yaml"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from toolkit.checkpoint.tensors import DTYPES, mapped
 from toolkit.convert.architecture import table_of
 from toolkit.errors import ConvertError
+from toolkit.tensors import DTYPES, mapped
 
 CARRIED = (
     "config.json",

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from toolkit.checkpoint.tensors import DTYPES, Rows
+from toolkit.tensors import DTYPES, Rows
 
 IN_FLIGHT = 512 << 20  # bytes of tensors being made or written at a time; a larger one is alone
 _CHUNK = 1 << 24

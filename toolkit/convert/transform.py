@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from toolkit.checkpoint.tensors import Rows
 from toolkit.config.schema import ModelSection
 from toolkit.convert.table import Entry, our_shape, part_shape
+from toolkit.tensors import Rows
 
 
 def join(entry: Entry, parts: Sequence[Tensor], model: ModelSection) -> Rows:

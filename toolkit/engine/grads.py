@@ -8,10 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from toolkit.model.layers import SUM_OVER_TP
-
-TIED_COPY = "ds_pipe_replicated"
-"""Attribute of the last stage's copy of a tied embedding; DeepSpeed's own name for it."""
+from toolkit.model.layers import SUM_OVER_TP, TIED_COPY
 
 
 def partial_over_tp(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:

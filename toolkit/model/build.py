@@ -16,9 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from toolkit.config.count import padded_vocab
 from toolkit.config.schema import ModelSection, RopeScaling, RunConfig
-from toolkit.engine.grads import TIED_COPY
 from toolkit.model.init import materialise
-from toolkit.model.layers import local_spec, mark_shared_gradients, mask_padding, te_spec
+from toolkit.model.layers import TIED_COPY, local_spec, mark_shared_gradients, mask_padding, te_spec
 from toolkit.parallel.layout import Layout, seats
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

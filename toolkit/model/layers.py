@@ -18,6 +18,9 @@ from torch import Tensor
 SUM_OVER_TP = "sum_grad_over_tp"
 """Attribute of a parameter whose gradient every tensor-parallel rank holds a part of."""
 
+TIED_COPY = "ds_pipe_replicated"
+"""Attribute of the last stage's copy of a tied embedding; DeepSpeed's own name for it."""
+
 
 class LayerNorm(torch.nn.LayerNorm):
     """LayerNorm whose gradients are marked for the sum over TP when each rank sees part of the sequence."""

@@ -1,4 +1,4 @@
-"""`toolkit tune` and `toolkit calibrate` on the command line; the planner itself is loaded when one of them runs."""
+"""`toolkit tune` on the command line; the planner itself is loaded when it runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.key=value, each replacing one key of the YAML; a degree set here is fixed")
 ]
-HardwareFile = Annotated[Path | None, typer.Option(help="YAML with more GPUs")]
 OBJECTIVES = ("tokens/s", "cost", "fewest-gpus")
 
 
@@ -43,7 +42,7 @@ def tune(
         Path | None, typer.Option(help="where trials and their results are kept; default: OUT/trials or tune-trials")
     ] = None,
     calibration: Annotated[Path | None, typer.Option(help="scalars of your own, from toolkit calibrate")] = None,
-    hardware_file: HardwareFile = None,
+    hardware_file: Annotated[Path | None, typer.Option(help="YAML with more GPUs")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables")] = False,
 ) -> None:
     """Choose TP, PP, VPP, CP, DP, ZeRO, offload, recompute and micro-batch for a config on a cluster, without a GPU."""
@@ -97,36 +96,12 @@ def tune(
             typer.echo(f"written to {out}; start it with: {launch_command(str(out / 'run.yaml'), question.hardware, chosen.gpus)}")
 
 
-def calibrate(
-    runs: Annotated[list[Path], typer.Argument(help="run folders of toolkit profile or toolkit train")],
-    hardware: Annotated[str | None, typer.Option(help="GPU:PER_NODExNODES they ran on; default: what the run folder records")] = None,
-    hardware_file: HardwareFile = None,
-    out: Annotated[Path, typer.Option(help="YAML that estimate and tune take as --calibration")] = Path("calibration.yaml"),
-) -> None:
-    """Fit the planner's one scalar per GPU and precision to your own runs."""
-    from toolkit.plan import fit
-    from toolkit.plan import runs as own
-
-    measured = [own.read_run(folder, hardware=hardware, hardware_file=hardware_file) for folder in dict.fromkeys(runs)]
-    entries = own.calibrate(measured)
-    head = "# Written by `toolkit calibrate` from the runs named as sources: the share of the catalogue's matmul ceiling that they reach.\n"
-    try:
-        fit.write(entries, path=out, head=head)
-    except OSError as error:
-        raise ConfigError(f"--out {str(out)!r} cannot be written", why=error.strerror or str(error), fix="Name another file.") from None
-    for entry in entries:
-        typer.echo(f"{entry['gpu']} {entry['precision']}: scalar {entry['scale']:g} from {entry['steps']} steps of {entry['rows']} runs")
-    for line in own.remarks(entries):
-        typer.echo(f"note: {line}")
-    typer.echo(f"written to {out}: use it with --calibration {out}")
-
-
 def _question(
     config: Path, overrides: list[str], hardware: str, hardware_file: Path | None, fix: list[str], calibration: Path | None
 ) -> Question:
     from toolkit.config.load import load_config
-    from toolkit.plan.calibration import scale_for
-    from toolkit.plan.hardware import parse_hardware
+    from toolkit.hardware.calibration import scale_for
+    from toolkit.hardware.catalogue import parse_hardware
     from toolkit.plan.search import Limits
     from toolkit.plan.space import is_axis, parse_fixes
     from toolkit.plan.tune import Question

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from toolkit.memory.estimate import GIB, HEADROOM
+from toolkit.cost.memory import GIB, HEADROOM
+from toolkit.cost.workload import Workload
 from toolkit.plan.search import Objective, Plan
-from toolkit.plan.workload import Workload
 
 SMALL = 0.004  # of the best plan's step: differences below it are not worth a word
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from math import inf, log, sqrt
 from typing import Any, Literal
 
-from toolkit.memory.estimate import GIB, HEADROOM, MemoryEstimate, StageMemory, estimate, states
-from toolkit.plan import calibration
-from toolkit.plan.cost import SPREAD, TimeEstimate, step_time
-from toolkit.plan.hardware import Hardware
-from toolkit.plan.layer import embedding_passes, head_passes, layer_passes
+from toolkit.cost.layer import embedding_passes, head_passes, layer_passes
+from toolkit.cost.memory import GIB, HEADROOM, MemoryEstimate, StageMemory, estimate, states
+from toolkit.cost.step import SPREAD, TimeEstimate, step_time
+from toolkit.cost.workload import Workload
+from toolkit.hardware import calibration
+from toolkit.hardware.catalogue import Hardware
 from toolkit.plan.space import Sharding, Space, Structure
-from toolkit.plan.workload import Workload
 
 Objective = Literal["tokens/s", "cost", "fewest-gpus"]
 Key = tuple[float, float]

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.config.schema import RunConfig
-from toolkit.memory.estimate import GIB, HEADROOM, MemoryEstimate, estimate
+from toolkit.cost.memory import GIB, HEADROOM, MemoryEstimate, estimate
+from toolkit.cost.step import TimeEstimate, step_time
+from toolkit.cost.workload import Workload
+from toolkit.hardware import calibration
+from toolkit.hardware.catalogue import Hardware
 from toolkit.parallel import rules
-from toolkit.plan import calibration
-from toolkit.plan.cost import TimeEstimate, step_time
-from toolkit.plan.fitting import nearest_fit
-from toolkit.plan.hardware import Hardware
-from toolkit.plan.workload import Workload
+from toolkit.plan.remedy import nearest_fit
 
 
 def estimate_json(config: RunConfig, hardware: Hardware, *, calibrated: Path | None = None) -> dict[str, Any]:

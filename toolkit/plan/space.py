@@ -9,12 +9,12 @@ from typing import Any
 
 from toolkit.config.explain import nearest
 from toolkit.config.schema import RunConfig
+from toolkit.cost.workload import Workload
 from toolkit.errors import ConfigError
+from toolkit.hardware.catalogue import Hardware
 from toolkit.parallel import rules
 from toolkit.parallel.case import Case
 from toolkit.parallel.options import chunk_counts, divisors
-from toolkit.plan.hardware import Hardware
-from toolkit.plan.workload import Workload
 
 # an axis, its config key (dp follows from the GPUs and has none) and, where few, its values
 AXES: Mapping[str, tuple[str | None, tuple[Any, ...] | None]] = {

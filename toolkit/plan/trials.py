@@ -22,12 +22,12 @@ from toolkit.config.explain import validate
 from toolkit.config.load import dump_config
 from toolkit.config.schema import RunConfig
 from toolkit.errors import MachineError
-from toolkit.plan.hardware import Hardware
+from toolkit.hardware.catalogue import Hardware
 from toolkit.plan.reasons import layout_words
-from toolkit.plan.runs import after_warm_up, read_metrics
 from toolkit.plan.search import Plan
 from toolkit.plan.tune import Question, planned
 from toolkit.plan.write_plan import write_whole
+from toolkit.runfolder.metrics import after_warm_up, read_metrics
 
 log = logging.getLogger("toolkit.tune")
 

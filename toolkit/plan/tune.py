@@ -8,15 +8,15 @@ from typing import Any
 
 from toolkit.config.explain import validate
 from toolkit.config.schema import RunConfig
+from toolkit.cost.memory import GIB, HOST_SHARE, MemoryEstimate, estimate
+from toolkit.cost.workload import Workload
 from toolkit.errors import ConfigError, LayoutError
-from toolkit.memory.estimate import GIB, HOST_SHARE, MemoryEstimate, estimate
+from toolkit.hardware.catalogue import Hardware, catalogue, with_host_gib
 from toolkit.parallel import rules
-from toolkit.plan.hardware import Hardware, catalogue, with_host_gib
 from toolkit.plan.reasons import differences, layout_words, share, size
 from toolkit.plan.search import Found, Limits, Objective, Plan, search
 from toolkit.plan.show import count
 from toolkit.plan.space import AXES, Space, spec
-from toolkit.plan.workload import Workload
 
 MOST_RAM_GIB = 16384.0
 MOST_NODES = 4096  # up to which "more GPUs" is looked for when nothing fits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from toolkit.memory.estimate import GIB
+from toolkit.cost.memory import GIB
 from toolkit.plan.reasons import degree_words, layout_words, limits, memory_words, safer, state_words, why_not
 from toolkit.plan.search import Plan
 from toolkit.plan.show import count, mfu

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from toolkit.config.deepspeed import deepspeed_config
 from toolkit.config.load import dump_config
 from toolkit.errors import ConfigError
+from toolkit.hardware.catalogue import Hardware
 from toolkit.parallel import rules
-from toolkit.plan.hardware import Hardware
+from toolkit.parallel.deepspeed_json import deepspeed_config
 from toolkit.plan.search import Plan
 from toolkit.plan.tune import Question, planned
 

@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         from toolkit.config.load import load_config
-        from toolkit.train.plan import plan
+        from toolkit.train.resolve import plan
 
         config = load_config(options.config, options.overrides)
         with said_before():

@@ -25,7 +25,7 @@ def profile(
     from toolkit.cluster.environment import PLANNED, gpu_count
     from toolkit.cluster.launch import run_local
     from toolkit.config.load import load_config
-    from toolkit.train.plan import plan
+    from toolkit.train.resolve import plan
 
     if steps < 1:
         raise ConfigError(f"--steps {steps} leaves nothing to time", fix="Set it to 1 or more.")

@@ -11,11 +11,11 @@ import psutil
 import torch
 
 from toolkit.config.schema import RunConfig
+from toolkit.cost.workload import Workload
 from toolkit.errors import ConfigError, OutOfMemory
 from toolkit.parallel.case import Machine
 from toolkit.parallel.layout import Layout
-from toolkit.plan.fitting import nearest_fit
-from toolkit.plan.workload import Workload
+from toolkit.plan.remedy import nearest_fit
 from toolkit.profile import predict
 
 GIB = 2**30

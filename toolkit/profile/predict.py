@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from toolkit.cost import own_engine as own
+from toolkit.cost.memory import estimate
+from toolkit.cost.step import step_time
+from toolkit.cost.workload import Workload
 from toolkit.errors import ConfigError
-from toolkit.memory import own
-from toolkit.memory.estimate import estimate
-from toolkit.plan.cost import step_time
-from toolkit.plan.hardware import Hardware, find_gpu, parse_hardware
-from toolkit.plan.workload import Workload
+from toolkit.hardware.catalogue import Hardware, find_gpu, parse_hardware
 
 MEMORY_PARTS = ("parameters", "gradients", "optimizer", "zero buffers", "activations", "logits", "working set")
 UNKNOWN = "a GPU that the catalogue lacks"

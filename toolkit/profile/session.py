@@ -20,15 +20,15 @@ import torch
 import torch.distributed as dist
 
 from toolkit.config.schema import RunConfig
+from toolkit.cost.workload import Workload
 from toolkit.data.dataset import PreparedData, cache_dir_of
 from toolkit.engine.schedule import observed
-from toolkit.memory.measure import StepMeter
 from toolkit.parallel.layout import Layout
-from toolkit.plan.workload import Workload
 from toolkit.profile import predict
 from toolkit.profile.clock import PARTS, Clock, Wire
+from toolkit.profile.live_tensors import StepMeter
 from toolkit.profile.oom import Place, fences, limit_memory
-from toolkit.profile.record import FORMAT, PROFILE, write_profile
+from toolkit.runfolder.profile import FORMAT, PROFILE, write_profile
 from toolkit.train.loop import Run
 from toolkit.train.world import World, connect
 

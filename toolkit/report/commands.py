@@ -18,7 +18,7 @@ def report(
     import os
 
     from toolkit.report.page import page
-    from toolkit.report.read import read_runs
+    from toolkit.runfolder.read import read_runs
 
     text = page(read_runs(runs))
     try:

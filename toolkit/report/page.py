@@ -7,8 +7,8 @@ from html import escape
 from importlib.resources import files
 
 from toolkit.report import memory, runs, times
-from toolkit.report.read import RunFolder
 from toolkit.report.svg import tag
+from toolkit.runfolder.read import RunFolder
 
 # nothing may be fetched: a page that tried would say so itself
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"

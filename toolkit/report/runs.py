@@ -8,8 +8,8 @@ from typing import Any
 
 from toolkit.report import svg
 from toolkit.report.memory import peak_of
-from toolkit.report.read import RunFolder
 from toolkit.report.svg import Frame, chart, legend, path, table, tag
+from toolkit.runfolder.read import RunFolder
 
 MOST_POINTS = 1000
 CURVES = (  # name, key of metrics.jsonl, title, unit

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
-from toolkit.plan.schedule import Timed, timeline
+from toolkit.parallel.order import Timed, timeline
 from toolkit.profile.show import percent, time_rows
 from toolkit.report import svg
 from toolkit.report.memory import MOST_RANKS

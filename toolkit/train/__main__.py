@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
         from toolkit.config.load import load_config
 
         config = load_config(Path(arguments[0]), arguments[1:])
-        from toolkit.train.plan import plan
+        from toolkit.train.resolve import plan
 
         with said_before():
             layout, data = plan(config, int(os.environ.get("WORLD_SIZE", 1)))

@@ -19,16 +19,16 @@ from torch import Tensor
 from toolkit.checkpoint.session import Checkpoints
 from toolkit.cluster.locks import check_extension_locks
 from toolkit.config.count import parameter_count
-from toolkit.config.deepspeed import deepspeed_config
 from toolkit.config.load import dump_config
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData, build_datasets
 from toolkit.data.loader import batches
 from toolkit.errors import TrainingError
+from toolkit.parallel.deepspeed_json import deepspeed_config
 from toolkit.parallel.layout import Layout
+from toolkit.runfolder.metrics import Metrics, StepRecord
 from toolkit.train.flops import flops_per_token, peak_flops
 from toolkit.train.lr import learning_rate
-from toolkit.train.metrics import Metrics, StepRecord
 from toolkit.train.signals import StopRequest
 from toolkit.train.world import World, connect
 

@@ -1,0 +1,115 @@
+"""The time estimate: laws of work and links, and parts that sum."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.cost.strategies import workloads
+from tests.cost.test_memory import LLAMA3_8B
+from toolkit.cost import kernels, network
+from toolkit.cost.memory import estimate
+from toolkit.cost.stack import AA_SCALING, FSDP, MEGATRON, MEGATRON_FORK, NEMO
+from toolkit.cost.step import step_time
+from toolkit.cost.workload import Workload
+from toolkit.hardware.catalogue import parse_hardware, with_network
+
+H100 = parse_hardware("h100-80gb:8x4")
+
+
+@settings(max_examples=150, deadline=None)
+@given(w=workloads())
+def test_parts_sum_to_the_step_and_are_never_negative(w: Workload) -> None:
+    time = step_time(w, H100)
+    assert time.step == pytest.approx(sum(time.parts.values()))
+    assert all(value >= 0 for value in time.parts.values())
+    assert time.tokens_per_s_per_gpu > 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(w=workloads())
+def test_more_micro_batches_take_longer_and_less_than_in_proportion(w: Workload) -> None:
+    once, twice = step_time(w, H100).step, step_time(replace(w, batch=2 * w.batch), H100).step
+    assert once < twice <= 2 * once * 1.1  # gradients are added to kept ones only from the second micro-batch on
+
+
+@settings(max_examples=100, deadline=None)
+@given(w=workloads())
+def test_a_faster_network_is_never_slower(w: Workload) -> None:
+    assert step_time(w, with_network(H100, nic_gb_s=400.0)).step <= step_time(w, with_network(H100, nic_gb_s=12.5)).step * (1 + 1e-9)
+
+
+@settings(max_examples=150, deadline=None)
+@given(w=workloads(), param=st.sampled_from(("none", "cpu")))
+def test_offload_is_never_faster(w: Workload, param: str) -> None:
+    """What the search relies on when it tries an offload only where the layout does not fit without."""
+    here = replace(w, offload_optimizer="none", offload_param="none", zero=max(1, w.zero))
+    away = replace(here, offload_optimizer=w.offload_optimizer, offload_param=param if here.zero == 3 else "none")
+    assert step_time(away, H100).step >= step_time(here, H100).step * (1 - 1e-9)
+    assert step_time(replace(away, offload_optimizer="nvme"), H100).step >= step_time(replace(away, offload_optimizer="cpu"), H100).step
+
+
+def test_recompute_costs_at_most_another_forward() -> None:
+    w = Workload(shape=LLAMA3_8B, seq=8192, dp=32, batch=64, zero=3, stack=FSDP)
+    none, half, full = (step_time(replace(w, recompute=mode), H100).step for mode in ("none", "half", "full"))
+    assert none < half < full < none * 1.36
+
+
+def test_interleaving_shrinks_the_bubble() -> None:
+    w = Workload(shape=LLAMA3_8B, seq=8192, pp=4, dp=8, batch=64, stack=NEMO)
+    plain, interleaved = step_time(w, H100).parts, step_time(replace(w, vpp=4), H100).parts
+    assert interleaved["pipeline bubble"] == pytest.approx(plain["pipeline bubble"] / 4)
+
+
+def test_tensor_parallelism_across_nodes_is_dear() -> None:
+    w = Workload(shape=LLAMA3_8B, seq=8192, tp=8, sp=True, batch=8, stack=MEGATRON)
+    inside, across = parse_hardware("h100-80gb:8x1"), parse_hardware("h100-80gb:2x4")
+    assert step_time(w, across).parts["tensor parallel"] > 3 * step_time(w, inside).parts["tensor parallel"]
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(8192, 8192, 8192), (4096, 28672, 8192), (256, 256, 256), (1, 4096, 4096), (128, 128, 65536)])
+def test_no_multiply_beats_the_ceiling_or_the_memory(m: int, n: int, k: int) -> None:
+    gpu = H100.gpu
+    seconds = kernels.matmul_time(m, n, k, gpu=gpu, precision="bf16")
+    assert seconds >= 2 * m * n * k / (gpu.peak("bf16") * gpu.matmul)
+    assert seconds >= 2 * (m * k + k * n + m * n) / (gpu.memory_gb_s * 1e9)
+
+
+def test_large_multiplies_come_near_the_ceiling_and_small_ones_do_not() -> None:
+    gpu = H100.gpu
+
+    def share(size: int) -> float:
+        return 2 * size**3 / kernels.matmul_time(size, size, size, gpu=gpu, precision="bf16") / (gpu.peak("bf16") * gpu.matmul)
+
+    assert share(16384) > 0.9
+    assert share(512) < 0.3
+
+
+def test_a_ring_sends_what_the_ring_algorithm_sends() -> None:
+    """8 H100 of one node, 1 GB gathered: 7/8 of it at 0.72 of 450 GB/s, and a few tens of microseconds."""
+    over = network.group(H100, size=8, stride=1)
+    assert network.gather_time(1e9, over=over) == pytest.approx(7 / 8 / (450 * network.FABRIC), abs=1e-4)
+    assert network.reduce_time(1e9, over=over) == pytest.approx(2 * 7 / 8 / (450 * network.FABRIC), abs=1e-4)
+    assert network.gather_time(1e9, over=network.group(H100, size=1, stride=1)) == 0.0
+
+
+def test_ranks_of_a_node_share_its_network() -> None:
+    """Data-parallel groups of TP 8 hold one rank a node each, so each sends through one port; without TP eight rings use all."""
+    alone, together = network.group(H100, size=4, stride=8), network.group(H100, size=32, stride=1)
+    assert together.gb_s == pytest.approx(min(8 * alone.gb_s, 450 * network.FABRIC))
+
+
+def test_gathered_logits_cost_memory_and_time_under_tensor_parallelism_alone() -> None:
+    """AA-Scaling's output layer hands every rank the whole vocabulary: 16 bytes a logit instead of 16 over tp."""
+    w = Workload(shape=LLAMA3_8B, seq=2048, micro=2, tp=4, batch=8, zero=1, stack=MEGATRON_FORK)
+    gathered = replace(w, stack=AA_SCALING)
+    logits = 2 * 2048 * LLAMA3_8B.vocab * 16.0
+    assert estimate(gathered, H100).worst.parts["logits"] == pytest.approx(logits)
+    assert estimate(w, H100).worst.parts["logits"] == pytest.approx(logits / 4)
+    assert step_time(gathered, H100).step > step_time(w, H100).step
+    alone = replace(w, tp=1)
+    assert estimate(replace(alone, stack=AA_SCALING), H100) == estimate(alone, H100)
+    assert step_time(replace(alone, stack=AA_SCALING), H100).step == pytest.approx(step_time(alone, H100).step)

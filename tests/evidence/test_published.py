@@ -1,0 +1,168 @@
+"""The reader of published rows: answers or says why not, whatever is null."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from toolkit.errors import ConfigError
+from toolkit.evidence.published import predict, predict_file, read_row
+
+ROW: dict[str, Any] = {
+    "id": "made-up",
+    "source_id": "none",
+    "framework": "Megatron-LM",
+    "model": {
+        "name": "Llama",
+        "family": "llama",
+        "layers": 32,
+        "hidden": 4096,
+        "heads": 32,
+        "kv_heads": 8,
+        "ffn_hidden": 14336,
+        "gated_mlp": True,
+        "vocab": 128256,
+        "seq_len": 8192,
+        "tied_embeddings": False,
+    },
+    "hardware": {
+        "gpu": "H100-SXM5-80GB",
+        "count": 64,
+        "gpus_per_node": 8,
+        "interconnect": "NVLink/NVSwitch + 8x NDR InfiniBand 400 Gb/s per node",
+        "gpu_mem_gb": 80,
+        "peak_bf16_tflops": 989,
+    },
+    "parallel": {"tp": 2, "pp": 2, "dp": 16, "cp": 1, "vpp": 1, "zero_stage": 1, "offload": "none", "sequence_parallel": True},
+    "batch": {"global": 256, "micro": 1},
+    "recompute": "none",
+    "recompute_detail": None,
+    "attention": "flash",
+    "attention_as_printed": "TE fused attention",
+    "precision": "bf16",
+    "flags": [],
+    "measured": {"tokens_per_s_per_gpu": None, "peak_memory_gib": None, "memory_kind": None, "fits": None},
+}
+FIELDS = [(key,) for key in ROW if key != "id"] + [(key, inner) for key, body in ROW.items() if isinstance(body, dict) for inner in body]
+ODD = st.one_of(
+    st.none(),
+    st.integers(-5, 10),
+    st.floats(allow_nan=True),
+    st.text(max_size=8),
+    st.booleans(),
+    st.lists(st.none(), max_size=2),
+    st.just({}),
+)
+
+
+def _with(changes: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    row = copy.deepcopy(ROW)
+    for path, value in changes.items():
+        holder = row
+        for name in path[:-1]:
+            holder = holder[name] if isinstance(holder.get(name), dict) else {}
+        holder[path[-1]] = value
+    return row
+
+
+@pytest.mark.parametrize("path", FIELDS, ids=".".join)
+def test_any_field_may_be_null(path: tuple[str, ...]) -> None:
+    answer = predict(_with({path: None}))
+    assert answer["id"] == "made-up"
+    assert answer.get("unsupported") or answer["tokens_per_s_per_gpu"] > 0
+
+
+@settings(max_examples=400, deadline=None)
+@given(changes=st.dictionaries(st.sampled_from(FIELDS), ODD, max_size=6))
+def test_no_row_makes_it_fail(changes: dict[tuple[str, ...], Any]) -> None:
+    answer = predict(_with(changes))
+    assert answer.get("unsupported") or (answer["peak_reserved_gib"] >= answer["peak_allocated_gib"] > 0)
+
+
+def test_a_whole_row_becomes_the_workload_it_describes() -> None:
+    workload, hardware = read_row(ROW)
+    assert (workload.tp, workload.pp, workload.dp, workload.microbatches) == (2, 2, 16, 16)
+    assert workload.shape.parameters == pytest.approx(8.03e9, rel=1e-3)
+    assert (hardware.gpu.name, hardware.nodes, hardware.nic_gb_s) == ("h100-80gb", 8, 50.0)
+    assert workload.stack.name == "megatron" and workload.kernel == "cudnn"
+
+
+@pytest.mark.parametrize(
+    ("printed", "gb_s"),
+    [
+        ("NVLink + 8x100 Gb/s EDR", 12.5),
+        ("RoCE 1600 Gb/s per node", 25.0),
+        ("NVLink; RDMA 400 Gb/s per GPU", 50.0),
+        ("8x HDR InfiniBand 200 Gb/s per node", 25.0),
+        ("NVLink single node", 50.0),
+    ],
+)
+def test_printed_networks_are_read(printed: str, gb_s: float) -> None:
+    assert read_row(_with({("hardware", "interconnect"): printed}))[1].nic_gb_s == gb_s
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "found"),
+    [
+        ("A100-SXM4-40GB", 40, "a100-40gb"),
+        ("A100", 40, "a100-40gb"),
+        ("A100", None, "a100-80gb"),
+        ("NVIDIA H100 80GB HBM3", 80, "h100-80gb"),
+        ("V100-SXM2", 16, "v100-16gb"),
+        ("B200", 192, "b200-180gb"),
+    ],
+)
+def test_printed_gpus_are_found(name: str, memory: int | None, found: str) -> None:
+    assert read_row(_with({("hardware", "gpu"): name, ("hardware", "gpu_mem_gb"): memory}))[1].gpu.name == found
+
+
+@pytest.mark.parametrize(
+    ("framework", "attention", "stage"),
+    [
+        ("torchtitan", "flash", 3),
+        ("DeepSpeed ZeRO-3", "flash", 3),
+        ("DeepSpeed", "flash", 2),
+        ("NeMo", "flash", 1),
+        ("Megatron-LM", "unfused", 0),
+    ],
+)
+def test_an_unprinted_zero_stage_is_the_frameworks(framework: str, attention: str, stage: int) -> None:
+    row = _with({("framework",): framework, ("attention",): attention, ("attention_as_printed",): None, ("parallel", "zero_stage"): None})
+    assert read_row(row)[0].zero == stage
+
+
+def test_the_counter_a_row_speaks_of_is_answered() -> None:
+    plain, smi = (predict(_with({("measured", "memory_kind"): kind})) for kind in ("reserved", "nvidia-smi"))
+    assert smi["peak_reserved_gib"] > plain["peak_reserved_gib"]
+    last = predict(_with({("measured", "memory_kind"): "allocated, LAST rank only"}))
+    assert last["peak_allocated_gib"] < plain["peak_allocated_gib"]  # the first stage holds more in flight
+
+
+def test_what_cannot_be_answered_is_said() -> None:
+    assert "hardware.gpu" in predict(_with({("hardware", "gpu"): None}))["unsupported"]
+    assert "Did you mean" in predict(_with({("hardware", "gpu"): "H10O"}))["unsupported"]
+    assert "int4" in predict(_with({("precision",): "int4"}))["unsupported"]
+
+
+def test_a_file_of_rows_becomes_a_file_of_answers(tmp_path: Path) -> None:
+    source, out = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    source.write_text("\n".join(json.dumps(r) for r in (ROW, _with({("hardware", "gpu"): None}), [])) + "\n")
+    summary = predict_file(source, out)
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert (summary.rows, summary.answered) == (3, 1) and len(answers) == 3
+    assert answers[0]["fits"] is True and sum(summary.unsupported.values()) == 2
+
+
+def test_a_damaged_file_is_named_with_its_line(tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps(ROW) + "\n{oops\n")
+    with pytest.raises(ConfigError, match="line 2"):
+        predict_file(source, tmp_path / "out")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        predict_file(tmp_path / "absent", tmp_path / "out")

@@ -1,0 +1,55 @@
+"""Fitting the scalars: exact on made-up measurements, one vote a source, held-out sources left out."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.evidence.test_published import ROW
+from toolkit.cost.step import step_time
+from toolkit.evidence import fit
+from toolkit.evidence.published import read_row
+from toolkit.hardware import calibration
+from toolkit.hardware.catalogue import find_gpu
+
+
+def _measured(source: str, scale: float, **batch: int) -> dict[str, Any]:
+    row = copy.deepcopy(ROW) | {"source_id": source}
+    row["batch"] |= batch
+    workload, hardware = read_row(row)
+    row["measured"]["tokens_per_s_per_gpu"] = step_time(workload, hardware, scale=scale).tokens_per_s_per_gpu
+    return row
+
+
+def test_the_scalar_behind_measurements_is_found() -> None:
+    (entry,) = fit.fit([_measured("a", 0.7), _measured("a", 0.7, **{"global": 512}), _measured("b", 0.7)])
+    assert (entry["gpu"], entry["precision"], entry["rows"], entry["sources"]) == ("h100", "bf16", 3, ["a", "b"])
+    assert entry["scale"] == pytest.approx(0.7, abs=0.002)
+    assert entry["bias_left"] == {"a": pytest.approx(0, abs=0.003), "b": pytest.approx(0, abs=0.003)}
+
+
+def test_a_source_counts_once_and_can_be_held_out() -> None:
+    rows = [_measured("many", 0.5) for _ in range(9)] + [_measured("one", 0.9), _measured("other", 0.9)]
+    assert fit.fit(rows)[0]["scale"] == pytest.approx(0.9, abs=0.003)
+    assert fit.fit([r for r in rows if r["source_id"] != "other"], without="one")[0]["scale"] == pytest.approx(0.5, abs=0.002)
+
+
+def test_fitted_scalars_are_stored_with_their_provenance(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.yaml"
+    fit.write(fit.fit([_measured("a", 0.7)]), path=path)
+    assert "sources:" in path.read_text() and "- a" in path.read_text()
+
+
+def test_the_shipped_scalars_are_plausible_and_name_their_sources() -> None:
+    entries = calibration.read()
+    assert {e["gpu"] for e in entries} >= {"a100", "h100", "b200"}
+    assert all(0.3 < e["scale"] <= 1.05 and e["sources"] and e["rows"] >= 1 for e in entries)
+
+
+def test_unmeasured_gpus_borrow() -> None:
+    table = {("h100", "bf16"): 0.8}
+    assert calibration.lookup(table, find_gpu("h100-pcie-80gb"), "fp16") == 0.8
+    assert calibration.lookup(table, find_gpu("mi300x"), "bf16") == calibration.UNKNOWN

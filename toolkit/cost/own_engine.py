@@ -1,0 +1,244 @@
+"""What this project's own engine holds on one rank, counted weight by weight: it is ours, so nothing need be approximated.
+
+Other frameworks are estimated per weight in toolkit.cost.memory; here padding, replicated norms, tied copies and DeepSpeed's
+buffers are counted too. tests/cost/test_own_engine_runs.py holds the figures to what live engines hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil
+
+from toolkit.cost.workload import Workload
+from toolkit.parallel.order import order, warmup
+
+ALIGN = 2  # DeepSpeed pads each optimizer group of ZeRO-0/1/2 to this many elements per data-parallel rank
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of a rank: its elements, and its optimizer group in the engine (0 matrices, 1 vectors, 2 the tied copy)."""
+
+    count: int
+    group: int
+
+
+def layer_weights(w: Workload) -> list[Weight]:
+    """A layer's weights on one rank, in the order of megatron-core's modules."""
+    s, tp = w.shape, w.tp
+    qkv, fc1 = (s.query + s.key_value) // tp, (2 if s.gated else 1) * s.ffn // tp
+    norm = [Weight(s.hidden, 1)] * (2 if s.norm_bias else 1)
+    heads = [Weight(s.head_dim, 1)] * ((4 if s.norm_bias else 2) if s.qk_norm else 0)
+
+    def linear(rows: int, columns: int, bias: bool) -> list[Weight]:
+        return [Weight(rows * columns, 0)] + ([Weight(rows, 1)] if bias else [])
+
+    attention = linear(s.hidden, s.query // tp, s.attention_bias) + linear(qkv, s.hidden, s.attention_bias) + heads
+    return norm + attention + norm + linear(fc1, s.hidden, s.mlp_bias) + linear(s.hidden, s.ffn // tp, s.mlp_bias)
+
+
+def edge_weights(w: Workload, stage: int) -> tuple[list[Weight], list[Weight]]:
+    """What a rank of a stage holds before its layers (embeddings) and after them (final norm, output layer)."""
+    s = w.shape
+    table = Weight(s.vocab * s.hidden // w.tp, 2 if s.tied and w.pp > 1 else 0)
+    first = [table] + ([Weight(s.positions * s.hidden, 0)] if s.positions else [])
+    last = [Weight(s.hidden, 1)] * (2 if s.norm_bias else 1) + ([table] if not s.tied or w.pp > 1 else [])
+    return (first if stage == 0 else []), (last if stage == w.pp - 1 else [])
+
+
+def states(w: Workload, stage: int, *, dp_rank: int = 0) -> dict[str, float]:
+    """Bytes of parameters, gradients, optimizer states and ZeRO buffers of a rank of a stage, wherever they live.
+
+    ZeRO-0/1: flat weights, flat fp32 gradients, two fp32 moments, and in 16 bits an fp32 master (in fp32 the weights are it).
+    ZeRO-2 and 3 clone the master also in fp32. ZeRO-3 pads every weight to its data-parallel ranks, and keeps whole those of at most
+    stage3_param_persistence_threshold elements (DeepSpeed's configuration reference).
+    """
+    layers, each = w.layers_on(stage), layer_weights(w)
+    edges = [x for side in edge_weights(w, stage) for x in side]
+    if w.zero == 3:
+        return _sharded(w, [(x, layers) for x in each] + [(x, 1) for x in edges])
+    buckets = w.bucket * w.width * (2 if w.zero == 2 and w.overlap_comm else 1)
+    b, cut, offloaded = w.width, w.shards if w.zero else 1, w.offload_optimizer != "none"
+    sizes = [layers * sum(x.count for x in each if x.group == g) + sum(x.count for x in edges if x.group == g) for g in range(3)]
+    padded = [ceil(n / (ALIGN * cut)) * ALIGN * cut for n in sizes]
+    flat = sum(padded)
+    cloned = b < 4 or w.zero == 2 or offloaded
+    shares = [n // cut for n in padded]
+    parts = {
+        "parameters": b * flat,
+        "gradients": 4 * flat if w.zero < 2 else 4 * flat / cut,
+        "optimizer": (12 if cloned else 8) * flat / cut + (0 if offloaded else 4 * sum(n > 0 for n in padded)),
+        "zero buffers": buckets if w.zero == 2 else 0.0,
+    }
+    if offloaded:  # the optimizer's own gradients, beside those that backwards add to
+        added = b * flat if w.zero < 2 else 4 * (flat / cut if b < 4 else sum(_touched(w, stage, shares, dp_rank)))
+        parts["gradients"] = 4 * flat / cut + added
+        parts["zero buffers"] = buckets + 2 * b * max(x.count for x in each + edges) + b * flat / cut
+    elif w.zero == 2 and b == 4:
+        touched = _touched(w, stage, shares, dp_rank)
+        # interleaved, the last chunk's backward comes first and makes room for all gradients, and for zeros of the others' beside it
+        parts["gradients"] = 4 * (sum(touched) + (sum(touched[:-1]) if touched[-1] else 0))
+    return {name: float(value) for name, value in parts.items()}
+
+
+def on_host(w: Workload) -> dict[str, float]:
+    """The parts that offloading takes off a GPU, as zeros."""
+    gone = [("gradients", "optimizer") if w.zero >= 2 else ("optimizer",)] if w.offload_optimizer != "none" else []
+    gone += [("parameters",)] if w.offload_param != "none" else []
+    return {part: 0.0 for parts in gone for part in parts}
+
+
+def _touched(w: Workload, stage: int, sizes: list[int], dp_rank: int) -> list[int]:
+    """Elements, by model chunk, of the weights that reach into a rank's partitions: DeepSpeed's ZeRO-2 keeps their gradients whole in fp32.
+
+    sizes: elements of a partition, by optimizer group.
+    """
+    first, last = edge_weights(w, stage)
+    ordered = [(x, 0) for x in first]
+    ordered += [(x, chunk) for chunk in range(w.vpp) for _ in range(w.layers_in(stage, chunk)) for x in layer_weights(w)]
+    ordered += [(x, w.vpp - 1) for x in last]
+    at = [0, 0, 0]
+    by_chunk = [0] * w.vpp
+    for weight, chunk in ordered:
+        start, size = at[weight.group], sizes[weight.group]
+        if start < (dp_rank + 1) * size and start + weight.count > dp_rank * size:
+            by_chunk[chunk] += weight.count
+        at[weight.group] += weight.count
+    return by_chunk
+
+
+def _sharded(w: Workload, counted: list[tuple[Weight, int]]) -> dict[str, float]:
+    b, dp = w.width, w.shards
+    part = sum(ceil(x.count / dp) * copies for x, copies in counted)
+    kept = sum(x.count * copies for x, copies in counted if x.count <= w.persist) if dp > 1 else 0
+    second = ceil(sum(x.count * copies for x, copies in counted if x.count > w.persist) / w.hpz) if w.hpz > 1 else 0
+    groups = len({x.group for x, _ in counted})
+    parts = {
+        "parameters": b * (part + kept + second),
+        "gradients": (8 if w.offload_optimizer != "none" else 4) * part,
+        "optimizer": 12 * part + (0 if w.offload_optimizer != "none" else 4 * groups),
+        "zero buffers": w.bucket * b,
+    }
+    return {name: float(value) for name, value in parts.items()}
+
+
+def layer_saved(w: Workload, *, cpu: bool) -> float:
+    """Bytes one layer keeps for the backward of one micro-batch: the tensors that PyTorch's autograd saves, one by one.
+
+    Norms keep their input and statistics (see norm_saved) and their output, the next multiply's input. Values are views of the whole
+    query-key-value product, which therefore stays; queries are a copy of their part where several share a key. RoPE adds rotated queries
+    and keys and four tables. Attention keeps its output and log-sum-exp; a gated MLP the gate's halves, their activation, the copy that
+    megatron-core's `+ glu_linear_offset` makes, and the product. Selective recompute keeps attention's inputs and output only, full
+    the layer's input.
+    """
+    s, b, t = w.shape, w.width, w.tokens
+    whole, split = t / w.sequence_shards, t / w.tp
+    if w.recompute == "full":
+        return whole * b * s.hidden
+    norms = 2 * whole * (norm_saved(w, s.hidden, cpu=cpu) + b * s.hidden)
+    copied = b * s.query if s.groups < s.heads and s.groups > w.tp else 0.0  # one group's queries lie together: a view
+    attention = b * (s.query + s.key_value) + (0.0 if s.gated or s.qk_norm else copied)
+    if s.gated or s.qk_norm:
+        attention += b * (s.query + s.key_value / 2)
+    if s.qk_norm:
+        kept_in_16_bits = cpu and s.gated and b < 4  # upcast copies instead of the input
+        each = norm_saved(w, s.head_dim, cpu=cpu) - (0 if kept_in_16_bits else b * s.head_dim)
+        attention += (s.heads + s.groups) * each + (0.0 if kept_in_16_bits else copied)
+    attention += b * s.query + (0 if w.recompute == "selective" else 4 * s.heads)
+    tables = 4 * w.seq / w.cp * s.head_dim * b if s.gated else 0
+    mlp = b * s.ffn * (5 if s.gated else 2)
+    dropout = 2 * whole * s.hidden if s.dropout else 0
+    return norms + split * (attention + mlp) + tables + dropout
+
+
+def norm_saved(w: Workload, width: int, *, cpu: bool) -> float:
+    """Bytes a norm of so many values keeps for one row: its input and statistics.
+
+    On a CPU, PyTorch's RMSNorm runs as single operations in fp32 and keeps the upcast input and the normalised one; LayerNorm keeps mean
+    and deviation in the input's precision. On a GPU both are one kernel with fp32 statistics.
+    """
+    if w.shape.gated:
+        return 8 * width + 4 if cpu else w.width * width + 4
+    return w.width * width + 2 * (w.width if cpu else 4)
+
+
+def stage_saved(w: Workload, stage: int, *, cpu: bool) -> dict[str, float]:
+    """Bytes a stage keeps for backwards at its fullest moment: activations of all micro-batches in flight, and the logits of one."""
+    s, b, t = w.shape, w.width, w.tokens
+    each = [w.layers_in(stage, chunk) * layer_saved(w, cpu=cpu) for chunk in range(w.vpp)]
+    once = logits = 0.0
+    if stage == 0:
+        each[0] += t * (8 + (1 if w.tp > 1 else 0))  # token ids, and which of them are this rank's
+        once += 8 * w.seq if s.positions else 0  # positions, the same tensor for every micro-batch
+    if stage == w.pp - 1:
+        whole = t / w.sequence_shards
+        each[-1] += whole * norm_saved(w, s.hidden, cpu=cpu)
+        logits = whole * b * s.hidden + t * (4 * s.vocab / w.tp + 9)  # the output layer's input, fp32 softmax, targets and their mask
+    if w.recompute == "full" and s.gated:
+        once += 4 * w.seq * s.head_dim * w.vpp  # RoPE's angles, of which megatron-core makes one tensor for all of a chunk's layers
+    held, logits = _fullest(w, stage, each, logits)
+    return {"activations": held + once, "logits": logits}
+
+
+def _fullest(w: Workload, stage: int, each: list[float], logits: float) -> tuple[float, float]:
+    """Activations and logits when their sum is largest; each: bytes a chunk keeps of one micro-batch."""
+    if len({w.layers_in(stage, chunk) for chunk in range(w.vpp)}) == 1:
+        # the end of the first forward that a backward follows: each chunk holds the micro-batches begun so far
+        ahead = min(warmup(stage=stage, pp=w.pp, vpp=w.vpp, microbatches=w.microbatches) + 1, w.microbatches * w.vpp)
+        rounds, within = divmod(ahead, w.pp * w.vpp)
+        begun = [rounds * w.pp + min(max(within - chunk * w.pp, 0), w.pp) for chunk in range(w.vpp)] if w.vpp > 1 else [ahead]
+        return sum(n * size for n, size in zip(begun, each, strict=True)), logits
+    # chunks that differ take turns in being held: all moments until they recur
+    now, best = 0.0, (0.0, 0.0)
+    for work in order(stage=stage, pp=w.pp, vpp=w.vpp, microbatches=min(w.microbatches, 3 * w.pp)):
+        now += each[work.chunk] if work.kind == "forward" else -each[work.chunk]
+        there = logits if stage == w.pp - 1 and work.kind == "forward" and work.chunk == w.vpp - 1 else 0.0
+        best = max(best, (now, there), key=sum)
+    return best
+
+
+def known(w: Workload) -> bool:
+    """Whether the tensors that a layer keeps are those listed here: our layers, PyTorch's fused attention, a mode we offer."""
+    return w.stack.name == "toolkit" and w.flash and w.recompute in ("none", "selective", "full")
+
+
+def gathered(w: Workload, stage: int) -> float:
+    """Bytes of weights that ZeRO-3 holds whole for a moment: the largest one that is not kept, and its gradient."""
+    if w.zero < 3 or w.shards == 1:
+        return 0.0
+    every = layer_weights(w) + [x for side in edge_weights(w, stage) for x in side]
+    return 2.0 * w.width * max((x.count for x in every if x.count > w.persist), default=0)
+
+
+def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]]:
+    """Bytes beyond the states at each moment that can be a stage's worst, by part.
+
+    In the backward of the last layer everything kept is still there, with what was recomputed and the gradients of the widest tensors;
+    at the loss, the logits, their fp32 copy and their gradient.
+    """
+    s, b, t = w.shape, w.width, w.tokens
+    kept = stage_saved(w, stage, cpu=cpu)
+    redone = 0.0
+    if w.recompute == "full":
+        redone = layer_saved(replace(w, recompute="none"), cpu=cpu) - t / w.sequence_shards * b * s.hidden
+    stream = t / w.sequence_shards * b * s.hidden
+    # the product has gone when the gradients of the gate's halves come: as much freed as one of three takes
+    widest = t * b * max((2 if s.gated else 1) * s.ffn / w.tp, (s.query + s.key_value) / w.tp)
+    held = kept["activations"]
+    if stage == w.pp - 1:
+        held -= t / w.sequence_shards * norm_saved(w, s.hidden, cpu=cpu)  # the final norm's backward is over
+    found = {
+        "backward": {"activations": held, "working set": redone + widest + 2 * stream},
+        "optimizer step": {"working set": _step_copies(w, stage)},
+    }
+    if stage == w.pp - 1:
+        # the loss overwrites its fp32 logits with the softmax and that with the gradient; in 16 bits the logits as multiplied stay too
+        found["loss"] = {**kept, "working set": stream + (t * s.vocab / w.tp * b if b < 4 else 0.0)}
+    return found
+
+
+def _step_copies(w: Workload, stage: int) -> float:
+    """DeepSpeed's ZeRO-2 and 3 flatten a rank's gradients once more for the step, in fp32."""
+    if w.zero < 2 or w.offload_optimizer != "none":
+        return 0.0
+    return 4 * w.parameters_on(stage) / w.shards

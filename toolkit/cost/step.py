@@ -1,0 +1,203 @@
+"""Seconds of one optimizer step by part: compute, communication that compute does not hide, bubble, optimizer, offload."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import log, sqrt
+
+from toolkit.cost import kernels, network
+from toolkit.cost.layer import Pass, embedding_passes, head_passes, layer_passes
+from toolkit.cost.workload import Workload
+from toolkit.hardware import calibration
+from toolkit.hardware.catalogue import GB, Hardware
+
+PARTS = (
+    "matmul",
+    "attention",
+    "memory-bound kernels",
+    "recompute",
+    "tensor parallel",
+    "context parallel",
+    "pipeline sends",
+    "pipeline bubble",
+    "zero gathers",
+    "data parallel",
+    "optimizer",
+    "offload",
+    "stragglers",
+)
+CONTENTION = 0.3  # compute slows by this share of the traffic it hides: NCCL's kernels take SMs and bandwidth (read off FSDP step times)
+SPREAD = 0.008  # standard deviation of one node's step time: the slowest of n nodes is sqrt(2 ln n) of them late
+HOST_ADAM = 4.0e9  # weights a second that DeepSpeed's CPU Adam updates on a two-socket node (arXiv 2101.06840, table 4: 1e9 in 0.25 s)
+COPIES = {2: 12.0, 3: 24.0}  # bytes a weight and micro-batch in and out of ZeRO's flat buffers, by stage
+NVME = 6.0 * GB  # bytes a second of a node's striped drives, one direction (two PCIe 4 drives' sequential rate, halved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeEstimate:
+    """One optimizer step; seconds by part, which sum to step."""
+
+    parts: dict[str, float]
+    tokens: float
+    world: int
+
+    @property
+    def step(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        return self.tokens / self.step / self.world
+
+
+def step_time(w: Workload, hardware: Hardware, *, scale: float | None = None) -> TimeEstimate:
+    """Time of one optimizer step of a workload on a cluster.
+
+    1F1B: the slowest stage's micro-batches in a row, and the fill and drain of the others' (arXiv 2104.04473, section 2.2),
+    divided by vpp when interleaved. scale: calibrated compute speed; null: the stored one of this GPU and precision.
+    """
+    if scale is None:
+        scale = calibration.scale_for(hardware.gpu, w.precision)
+    forward, backward, again = layer_passes(w, hardware, scale=scale)
+    stages = {stage: _stage(w, hardware, scale, stage, forward, backward, again) for stage in _distinct_stages(w)}
+    micro = {stage: f.total + b.total + r.total for stage, (f, b, r) in stages.items()}
+    slowest = max(micro, key=lambda stage: micro[stage])
+    f, b, r = stages[slowest]
+    m = w.microbatches
+    parts = dict.fromkeys(PARTS, 0.0)
+    both = f + b
+    parts["matmul"] = m * both.matmul
+    parts["attention"] = m * both.attention
+    parts["memory-bound kernels"] = m * both.memory
+    parts["recompute"] = m * r.total
+    parts["tensor parallel"] = m * both.tp
+    parts["context parallel"] = m * both.cp
+    gathers = _zero_gathers(w, hardware, slowest, f, b, r)
+    parts["zero gathers"] = m * gathers
+    if w.pp > 1:
+        others = sum(micro[_stands_for(stage, w)] for stage in range(w.pp)) - micro[slowest] + (w.pp - 1) * gathers
+        parts["pipeline bubble"] = others / w.vpp
+        parts["pipeline sends"] = _sends(w, hardware)
+    parts["data parallel"] = _data_parallel(w, hardware, f, b + r)
+    parts["optimizer"], parts["offload"] = _optimizer(w, hardware, micro[slowest] * m)
+    nodes = max(1.0, w.world / hardware.gpus_per_node)
+    parts["stragglers"] = SPREAD * sqrt(2 * log(nodes)) * sum(parts.values()) if nodes > 1 else 0.0
+    return TimeEstimate(parts=parts, tokens=float(w.batch * w.seq), world=w.world)
+
+
+def _distinct_stages(w: Workload) -> set[int]:
+    """Stages that can differ: the first, the last, and one of each layer count between."""
+    rest = w.shape.layers % w.pp
+    return {s for s in (0, 1, rest, w.pp - 2, w.pp - 1) if 0 <= s < w.pp}
+
+
+def _stands_for(stage: int, w: Workload) -> int:
+    if stage in (0, w.pp - 1):
+        return stage
+    for other in _distinct_stages(w) - {0, w.pp - 1}:
+        if w.layers_on(other) == w.layers_on(stage):
+            return other
+    return 0
+
+
+def _stage(
+    w: Workload, hardware: Hardware, scale: float, stage: int, forward: Pass, backward: Pass, again: Pass
+) -> tuple[Pass, Pass, Pass]:
+    layers = w.layers_on(stage)
+    f, b, r = forward * layers, backward * layers, again * layers
+    if stage == 0:
+        ef, eb = embedding_passes(w, hardware)
+        f, b = f + ef, b + eb
+    if stage == w.pp - 1:
+        hf, hb = head_passes(w, hardware, scale=scale)
+        f, b = f + hf, b + hb
+    return f, b, r
+
+
+def _sends(w: Workload, hardware: Hardware) -> float:
+    """Activations to the next stage and gradients back, per micro-batch and chunk, where they are not overlapped; seconds a step."""
+    nbytes = w.tokens * w.shape.hidden * w.width / w.sequence_shards
+    if not w.sp and w.stack.split_sends:
+        nbytes /= w.tp
+    each = network.send_time(nbytes, hardware=hardware, distance=w.tp * w.cp * w.dp)
+    hidden = w.stack.p2p_hidden if w.overlap and w.vpp > 1 else 0.0
+    return 2 * each * w.vpp * (w.microbatches * (1 - hidden) + (w.pp - 1) / w.vpp)
+
+
+def _zero_gathers(w: Workload, hardware: Hardware, stage: int, f: Pass, b: Pass, r: Pass) -> float:
+    """Exposed parameter traffic of one micro-batch under ZeRO-3 (gather for forward and backward, scatter of gradients) and of
+    ZeRO-2's gradient scatter where it happens every micro-batch (DeepSpeed); seconds (arXiv 1910.02054, section 7)."""
+    if w.zero < 2:
+        return 0.0
+    if w.shards == 1:  # nothing to send, yet DeepSpeed's buckets are filled all the same
+        return 0.0 if w.stack.sharding == "fsdp" else kernels.stream_time(COPIES[w.zero] * w.parameters_on(stage), gpu=hardware.gpu)
+    layers = w.layers_on(stage)
+    over = network.group(hardware, size=w.shards, stride=w.tp)
+    if w.stack.single_ring and over.across > 1:
+        over = replace(over, gb_s=hardware.nic_gb_s * network.NETWORK)
+    per_layer = w.shape.layer_parameters / w.tp
+    rest = max(0.0, w.parameters_on(stage) - layers * per_layer)
+    hidden = w.stack.zero3_hidden if w.overlap else 0.0
+    reduced = max(w.stack.reduce_bytes, w.width)
+    gather = layers * network.gather_time(per_layer * w.width, over=over) + network.gather_time(rest * w.width, over=over)
+    scatter = layers * network.gather_time(per_layer * reduced, over=over) + network.gather_time(rest * reduced, over=over)
+    front, back = gather, gather + scatter
+    if w.zero == 2:  # weights stay whole between forward and backward
+        front, back = (gather / w.microbatches if w.stack.sharding == "fsdp" else 0.0), scatter
+    exposed = _uncovered(front, f.compute, hidden) + _uncovered(back, b.compute + r.compute, hidden)
+    exposed += kernels.stream_time(COPIES[w.zero] * w.parameters_on(stage), gpu=hardware.gpu)  # in and out of the flat buffers
+    if w.zero == 3:  # nothing runs before the first layer is there
+        exposed += gather / max(1, layers)
+    return exposed
+
+
+def _uncovered(traffic: float, compute: float, hidden: float) -> float:
+    covered = min(traffic, compute * hidden)
+    return traffic - covered + CONTENTION * covered
+
+
+def _data_parallel(w: Workload, hardware: Hardware, f: Pass, b: Pass) -> float:
+    """Exposed gradient reduction and, with sharded optimizer states, parameter gather, once a step; seconds.
+
+    An all-reduce of gradients, or their reduce-scatter and the gather of 2-byte weights (arXiv 1910.02054, section 7.1);
+    overlapping stacks hide them behind the last backward and the first forward.
+    """
+    if w.shards == 1 or w.zero == 3:
+        return 0.0
+    params = max(w.parameters_on(stage) for stage in (0, w.pp - 1))
+    over = network.group(hardware, size=w.shards, stride=w.tp)
+    hidden = w.stack.dp_hidden if w.overlap else 0.0
+    reduced = max(w.stack.reduce_bytes, w.width)
+    if w.zero == 0:
+        return _uncovered(network.reduce_time(params * reduced, over=over), b.compute, hidden)
+    gather = network.gather_time(params * w.width, over=over)
+    if w.zero == 2:
+        return 0.0 if w.stack.sharding == "fsdp" else gather
+    scatter = (network.reduce_time if w.stack.whole_reduce else network.gather_time)(params * reduced, over=over)
+    if w.stack.sharding == "deepspeed":
+        return gather + _uncovered(scatter, b.compute, hidden)
+    return _uncovered(gather, f.compute, hidden) + _uncovered(scatter, b.compute, hidden)
+
+
+def _optimizer(w: Workload, hardware: Hardware, compute: float) -> tuple[float, float]:
+    """Adam's pass over states (read and write 12 bytes a weight, read the gradient, write the weight: 30 bytes) on the device,
+    or on the host with gradients and weights crossing PCIe (arXiv 2101.06840, section 4); seconds (device, offload)."""
+    shards = w.shards if w.zero else 1
+    params = max(w.parameters_on(stage) for stage in (0, w.pp - 1)) / shards
+    gpu = hardware.gpu
+    zeroing = kernels.stream_time(8.0 * w.parameters_on(0) / (shards if w.zero >= 2 else 1), gpu=gpu)
+    step, offload = zeroing, 0.0
+    if w.offload_optimizer == "none":
+        step += kernels.stream_time(30.0 * params, gpu=gpu, kernels=4)
+    else:
+        ranks = min(hardware.gpus_per_node, w.world)
+        offload += 2 * w.width * params / (gpu.pcie_gb_s * GB * network.PCIE)
+        offload += ranks * params / HOST_ADAM
+        if w.zero < 3:  # gradients summed over micro-batches live on the host: fetched, added to and sent back in fp32
+            offload += (w.microbatches - 1) * 8.0 * params / (gpu.pcie_gb_s * GB * network.PCIE)
+        if w.offload_optimizer == "nvme":
+            offload += ranks * params * 24.0 / NVME
+    if w.offload_param != "none":
+        traffic = 2 * w.microbatches * w.width * params / (gpu.pcie_gb_s * GB * network.PCIE)
+        offload += max(0.0, traffic - 0.5 * compute)
+    return step, offload

@@ -1,0 +1,242 @@
+"""What is trained and how it is laid out: the one description that memory and time are estimated from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+from toolkit.config.deepspeed import hpz_group, zero_key
+from toolkit.cost.stack import TOOLKIT, TOOLKIT_TE, Stack
+from toolkit.parallel.layout import seats
+
+if TYPE_CHECKING:
+    from toolkit.config.schema import RunConfig
+
+Recompute = Literal["none", "selective", "full", "half", "alternate"]
+# half: op-level, every other matrix multiply is kept (torchtitan's "selective op"); alternate: every other layer is recomputed
+Offload = Literal["none", "cpu", "nvme"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A decoder-only transformer; vocab counts padded rows, positions the rows of a learned position table (0: none)."""
+
+    layers: int
+    hidden: int
+    heads: int
+    groups: int
+    head_dim: int
+    ffn: int
+    gated: bool
+    vocab: int
+    tied: bool
+    positions: int = 0
+    biases: bool = False
+    dropout: bool = False
+    qk_norm: bool = False
+    bias_of: tuple[bool, bool, bool] | None = None  # of attention, MLP and norms, where they differ from biases
+
+    @property
+    def attention_bias(self) -> bool:
+        return self.bias_of[0] if self.bias_of else self.biases
+
+    @property
+    def mlp_bias(self) -> bool:
+        return self.bias_of[1] if self.bias_of else self.biases
+
+    @property
+    def norm_bias(self) -> bool:
+        return self.bias_of[2] if self.bias_of else self.biases
+
+    @property
+    def query(self) -> int:
+        """Width of all query heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def key_value(self) -> int:
+        """Width of all key heads and all value heads together."""
+        return 2 * self.groups * self.head_dim
+
+    @cached_property
+    def layer_parameters(self) -> int:
+        """Weights of one layer: attention, MLP, two norms, those of queries and keys."""
+        matrices = self.hidden * (2 * self.query + self.key_value) + (3 if self.gated else 2) * self.hidden * self.ffn
+        biases = self.query + self.key_value + self.ffn + 6 * self.hidden if self.biases else 2 * self.hidden
+        return matrices + biases + ((4 if self.biases else 2) * self.head_dim if self.qk_norm else 0)
+
+    @property
+    def embedding_parameters(self) -> int:
+        return self.vocab * self.hidden + self.positions * self.hidden
+
+    @property
+    def head_parameters(self) -> int:
+        """Output layer and final norm, the output matrix only where it is not the embedding's."""
+        return (0 if self.tied else self.vocab * self.hidden) + self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """All weights, a tied matrix once."""
+        return self.layers * self.layer_parameters + self.embedding_parameters + self.head_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A model, a layout and a batch. Sequences per optimizer step: batch; per forward of one data-parallel rank: micro."""
+
+    shape: Shape
+    seq: int
+    micro: int = 1
+    batch: int = 1
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    dp: int = 1
+    sp: bool = False
+    zero: int = 1
+    offload_optimizer: Offload = "none"
+    offload_param: Offload = "none"
+    recompute: Recompute = "none"
+    precision: str = "bf16"
+    flash: bool = True
+    kernel: str | None = None
+    cp_exchange: bool = False  # context parallelism by all-to-all over heads instead of a ring of key/value blocks
+    overlap: bool = True
+    split_checkpoints: bool = False  # recomputed layers' inputs are split over TP (ZeRO-R, arXiv 1910.02054, section 6.1)
+    deterministic: bool = False
+    fused_accumulation: bool = True  # weight gradients are added to the kept ones inside the GEMM, where the stack keeps them
+    stack: Stack = TOOLKIT
+    bucket: float = 5e8  # elements of DeepSpeed's reduce bucket (its default)
+    overlap_comm: bool = False  # of the DeepSpeed JSON: ZeRO-2 then fills a second bucket while the first one is sent
+    persist: float = 1e5  # elements up to which ZeRO-3 keeps a weight whole (DeepSpeed's default)
+    hpz: int = 1  # ranks over which ZeRO++ keeps a second partition of the weights
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def microbatches(self) -> int:
+        """Forward passes of one rank per optimizer step."""
+        return max(1, round(self.batch / (self.micro * self.dp)))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch on one rank, before tensor parallelism."""
+        return max(1, self.micro * self.seq // self.cp)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a parameter and an activation."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def shards(self) -> int:
+        """Ranks that hold copies of the same weights, over which ZeRO shards."""
+        return self.dp * self.cp
+
+    @property
+    def sequence_shards(self) -> int:
+        """Ranks over which norms and residuals are split."""
+        return self.tp if self.sp else 1
+
+    def layers_on(self, stage: int) -> int:
+        """Layers of a pipeline stage."""
+        split = seats(self.shape.layers, self.pp * self.vpp)
+        if split is None:
+            return sum(self.layers_in(stage, chunk) for chunk in range(self.vpp))
+        each, ends = split
+        return each * self.vpp - (stage == 0 and ends > 1) - (stage == self.pp - 1 and ends > 0)
+
+    def layers_in(self, stage: int, chunk: int) -> int:
+        """Layers of a chunk of a stage; where others split what our rules do not, the first chunks hold one more."""
+        chunks, place = self.pp * self.vpp, chunk * self.pp + stage
+        split = seats(self.shape.layers, chunks)
+        if split is None:
+            each, rest = divmod(self.shape.layers, chunks)
+            return each + (1 if place < rest else 0)
+        each, ends = split
+        return each - (place == 0 and ends > 1) - (place == chunks - 1 and ends > 0)
+
+    def parameters_on(self, stage: int) -> float:
+        """Weights one rank of a stage would hold without ZeRO."""
+        s = self.shape
+        total = self.layers_on(stage) * s.layer_parameters
+        if stage == 0:
+            total += s.embedding_parameters
+        if stage == self.pp - 1:
+            total += s.head_parameters + (s.vocab * s.hidden if s.tied and self.pp > 1 else 0)
+        return total / self.tp
+
+    @classmethod
+    def of(cls, config: RunConfig, world_size: int) -> Workload:
+        """What a run's config asks of a world size; assumes the rules hold.
+
+        model.vocab_size: null counts as the multiple it is padded to, since only the tokenizer knows it.
+        """
+        m, p, z, t = config.model, config.parallel, config.zero, config.train
+        assert m.num_query_groups and m.head_dim and m.ffn_hidden_size, "the schema fills these"
+        vocab = m.vocab_size or m.vocab_multiple
+        shape = Shape(
+            layers=m.num_layers,
+            hidden=m.hidden_size,
+            heads=m.num_attention_heads,
+            groups=m.num_query_groups,
+            head_dim=m.head_dim,
+            ffn=m.ffn_hidden_size,
+            gated=m.family == "llama",
+            vocab=-(-vocab // m.vocab_multiple) * m.vocab_multiple,
+            tied=m.tie_embeddings,
+            positions=m.max_position_embeddings if m.family == "gpt" else 0,
+            biases=m.family == "gpt",
+            dropout=m.dropout > 0,
+            qk_norm=m.qk_layernorm,
+            bias_of=(bool(m.attention_bias), bool(m.mlp_bias), bool(m.norm_bias)),
+        )
+        dp = max(1, world_size // (p.tp * p.pp * p.cp))
+        bucket, persist = _buffers(config)
+        return cls(
+            shape=shape,
+            seq=t.seq_length,
+            micro=t.micro_batch_size,
+            batch=t.global_batch_size,
+            tp=p.tp,
+            pp=p.pp,
+            vpp=p.vpp,
+            cp=p.cp,
+            dp=dp,
+            sp=p.sequence_parallel and p.tp > 1,
+            zero=z.stage,
+            offload_optimizer=z.offload_optimizer,
+            offload_param=z.offload_param,
+            recompute=t.recompute,
+            precision=t.precision,
+            stack=TOOLKIT if m.impl == "local" else TOOLKIT_TE,
+            bucket=bucket,
+            overlap_comm=bool(zero_key(config, "overlap_comm", False)),
+            persist=persist,
+            hpz=_hpz(config, dp),
+        )
+
+
+def _hpz(config: RunConfig, dp: int) -> int:
+    section = (config.zero.deepspeed or {}).get("zero_optimization") or {}
+    if section.get("zero_hpz_partition_size") == "auto":
+        return hpz_group(tp=config.parallel.tp, cp=config.parallel.cp, dp=dp)
+    return int(zero_key(config, "zero_hpz_partition_size", 1))
+
+
+def _buffers(config: RunConfig) -> tuple[float, float]:
+    """Elements of the reduce bucket and of the largest weight ZeRO-3 keeps whole, from the DeepSpeed JSON ("auto": as the engine fills it)."""
+    section = (config.zero.deepspeed or {}).get("zero_optimization") or {}
+    hidden = config.model.hidden_size
+    found = []
+    for names, default, auto in (
+        (("reduce_bucket_size",), 5e8, hidden * hidden),
+        (("stage3_param_persistence_threshold", "param_persistence_threshold"), 1e5, 10 * hidden),
+    ):
+        value = next((section[n] for n in names if section.get(n) is not None), default)
+        found.append(float(auto if value == "auto" else value))
+    return found[0], found[1]

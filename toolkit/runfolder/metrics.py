@@ -1,0 +1,147 @@
+"""One record per step: the line a person reads, metrics.jsonl, and DeepSpeed's monitor."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+log = logging.getLogger("toolkit.train")
+
+
+@dataclass
+class StepRecord:
+    """What is known of one optimizer step. tokens: consumed since the start of the run;
+    memory_gib: peak device memory of the worst rank (resident memory on a CPU); mfu: null where the
+    device's peak is not known; a skipped step has a null grad_norm. save_pause_s: seconds this step's checkpoint
+    held up training; save_write_s: seconds from its start until a checkpoint counted, at the step where that was seen."""
+
+    step: int
+    loss: float | None
+    grad_norm: float | None
+    lr: float
+    tokens: int
+    tokens_per_s: float
+    tflops_per_gpu: float
+    mfu: float | None
+    step_s: float
+    data_wait_s: float
+    memory_gib: float
+    loss_scale: float | None = None
+    skipped: bool | None = None
+    eval_loss: float | None = None
+    save_pause_s: float | None = None
+    save_write_s: float | None = None
+
+
+_ALWAYS = frozenset(list(StepRecord.__dataclass_fields__)[:11])
+
+
+class Metrics:
+    """Writes records on the rank that has a folder; does nothing on the others.
+
+    resumed: the step a run goes on from; records up to it are kept, later ones (of a run that was cut off) go.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        steps: int,
+        every: int,
+        monitor: Callable[[list[tuple[str, Any, int]]], None] | None,
+        resumed: int = 0,
+    ) -> None:
+        self.steps, self.every, self.monitor = steps, every, monitor
+        self.file: IO[str] | None = None
+        if folder is not None:
+            path = folder / "metrics.jsonl"
+            _keep_up_to(path, resumed)
+            self.file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, record: StepRecord, *, durable: bool = False) -> None:
+        """Add one step; a null is left out unless every record has the key. durable: return once it is on disk."""
+        if self.file is None:
+            return
+        values = {k: v for k, v in asdict(record).items() if v is not None or k in _ALWAYS}
+        self.file.write(json.dumps(values, allow_nan=False) + "\n")
+        if durable:
+            os.fsync(self.file.fileno())
+        if record.step % self.every == 0 or record.step == self.steps or record.eval_loss is not None:
+            log.info(step_line(record, steps=self.steps))
+        if self.monitor is not None:
+            events = [(f"Train/{k}", v, record.step) for k, v in values.items() if k not in ("step", "skipped") and v is not None]
+            self.monitor(events)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+def _keep_up_to(path: Path, step: int) -> None:
+    """Leave the whole lines of steps up to `step`, each once; a killed run may have left half a line."""
+    kept: dict[int, str] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if step and path.exists() else ():
+        try:
+            number = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if number <= step:
+            kept[number] = line
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text("".join(f"{line}\n" for line in kept.values()), encoding="utf-8")
+    partial.replace(path)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The step records of a run folder; lines that a killed run left half written are passed over."""
+    records = []
+    with suppress(OSError):
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and record.get("step_s") and record.get("tokens_per_s"):
+                    records.append(record)
+    return records
+
+
+def after_warm_up(records: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """Records that count for speed: without the first fifth (kernels load and compile, allocators fill), one at least."""
+    return records[min(len(records) - 1, max(1, len(records) // 5)) :]
+
+
+def step_line(record: StepRecord, *, steps: int) -> str:
+    """The step in one line of fixed columns."""
+    r = record
+    width = len(str(steps))
+    loss = f"{r.loss:.4f}" if r.loss is not None else "not finite"
+    norm = f"{r.grad_norm:.3f}" if r.grad_norm is not None else "skipped"
+    parts = [
+        f"step {r.step:>{width}}/{steps}",
+        f"loss {loss}",
+        f"norm {norm}",
+        f"lr {r.lr:.2e}",
+        f"{_thousands(r.tokens_per_s)} tok/s",
+        f"{r.tflops_per_gpu:.2f} TFLOP/s" + (f" ({100 * r.mfu:.1f}% MFU)" if r.mfu is not None else ""),
+        f"{r.step_s:.2f} s (data {r.data_wait_s:.2f})",
+        f"{r.memory_gib:.2f} GiB",
+    ]
+    if r.loss_scale is not None:
+        parts.append(f"scale {r.loss_scale:g}")
+    if r.eval_loss is not None:
+        parts.append(f"eval loss {r.eval_loss:.4f}")
+    if r.save_pause_s is not None:
+        parts.append(f"saved (pause {r.save_pause_s:.2f} s)")
+    return " | ".join(parts)
+
+
+def _thousands(value: float) -> str:
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.1f}{unit}"
+    return f"{value:.0f}"
