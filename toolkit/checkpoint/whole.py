@@ -207,7 +207,7 @@ class WholeCheckpoint:
     def _read_flat(self, out: Tensor, p: Parameter, key: str, rank: int, start: int) -> None:
         """A run of a saved part, from as many pieces as it takes."""
         pieces = p.pieces[rank]
-        target = memoryview(out.view(torch.uint8).numpy())
+        target = out.view(torch.uint8).numpy().data
         size, done = out.element_size(), 0
         i = bisect_right(pieces, start, key=lambda piece: piece.start) - 1
         while done < out.numel():
