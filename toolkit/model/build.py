@@ -59,6 +59,7 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
         init_method_std=m.init_std,
         perform_initialization=True,  # on the meta device: only for the attributes it sets
         use_cpu_initialization=False,
+        init_model_with_meta_device=True,  # for Transformer Engine, which would give every weight memory at once
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if interleaved else None,
