@@ -55,16 +55,17 @@ def make(folder: Path, shape: dict[str, Any]) -> int:
     import torch
     from safetensors.torch import save_file
 
+    from toolkit.arch.families import FORMATS
     from toolkit.config.load import parse_config
     from toolkit.convert.architecture import model_section
-    from toolkit.convert.table import TABLES, entries, part_shape
 
     folder.mkdir()
-    model = parse_config({"model": model_section("llama", shape, where="bench")}).model
+    form = FORMATS["llama"][1]
+    spec = parse_config({"model": model_section(form, shape, where="bench")}).model.spec
     found = {}
-    for entry in entries(TABLES["llama"], model):
-        for part in entry.parts:
-            bits = torch.randint(-(2**15), 2**15, part_shape(part, model), dtype=torch.int16)
+    for weight in spec.weights():
+        for part in form.parts(weight):
+            bits = torch.randint(-(2**15), 2**15, part.shape, dtype=torch.int16)
             found[part.name] = (bits & 0x3FFF).view(torch.bfloat16)  # finite numbers, as hard to compress as any
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(shape))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import astuple
 from pathlib import Path
@@ -17,34 +16,11 @@ from toolkit.checkpoint.manifest import Manifest, folder_name, write_manifest
 from toolkit.checkpoint.names import group_file, rank_file
 from toolkit.checkpoint.target import Target
 from toolkit.checkpoint.whole import MASTER, Parameter
-from toolkit.config.count import padded_vocab
 from toolkit.config.load import parse_config
-from toolkit.model.init import known_shard
 from toolkit.parallel.layout import Layout
 from toolkit.tensors import write_stream, write_tensors
 
 CHUNK = 1 << 22
-
-
-def llama(config: Any) -> dict[str, list[int]]:
-    """Global names and whole shapes in model order."""
-    m = config.model
-    h, f, d, rows = m.hidden_size, m.ffn_hidden_size, m.head_dim, padded_vocab(m.vocab_size, m.vocab_multiple)
-    layer = {
-        "self_attention.linear_proj.weight": [h, m.num_attention_heads * d],
-        "self_attention.linear_qkv.weight": [(m.num_attention_heads + 2 * m.num_query_groups) * d, h],
-        "mlp.linear_fc1.weight": [2 * f, h],
-        "mlp.linear_fc2.weight": [h, f],
-        "input_layernorm.weight": [h],
-        "pre_mlp_layernorm.weight": [h],
-    }
-    layers = {f"decoder.layers.{i}.{name}": shape for i in range(m.num_layers) for name, shape in layer.items()}
-    return {
-        "embedding.word_embeddings.weight": [rows, h],
-        **layers,
-        "decoder.final_layernorm.weight": [h],
-        "output_layer.weight": [rows, h],
-    }
 
 
 def write(folder: Path, model: dict[str, Any], *, dp: int = 1, stage: int = 1, step: int = 3) -> Path:
@@ -52,10 +28,9 @@ def write(folder: Path, model: dict[str, Any], *, dp: int = 1, stage: int = 1, s
     config = parse_config(
         {"run": {"dir": str(folder)}, "model": model, "zero": {"stage": stage}, "train": {"global_batch_size": 8, "seq_length": 32}}
     )
-    target, shapes = Target(config, Layout(dp=dp, micro_batch_size=1, num_microbatches=8 // dp)), llama(config)
-    cuts = {name: known_shard(name, gated=True) for name in shapes}
-    parameters = {n: Parameter(s, cuts[n].dim, cuts[n].blocks, 1, {}) for n, s in shapes.items()}
-    whole: Any = SimpleNamespace(names=list(shapes), parameter=parameters.__getitem__)
+    target, weights = Target(config, Layout(dp=dp, micro_batch_size=1, num_microbatches=8 // dp)), list(config.model.spec.weights())
+    parameters = {w.name: Parameter(list(w.shape), w.cut.dim, w.cut.blocks, 1, {}) for w in weights}
+    whole: Any = SimpleNamespace(names=list(parameters), parameter=parameters.__getitem__)
     path = folder / folder_name(step)
     path.mkdir(parents=True)
     numbers = {"counters": {"global_steps": step, "global_samples": 8 * step, "micro_steps": step, "skipped_steps": 0}, "loss_scaler": {}}
@@ -98,5 +73,5 @@ def noise(fragments: list[Any], numel: int) -> Iterator[torch.Tensor]:
 
 def state_bytes(model: dict[str, Any]) -> tuple[int, int]:
     """Bytes of all states, and of the largest whole tensor."""
-    sizes = [4 * math.prod(s) for s in llama(parse_config({"run": {"dir": "."}, "model": model})).values()]
+    sizes = [4 * w.count for w in parse_config({"run": {"dir": "."}, "model": model}).model.spec.weights()]
     return 3 * sum(sizes), max(sizes)

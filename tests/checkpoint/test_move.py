@@ -16,13 +16,14 @@ from tests.checkpoint.run import config_of
 from tests.checkpoint.runs import Run, metrics, write_config
 from tests.parity.cells import BOUNDS
 from tests.pool import Pool
+from toolkit.arch.spec import Cut
 from toolkit.checkpoint.manifest import discover, read_manifest, verify_files
 from toolkit.checkpoint.reshard import reshard
 from toolkit.checkpoint.target import Target
-from toolkit.checkpoint.whole import MASTER, WholeCheckpoint, layout_of_manifest
+from toolkit.checkpoint.whole import MASTER, WholeCheckpoint, layout_of_manifest, model_spec
 from toolkit.config.load import load_config, override_config
 from toolkit.data.loader import batches
-from toolkit.model.init import Shard, known_shard
+from toolkit.model.init import cut_out
 from toolkit.parallel.layout import Layout
 from toolkit.tensors import read_tensors
 from toolkit.train.resolve import plan
@@ -92,7 +93,7 @@ def test_a_run_that_moves(chain: str, pool: Pool, tmp_path: Path, compiled: Call
         assert moved["losses"] == pytest.approx(unmoved["losses"][part], rel=loss), one
         assert moved["norms"] == pytest.approx(unmoved["norms"][part], rel=norm), one
         step = tmp_path / f"moved/checkpoints/step-{LEG * (i + 1):08d}"
-        check_whole(step, gated=chain != "gpt")
+        check_whole(step)
         check_same_files(step, resharded(step, tmp_path / f"again-{i}", like=step))
     if chain == "fp16":
         assert moved["scale"] == unmoved["scale"] > 2**6
@@ -132,10 +133,10 @@ def check_cut(one: Path, other: Path) -> set[str]:
     }
 
 
-def check_whole(folder: Path, *, gated: bool) -> None:
+def check_whole(folder: Path) -> None:
     """Every fragment in every file is that part of the whole tensor."""
     with WholeCheckpoint(folder) as whole:
-        layout, steps = layout_of_manifest(whole.manifest), whole.manifest.step
+        layout, steps, spec = layout_of_manifest(whole.manifest), whole.manifest.step, model_spec(whole.manifest)
         assert whole.numbers["step"] == whole.numbers["counters"]["global_steps"] == steps
         assert whole.names[0] == "embedding.word_embeddings.weight" and len(whole.names) == len(set(whole.names))
         layers = [int(n.split(".")[2]) for n in whole.names if ".layers." in n]
@@ -145,11 +146,11 @@ def check_whole(folder: Path, *, gated: bool) -> None:
             tensors, metadata = read_tensors(path)
             tp, parameters = layout.coordinates(int(path.name[5:10])).tp, json.loads(metadata["parameters"])
             for name, start, at, count in json.loads(metadata["fragments"]):
-                shard = Shard(parameters[name]["dim"], parameters[name]["blocks"])
-                assert shard == known_shard(name, gated=gated), name
+                cut = Cut(parameters[name]["dim"], parameters[name]["blocks"])
+                assert cut == spec.weight(name).cut, name
                 assert set(whole.keys(name)) == {MASTER, "exp_avg", "exp_avg_sq"} and whole.dtype(name) == torch.float32
                 for key in whole.keys(name):
-                    part = shard.cut(whole.read(name, key), tp=layout.tp, rank=tp)
+                    part = cut_out(cut, whole.read(name, key), tp=layout.tp, rank=tp)
                     assert list(part.shape) == parameters[name]["shape"]
                     assert torch.equal(part.flatten()[start : start + count], tensors[key][at : at + count]), (name, key)
                 seen.add(name)

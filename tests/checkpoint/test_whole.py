@@ -14,13 +14,16 @@ from toolkit.checkpoint.weights import WeightsWriter, weights_manifest
 from toolkit.checkpoint.whole import MASTER, WholeCheckpoint
 from toolkit.config.load import parse_config
 from toolkit.errors import CheckpointError
-from toolkit.model.init import known_shard
+from toolkit.model.init import cut_out
 
 # -- weights only -------------------------------------------------------------------------------------
 
 
+MODEL = {"num_layers": 11, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 16}
+
+
 def weights(folder: Path, tensors: dict[str, torch.Tensor], **sizes: int) -> Path:
-    model = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 16}
+    model = MODEL
     manifest = weights_manifest(parse_config({"run": {"dir": str(folder)}, "model": model}), step=7)
     with WeightsWriter(folder, manifest, **sizes) as writer:
         for name, tensor in tensors.items():
@@ -61,7 +64,8 @@ def test_a_part_of_a_part(opened: WholeCheckpoint, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(TENSORS)))
     tp = data.draw(st.sampled_from([1, 2, 4]))
     rank = data.draw(st.integers(0, tp - 1))
-    part = known_shard(name, gated=True).cut(TENSORS[name], tp=tp, rank=rank).flatten()
+    cut = parse_config({"model": MODEL}).model.spec.weight(name).cut
+    part = cut_out(cut, TENSORS[name], tp=tp, rank=rank).flatten()
     start = data.draw(st.integers(0, len(part) - 1))
     end = data.draw(st.integers(start + 1, len(part)))
     out = torch.empty(end - start, dtype=part.dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from toolkit.config.count import padded_vocab, parameter_count
 from toolkit.config.load import parse_config
 from toolkit.config.presets import PRESETS
 from toolkit.errors import ConfigError
@@ -27,6 +26,23 @@ PUBLISHED = {
     "llama3.2-1b": 1_235_814_400,
     "llama3.2-3b": 3_212_749_824,
     "smollm2-135m": 134_515_008,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "mistral-nemo-12b": 12_247_782_400,
+    "qwen2-7b": 7_615_616_512,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
 }
 NOMINAL = {"gpt3-1.3b": 1.3e9, "gpt3-6.7b": 6.7e9, "gpt3-13b": 13e9, "gpt3-175b": 175e9}  # the paper gives round numbers only
 
@@ -37,12 +53,12 @@ def test_every_preset_is_held_to_a_published_count() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_count(name: str) -> None:
-    assert parameter_count(parse_config({"model": {"preset": name}}).model) == PUBLISHED[name]
+    assert parse_config({"model": {"preset": name}}).model.spec.unpadded_parameters == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("name", NOMINAL)
 def test_nominal_count(name: str) -> None:
-    assert parameter_count(parse_config({"model": {"preset": name}}).model) == pytest.approx(NOMINAL[name], rel=0.025)
+    assert parse_config({"model": {"preset": name}}).model.spec.unpadded_parameters == pytest.approx(NOMINAL[name], rel=0.025)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -76,13 +92,14 @@ def test_count_equals_transformers_on_shapes_no_preset_has(tied: bool) -> None:
         parse_config({"model": {"family": "llama", "num_query_groups": 2, "head_dim": 32, "ffn_hidden_size": 200, **shape}}),
         parse_config({"model": {"family": "gpt", **shape}}),
     ]
-    assert [parameter_count(config.model) for config in ours] == expected
+    assert [config.model.spec.unpadded_parameters for config in ours] == expected
 
 
 def test_padding_depends_on_the_multiple_alone() -> None:
-    assert [padded_vocab(size, 128) for size in (1, 128, 129, 50257)] == [128, 128, 256, 50304]
-    model = parse_config({"model": {"preset": "gpt2-124m"}}).model
-    assert parameter_count(model, padded=True) - parameter_count(model) == (50304 - 50257) * 768
+    sizes = (1, 128, 129, 50257)
+    specs = [parse_config({"model": {"preset": "gpt2-124m", "vocab_size": size}}).model.spec for size in sizes]
+    assert [spec.rows for spec in specs] == [128, 128, 256, 50304]
+    assert specs[-1].parameters - specs[-1].unpadded_parameters == (50304 - 50257) * 768
 
 
 def test_keys_beside_the_preset_win() -> None:
@@ -94,9 +111,3 @@ def test_keys_beside_the_preset_win() -> None:
 def test_unknown_preset_names_the_nearest(name: str, near: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}.*Did you mean {near}"):
         parse_config({"model": {"preset": name}})
-
-
-def test_count_needs_a_vocabulary() -> None:
-    config = parse_config({"model": {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2}})
-    with pytest.raises(ConfigError, match=r"Set model\.vocab_size"):
-        parameter_count(config.model)

@@ -16,7 +16,6 @@ pytest.importorskip("transformers")
 
 from tests.convert import models  # noqa: E402
 from tests.convert.run import config_of  # noqa: E402
-from toolkit.config.count import parameter_count  # noqa: E402
 from toolkit.config.load import parse_config  # noqa: E402
 from toolkit.convert.exporting import export_model  # noqa: E402
 from toolkit.convert.importing import import_model  # noqa: E402
@@ -71,7 +70,11 @@ def test_llama(seed: int, pool: Pool, tmp_path: Path) -> None:
     model = models.llama(**shape)
     hf = models.saved(model, tmp_path / "hf", dtype=dtype)
     done = import_model(hf, tmp_path / "ours")
-    assert done.parameters == model.num_parameters() == parameter_count(parse_config(config_of(tmp_path / "ours", {}, run=tmp_path)).model)
+    assert (
+        done.parameters
+        == model.num_parameters()
+        == parse_config(config_of(tmp_path / "ours", {}, run=tmp_path)).model.spec.unpadded_parameters
+    )
     export_model(tmp_path / "ours", tmp_path / "back", shard_gb=40e-6)
     same(hf, tmp_path / "back")
     check_logits(pool, tmp_path / "ours", models.logits(hf), [{}, layout] if seed < 2 else [layout], tmp_path / "run")

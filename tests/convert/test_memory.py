@@ -37,15 +37,16 @@ print(next(line.split()[1] for line in Path("/proc/self/status").read_text().spl
 
 def sparse(folder: Path) -> int:
     """A model whose weights are a hole in a file, which takes no room on the disk; bytes of weights."""
+    from toolkit.arch.families import FORMATS
     from toolkit.config.load import parse_config
     from toolkit.convert.architecture import model_section
-    from toolkit.convert.table import LLAMA, entries, part_shape
 
-    model = parse_config({"model": model_section("llama", SHAPE, where="test")}).model
+    form = FORMATS["llama"][1]
+    spec = parse_config({"model": model_section(form, SHAPE, where="test")}).model.spec
     header: dict[str, Any] = {}
     at = 0
-    for part in (p for e in entries(LLAMA, model) for p in e.parts):
-        shape = part_shape(part, model)
+    for part in (p for weight in spec.weights() for p in form.parts(weight)):
+        shape = list(part.shape)
         header[part.name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at := at + 2 * math.prod(shape)]}
     text = json.dumps(header).encode()
     folder.mkdir()

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from toolkit.arch.spec import ModelSpec
 from toolkit.cost.stack import AA_SCALING, DEEPSPEED, FSDP, MEGATRON, NEMO, TOOLKIT, TORCHTITAN, Stack
-from toolkit.cost.workload import Shape, Workload
+from toolkit.cost.workload import Workload
 
 STACKS: tuple[Stack, ...] = (AA_SCALING, DEEPSPEED, FSDP, MEGATRON, NEMO, TOOLKIT, TORCHTITAN)
 
 
 @st.composite
-def shapes(draw: st.DrawFn) -> Shape:
+def specs(draw: st.DrawFn) -> ModelSpec:
     heads = draw(st.sampled_from((8, 16, 32)))
     head_dim = draw(st.sampled_from((64, 128)))
     gated = draw(st.booleans())
-    return Shape(
+    rows = 1024 * draw(st.integers(1, 128))
+    biases = not gated
+    return ModelSpec(
         layers=8 * draw(st.integers(1, 6)),
         hidden=heads * head_dim,
         heads=heads,
@@ -23,10 +26,15 @@ def shapes(draw: st.DrawFn) -> Shape:
         head_dim=head_dim,
         ffn=1024 * draw(st.integers(1, 16)),
         gated=gated,
-        vocab=1024 * draw(st.integers(1, 128)),
+        norm="rms" if gated else "layer",
+        vocab=rows,
+        rows=rows,
         tied=draw(st.booleans()),
         positions=0 if gated else 2048,
-        biases=not gated,
+        qkv_bias=biases,
+        proj_bias=biases,
+        mlp_bias=biases,
+        norm_bias=biases,
         dropout=draw(st.booleans()),
     )
 
@@ -36,7 +44,7 @@ def workloads(draw: st.DrawFn, *, stack: Stack | None = None) -> Workload:
     tp, pp, cp, dp = (draw(st.sampled_from(choices)) for choices in ((1, 2, 8), (1, 2, 4), (1, 2), (1, 4, 16)))
     micro = draw(st.integers(1, 4))
     return Workload(
-        shape=draw(shapes()),
+        model=draw(specs()),
         seq=512 * draw(st.integers(1, 16)),
         micro=micro,
         batch=micro * dp * draw(st.integers(1, 16)),

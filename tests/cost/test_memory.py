@@ -9,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cost.strategies import workloads
+from toolkit.arch.spec import ModelSpec
 from toolkit.cost import activations
 from toolkit.cost.memory import GIB, estimate, states
 from toolkit.cost.stack import DEEPSPEED, FSDP, MEGATRON, TOOLKIT
-from toolkit.cost.workload import Shape, Workload
+from toolkit.cost.workload import Workload
 from toolkit.hardware.catalogue import parse_hardware
 
 H100 = parse_hardware("h100-80gb:8x4")
-LLAMA3_8B = Shape(layers=32, hidden=4096, heads=32, groups=8, head_dim=128, ffn=14336, gated=True, vocab=128256, tied=False)
+LLAMA3_8B = ModelSpec(layers=32, hidden=4096, heads=32, groups=8, head_dim=128, ffn=14336, vocab=128256, rows=128256)
 
 
 def _peak(w: Workload) -> float:
@@ -29,8 +30,8 @@ def test_more_work_never_takes_less_memory(w: Workload) -> None:
     grown = (
         replace(w, micro=w.micro + 1, batch=w.batch // w.micro * (w.micro + 1)),
         replace(w, seq=w.seq * 2),
-        replace(w, shape=replace(w.shape, layers=w.shape.layers + 8)),
-        replace(w, shape=replace(w.shape, vocab=w.shape.vocab * 2)),
+        replace(w, model=replace(w.model, layers=w.model.layers + 8)),
+        replace(w, model=replace(w.model, rows=w.model.rows * 2)),
     )
     for larger in grown:
         assert _peak(larger) >= _peak(w) * (1 - 1e-9), (w, larger)
@@ -67,7 +68,7 @@ def test_parts_sum_to_the_totals(w: Workload) -> None:
 
 def test_states_per_weight_are_those_of_the_zero_paper() -> None:
     """arXiv 1910.02054, figure 1: 16 bytes a weight, 4 + 12/N, 2 + 14/N and 16/N; ours keeps gradients in fp32 below stage 2."""
-    w = Workload(shape=LLAMA3_8B, seq=8192, dp=64, batch=64, stack=DEEPSPEED)
+    w = Workload(model=LLAMA3_8B, seq=8192, dp=64, batch=64, stack=DEEPSPEED)
     total = {z: sum(states(replace(w, zero=z), 1.0).values()) for z in (1, 2, 3)}
     assert total == pytest.approx({1: 4 + 12 / 64, 2: 2 + 14 / 64, 3: 16 / 64})
     assert sum(states(replace(w, zero=1, stack=TOOLKIT), 1.0).values()) == pytest.approx(2 + 4 + 12 / 64)
@@ -76,20 +77,20 @@ def test_states_per_weight_are_those_of_the_zero_paper() -> None:
 
 def test_a_fused_layer_keeps_what_it_must() -> None:
     """Llama-3-8B, one layer, bf16, no TP: 2 bytes of 4 norm tensors, queries, keys, values, output, three MLP tensors; 4 of the log-sum-exp."""
-    w = Workload(shape=LLAMA3_8B, seq=8192, stack=MEGATRON)
+    w = Workload(model=LLAMA3_8B, seq=8192, stack=MEGATRON)
     per_token = 2 * (4 * 4096 + 4096 + 2 * 1024 + 4096 + 3 * 14336) + 4 * 32
     assert activations.layer_bytes(w) == pytest.approx(per_token * 8192)
 
 
 def test_interleaving_holds_more_in_flight_than_1f1b() -> None:
-    w = Workload(shape=LLAMA3_8B, seq=4096, pp=4, batch=64)
+    w = Workload(model=LLAMA3_8B, seq=4096, pp=4, batch=64)
     assert activations.in_flight(w, 0) == 4 and activations.in_flight(w, 3) == 1
     # arXiv 2205.05198, section 4.2.3: 1 + (p - 1) / (p m) times the layers' activations
     assert activations.in_flight(replace(w, vpp=2), 0) == pytest.approx(4 * (1 + 3 / (4 * 2)) - 0.0)
 
 
 def test_offload_moves_states_to_the_host() -> None:
-    w = Workload(shape=LLAMA3_8B, seq=2048, dp=32, batch=32, zero=3, stack=DEEPSPEED)
+    w = Workload(model=LLAMA3_8B, seq=2048, dp=32, batch=32, zero=3, stack=DEEPSPEED)
     here, there = estimate(w, H100), estimate(replace(w, offload_optimizer="cpu", offload_param="nvme"), H100)
     assert there.worst.parts["optimizer"] == 0 and there.worst.parts["parameters"] == 0
     assert there.worst.device < here.worst.device
@@ -99,7 +100,7 @@ def test_offload_moves_states_to_the_host() -> None:
 
 def test_llama3_8b_fits_one_node_only_when_sharded() -> None:
     node = parse_hardware("h100-80gb:8")
-    w = Workload(shape=LLAMA3_8B, seq=8192, dp=8, batch=8, recompute="full", stack=DEEPSPEED)
+    w = Workload(model=LLAMA3_8B, seq=8192, dp=8, batch=8, recompute="full", stack=DEEPSPEED)
     assert not estimate(replace(w, zero=0), node).fits
     assert estimate(replace(w, zero=3), node).fits
     assert estimate(w, node).capacity == pytest.approx(79.1 * GIB)

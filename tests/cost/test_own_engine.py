@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 
 from tests.cost.strategies import workloads
-from toolkit.config.count import parameter_count
 from toolkit.config.load import parse_config
 from toolkit.config.presets import PRESETS
 from toolkit.cost import own_engine as own
@@ -27,14 +26,14 @@ def _held(w: Workload, stage: int) -> int:
 def test_every_weight_of_a_model_is_counted(preset: str, qk_layernorm: bool) -> None:
     model = {"preset": preset, "qk_layernorm": qk_layernorm, "mlp_bias": qk_layernorm}
     config = parse_config({"model": model, "train": {"seq_length": 1024}})
-    assert _held(Workload.of(config, 1), 0) == parameter_count(config.model, padded=True)
+    assert _held(Workload.of(config, 1), 0) == config.model.spec.parameters
 
 
 @settings(max_examples=100, deadline=None)
 @given(w=workloads(stack=TOOLKIT))
 def test_stages_hold_the_whole_model_between_them(w: Workload) -> None:
     one = replace(w, tp=1)
-    tied_copy = w.shape.vocab * w.shape.hidden if w.shape.tied and w.pp > 1 else 0
+    tied_copy = w.model.rows * w.model.hidden if w.model.tied and w.pp > 1 else 0
     assert sum(_held(one, s) for s in range(w.pp)) == _held(replace(one, pp=1, vpp=1), 0) + tied_copy
 
 

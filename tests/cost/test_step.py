@@ -53,19 +53,19 @@ def test_offload_is_never_faster(w: Workload, param: str) -> None:
 
 
 def test_recompute_costs_at_most_another_forward() -> None:
-    w = Workload(shape=LLAMA3_8B, seq=8192, dp=32, batch=64, zero=3, stack=FSDP)
+    w = Workload(model=LLAMA3_8B, seq=8192, dp=32, batch=64, zero=3, stack=FSDP)
     none, half, full = (step_time(replace(w, recompute=mode), H100).step for mode in ("none", "half", "full"))
     assert none < half < full < none * 1.36
 
 
 def test_interleaving_shrinks_the_bubble() -> None:
-    w = Workload(shape=LLAMA3_8B, seq=8192, pp=4, dp=8, batch=64, stack=NEMO)
+    w = Workload(model=LLAMA3_8B, seq=8192, pp=4, dp=8, batch=64, stack=NEMO)
     plain, interleaved = step_time(w, H100).parts, step_time(replace(w, vpp=4), H100).parts
     assert interleaved["pipeline bubble"] == pytest.approx(plain["pipeline bubble"] / 4)
 
 
 def test_tensor_parallelism_across_nodes_is_dear() -> None:
-    w = Workload(shape=LLAMA3_8B, seq=8192, tp=8, sp=True, batch=8, stack=MEGATRON)
+    w = Workload(model=LLAMA3_8B, seq=8192, tp=8, sp=True, batch=8, stack=MEGATRON)
     inside, across = parse_hardware("h100-80gb:8x1"), parse_hardware("h100-80gb:2x4")
     assert step_time(w, across).parts["tensor parallel"] > 3 * step_time(w, inside).parts["tensor parallel"]
 
@@ -104,7 +104,7 @@ def test_ranks_of_a_node_share_its_network() -> None:
 
 def test_gathered_logits_cost_memory_and_time_under_tensor_parallelism_alone() -> None:
     """AA-Scaling's output layer hands every rank the whole vocabulary: 16 bytes a logit instead of 16 over tp."""
-    w = Workload(shape=LLAMA3_8B, seq=2048, micro=2, tp=4, batch=8, zero=1, stack=MEGATRON_FORK)
+    w = Workload(model=LLAMA3_8B, seq=2048, micro=2, tp=4, batch=8, zero=1, stack=MEGATRON_FORK)
     gathered = replace(w, stack=AA_SCALING)
     logits = 2 * 2048 * LLAMA3_8B.vocab * 16.0
     assert estimate(gathered, H100).worst.parts["logits"] == pytest.approx(logits)

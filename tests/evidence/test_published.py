@@ -88,7 +88,7 @@ def test_no_row_makes_it_fail(changes: dict[tuple[str, ...], Any]) -> None:
 def test_a_whole_row_becomes_the_workload_it_describes() -> None:
     workload, hardware = read_row(ROW)
     assert (workload.tp, workload.pp, workload.dp, workload.microbatches) == (2, 2, 16, 16)
-    assert workload.shape.parameters == pytest.approx(8.03e9, rel=1e-3)
+    assert workload.model.parameters == pytest.approx(8.03e9, rel=1e-3)
     assert (hardware.gpu.name, hardware.nodes, hardware.nic_gb_s) == ("h100-80gb", 8, 50.0)
     assert workload.stack.name == "megatron" and workload.kernel == "cudnn"
 

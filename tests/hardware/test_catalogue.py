@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from toolkit.errors import ConfigError
-from toolkit.hardware.catalogue import catalogue, find_gpu, parse_hardware
+from toolkit.hardware.catalogue import catalogue, find_gpu, parse_hardware, peak_flops
 
 NEEDED = "v100 a100-40gb a100-80gb a800 h100 h200 b200 gb200 rtx4090 l40s mi300x cpu"
 
@@ -99,3 +99,36 @@ def test_a_wrong_file_is_refused(tmp_path: Path, text: str, words: str) -> None:
 )
 def test_a_device_is_known_by_the_name_its_driver_gives_it(device: str, name: str) -> None:
     assert find_gpu(device).name == name
+
+
+# what torch.cuda.get_device_name() says of GPUs in the catalogue, and their dense 16-bit TFLOP/s
+DEVICES = {
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H200": 989,
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA A100-SXM4-40GB": 312,
+    "NVIDIA A100 80GB PCIe": 312,
+    "NVIDIA A800-SXM4-80GB": 312,
+    "Tesla V100-SXM2-32GB": 15.7,  # bf16, which it emulates
+    "NVIDIA L40S": 362,
+    "NVIDIA GeForce RTX 4090": 165,
+    "NVIDIA B200": 2250,
+    "NVIDIA GB200": 2450,
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_device_by_its_drivers_name(device: str) -> None:
+    peak = peak_flops(device, "bf16")
+    assert peak is not None and peak / 1e12 == pytest.approx(DEVICES[device], rel=0.01)
+
+
+@pytest.mark.parametrize("device", ["cpu", "AMD EPYC", "NVIDIA GeForce GTX 1080"])
+def test_an_unknown_device_has_no_peak(device: str) -> None:
+    assert peak_flops(device, "bf16") is None
+
+
+@pytest.mark.parametrize("name", [name for name, gpu in catalogue().items() if gpu.accelerator])
+def test_every_gpu_of_the_catalogue_has_a_peak(name: str) -> None:
+    assert peak_flops(f"NVIDIA {name.upper()}", "bf16") == catalogue()[name].peak("bf16")

@@ -6,7 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.model.init import Shard, draw
+from toolkit.arch.spec import Cut, WeightSpec
+from toolkit.config.load import parse_config
+from toolkit.model.init import cut_out, draw
 
 CPU = torch.device("cpu")
 
@@ -19,30 +21,36 @@ CPU = torch.device("cpu")
     dim=st.sampled_from([None, 0, 1]),
 )
 def test_cut_pieces_make_the_whole(tp: int, blocks: int, rows: int, columns: int, dim: int | None) -> None:
-    shard = Shard(dim, blocks if dim == 0 else 1)
+    cut = Cut(dim, blocks if dim == 0 else 1)
     full = torch.arange(rows * tp * 2 * columns * tp).view(rows * tp * 2, columns * tp)
-    pieces = [shard.cut(full, tp=tp, rank=r) for r in range(tp)]
-    assert all(shard.whole(p.shape, tp) == list(full.shape) for p in pieces)
+    pieces = [cut_out(cut, full, tp=tp, rank=r) for r in range(tp)]
+    assert all(cut.whole(p.shape, tp) == list(full.shape) and cut.part(full.shape, tp) == list(p.shape) for p in pieces)
     if dim is None:
         assert all(torch.equal(p, full) for p in pieces)
         return
-    cut = [p.chunk(shard.blocks, dim) for p in pieces]
-    again = torch.cat([torch.cat([c[b] for c in cut], dim) for b in range(shard.blocks)], dim)
+    chunks = [p.chunk(cut.blocks, dim) for p in pieces]
+    again = torch.cat([torch.cat([c[b] for c in chunks], dim) for b in range(cut.blocks)], dim)
     assert torch.equal(again, full)
 
 
+def weight(name: str) -> WeightSpec:
+    model = {"family": "gpt", "num_layers": 8, "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 64}
+    return parse_config({"model": model}).model.spec.weight(name)
+
+
 def test_names_and_seeds_decide() -> None:
-    def weight(name: str, seed: int) -> torch.Tensor:
-        return draw(name, [64, 64], seed=seed, std=0.02, num_layers=8, device=CPU)
+    def value(name: str, seed: int) -> torch.Tensor:
+        return draw(weight(name), seed=seed, std=0.02, num_layers=8, device=CPU)
 
     name = "decoder.layers.3.mlp.linear_fc1.weight"
-    assert torch.equal(weight(name, 1), weight(name, 1))
-    assert not torch.equal(weight(name, 1), weight(name, 2))
-    assert not torch.equal(weight(name, 1), weight("decoder.layers.4.mlp.linear_fc1.weight", 1))
-    assert abs(float(weight(name, 1).std()) - 0.02) < 0.001
-    assert abs(float(weight("decoder.layers.3.mlp.linear_fc2.weight", 1).std()) - 0.02 / 4) < 0.0003
+    assert torch.equal(value(name, 1), value(name, 1))
+    assert not torch.equal(value(name, 1), value(name, 2))
+    assert not torch.equal(value(name, 1), value("decoder.layers.4.mlp.linear_fc1.weight", 1))
+    assert abs(float(value(name, 1).std()) - 0.02) < 0.001
+    assert abs(float(value("decoder.layers.3.mlp.linear_fc2.weight", 1).std()) - 0.02 / 4) < 0.0003
 
 
 def test_vectors() -> None:
-    assert draw("decoder.final_layernorm.weight", [4], seed=1, std=1, num_layers=1, device=CPU).tolist() == [1.0] * 4
-    assert draw("decoder.layers.0.mlp.linear_fc1.bias", [4], seed=1, std=1, num_layers=1, device=CPU).tolist() == [0.0] * 4
+    for name, constant in (("decoder.final_layernorm.weight", 1.0), ("decoder.layers.0.mlp.linear_fc1.bias", 0.0)):
+        value = draw(weight(name), seed=1, std=1, num_layers=1, device=CPU)
+        assert set(value.tolist()) == {constant}

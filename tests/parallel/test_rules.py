@@ -121,6 +121,7 @@ BROKEN: list[tuple[str, dict[str, Any], int, Machine, list[str]]] = [
     ("hpz-dp", {**HPZ, "zero.stage": 3, "train.global_batch_size": 6}, 3, GPU, ["zero_hpz_partition_size=2", "3 data-parallel", "auto"]),
     ("qgz-ranks", {**QGZ, "zero.stage": 3, "parallel.pp": 2}, 2, GPU, ["parallel.pp=2", "zero_quantized_gradients=false"]),
     ("quantized-cuda", {**QGZ, "zero.stage": 3}, 1, Machine(), ["without CUDA"]),
+    ("sliding-window", {"model.sliding_window": 16}, 1, GPU, ["train.seq_length=32", "sliding_window=16"]),
     ("warm-up", {"optimizer.warmup_steps": 30, "train.steps": 20}, 1, GPU, ["warmup_steps=30", "train.steps=20"]),
     ("decay", {"optimizer.warmup_steps": 10, "optimizer.decay_steps": 5}, 1, GPU, ["decay_steps=5", "warmup_steps=10"]),
     ("decay", {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 10, "optimizer.decay_steps": 15}, 1, GPU, ["wsd", "decay_steps=10"]),

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from toolkit.arch.spec import ModelSpec
+
 
 def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
     """Train cell["config"] for its steps; losses and norms, and this rank's digest of every parameter.
@@ -48,7 +50,7 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
         total = torch.zeros(()) if loss is None or at.tp else loss / layout.dp
         dist.all_reduce(total)
         losses.append(float(total))
-    return {"losses": losses, "norms": norms, "digests": digests(engine, chunks, tied=config.model.tie_embeddings, tp=at.tp)}
+    return {"losses": losses, "norms": norms, "digests": digests(engine, chunks, config.model.spec, tp=at.tp)}
 
 
 def micro_batches(config: Any, layout: Any, dp: int, step: int) -> Iterator[dict[str, Tensor]]:
@@ -60,17 +62,17 @@ def micro_batches(config: Any, layout: Any, dp: int, step: int) -> Iterator[dict
         yield {"tokens": micro[:, :-1], "labels": micro[:, 1:]}
 
 
-def digests(engine: Any, chunks: list[Any], *, tied: bool, tp: int) -> dict[str, str]:
+def digests(engine: Any, chunks: list[Any], spec: ModelSpec, *, tp: int) -> dict[str, str]:
     """Digest of each parameter's bits under its global name, and its TP rank where it is cut: equal keys, equal bits."""
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-    from toolkit.model.init import global_parameters
+    from toolkit.model.init import named_weights
 
     found = {}
     for chunk in chunks:
         with GatheredParameters(list(chunk.parameters()), enabled=engine.stage == 3):
-            for name, parameter in global_parameters(chunk, tied=tied):
-                key = f"{name}@{tp}" if getattr(parameter, "tensor_model_parallel", False) else name
+            for weight, parameter in named_weights(chunk, spec):
+                key = f"{weight.name}@{tp}" if weight.cut.dim is not None else weight.name
                 bits = parameter.detach().contiguous().view(torch.uint8).numpy().tobytes()
                 found[key] = hashlib.sha256(bits).hexdigest()
     return found

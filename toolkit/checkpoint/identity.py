@@ -36,6 +36,14 @@ def model_identity(config: RunConfig) -> dict[str, Any]:
     return {f"model.{k}": v for k, v in config.model.model_dump(mode="json").items() if k not in _FREE_MODEL_KEYS}
 
 
+def _known_now(manifest: Manifest) -> dict[str, Any]:
+    """A checkpoint's config with the keys that its version did not know yet, as that version behaved."""
+    try:
+        return RunConfig.model_validate(manifest.config).model_dump(mode="json")
+    except ValueError:  # of a version that knew other keys: compared as it is
+        return manifest.config
+
+
 def layout_of(config: RunConfig, layout: Layout) -> dict[str, Any]:
     """What the saved state is cut by. Micro-batch and sequence parallelism are not among it."""
     return {
@@ -53,7 +61,8 @@ def layout_of(config: RunConfig, layout: Layout) -> dict[str, Any]:
 
 def check_same_run(manifest: Manifest, identity: Mapping[str, Any], *, path: Path) -> None:
     """Raise CheckpointError naming every key in which this run is another one than the checkpoint's."""
-    here, there = _differences(identity, manifest.identity)
+    model = {f"model.{k}": v for k, v in _known_now(manifest).get("model", {}).items()}
+    here, there = _differences(identity, model | manifest.identity)
     if here:
         raise CheckpointError(
             f"{path} belongs to another run: it has {there}, and this run has {here}",
@@ -76,7 +85,7 @@ def moved(manifest: Manifest, layout: Mapping[str, Any]) -> str:
 
 def changed_keys(manifest: Manifest, config: RunConfig) -> list[str]:
     """`key: old -> new` for every other key that changed since the checkpoint; those a run may change."""
-    old, new = _flat(manifest.config), _flat(config.model_dump(mode="json"))
+    old, new = _flat(_known_now(manifest)), _flat(config.model_dump(mode="json"))
     quiet = (*_QUIET, *manifest.layout)
     return [f"{k}: {_show(old.get(k))} -> {_show(v)}" for k, v in new.items() if old.get(k) != v and not k.startswith(quiet)]
 

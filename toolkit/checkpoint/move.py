@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from toolkit.arch.spec import Cut
 from toolkit.checkpoint.agree import everywhere
 from toolkit.checkpoint.whole import MASTER, WholeCheckpoint
 from toolkit.engine.state import EngineState
 from toolkit.errors import CheckpointError
-from toolkit.model.init import Shard
 
 _BUFFER = 1 << 24  # elements at a time where values go to a device or change their type
 
@@ -51,9 +51,9 @@ def fill(state: EngineState, whole: WholeCheckpoint, *, tp: int, tp_rank: int, w
 def check_fits(state: EngineState, whole: WholeCheckpoint, *, tp: int) -> None:
     """CheckpointError where a checkpoint lacks a parameter of this rank, or has it with another shape or cut."""
     for name, here in state.parameters.items():
-        shard, there = Shard(here["dim"], here["blocks"]), whole.parameter(name)
-        shape = shard.whole(torch.Size(here["shape"]), tp)
-        if shape != there.shape or (shard.dim, shard.blocks) != (there.dim, there.blocks):
+        cut, there = Cut(here["dim"], here["blocks"]), whole.parameter(name)
+        shape = cut.whole(here["shape"], tp)
+        if shape != there.shape or (cut.dim, cut.blocks) != (there.dim, there.blocks):
             raise CheckpointError(
                 f"{name} has shape {there.shape} in {whole.folder} and {shape} in this run",
                 why="the checkpoint is of another model",

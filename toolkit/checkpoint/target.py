@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.arch.spec import TIED_NAME
 from toolkit.checkpoint.identity import layout_of
 from toolkit.checkpoint.manifest import Manifest
 from toolkit.checkpoint.names import holder
@@ -79,12 +80,10 @@ class Target:
 
     def cuts(self, whole: WholeCheckpoint, rank: int) -> list[Cut]:
         """A rank's partitions as the engine of this layout has them."""
-        from toolkit.model.init import TIED_NAME
-
-        model, zero = self.config.model, deepspeed_config(self.config, self.layout)["zero_optimization"]
-        tied = TIED_NAME if model.tie_embeddings and self.layout.pp > 1 else None
+        spec, zero = self.config.model.spec, deepspeed_config(self.config, self.layout)["zero_optimization"]
+        tied = TIED_NAME if spec.tied and self.layout.pp > 1 else None
         stage = self.layout.coordinates(rank).pp
-        names = stage_parameters(whole.names, self.layout, stage=stage, num_layers=model.num_layers, tied=tied)
+        names = stage_parameters(spec, self.layout, stage=stage)
         size = zero.get("sub_group_size", "auto")
         return partitions(
             names,

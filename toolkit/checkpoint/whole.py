@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from toolkit.arch.spec import ModelSpec
 from toolkit.checkpoint.manifest import Manifest, read_manifest
 from toolkit.checkpoint.names import GROUP_FILE, WEIGHTS_FILE, rank_file
+from toolkit.config.schema import ModelSection
 from toolkit.errors import CheckpointError
-from toolkit.model.init import known_shard
 from toolkit.parallel.layout import Layout
 from toolkit.tensors import DTYPES, mapped
 
@@ -64,7 +65,7 @@ class _Header:
 class Parameter:
     """One parameter as saved: whole shape, the cut over `tp` ranks, the flat tensors that have it, and where its pieces lie.
 
-    Cut as toolkit.model.init.Shard says: along dim, in each of `blocks` equal parts by itself. Flattened, every rank's part is `rows`
+    Cut as toolkit.arch.spec.Cut says: along dim, in each of `blocks` equal parts by itself. Flattened, every rank's part is `rows`
     rows, and the whole has those rows `tp` times as wide: rank r's part of a row is its r-th piece.
     """
 
@@ -101,13 +102,14 @@ class WholeCheckpoint:
             self._flats: list[_Flat] = []
             names = [f.name for f in self.manifest.files]
             self._files = [_header(folder / n) for n in sorted(names) if GROUP_FILE.fullmatch(n) or WEIGHTS_FILE.fullmatch(n)]
-            found = self._whole_tensors() if self.manifest.weights_only else self._partitions()
+            spec = model_spec(self.manifest)
+            found = _in_model_order(self._whole_tensors(spec) if self.manifest.weights_only else self._partitions(), spec)
             self.numbers: dict[str, Any] = {} if self.manifest.weights_only else self._numbers(names)
         except (ValueError, KeyError, TypeError, IndexError) as e:
             raise CheckpointError(f"{folder} is no checkpoint that can be read", why=str(e), fix="Name a complete step-… folder.") from None
         except OSError as e:
             raise CheckpointError(f"{e.filename} cannot be read", why=(e.strerror or str(e)).lower(), fix="Restore the file.") from None
-        self._parameters: dict[str, Parameter] = {name: found[name] for name in in_model_order(found)}
+        self._parameters: dict[str, Parameter] = found
         self._open: OrderedDict[Path, int] = OrderedDict()
 
     @property
@@ -232,11 +234,11 @@ class WholeCheckpoint:
 
     # -- headers ----------------------------------------------------------------------------------------
 
-    def _whole_tensors(self) -> dict[str, Parameter]:
-        found, gated = {}, self.manifest.identity["model.family"] == "llama"
+    def _whole_tensors(self, spec: ModelSpec) -> dict[str, Parameter]:
+        found = {}
         for header in self._files:
             for name, entry in header.entries.items():
-                piece, cut = _Piece(0, math.prod(entry.shape), len(self._flats), 0), known_shard(name, gated=gated)
+                piece, cut = _Piece(0, math.prod(entry.shape), len(self._flats), 0), spec.weight(name).cut
                 self._flats.append(_Flat(header.path, {MASTER: entry}))
                 found[name] = Parameter(entry.shape, cut.dim, cut.blocks, 1, {MASTER: entry}, [[piece]])
         return found
@@ -297,25 +299,23 @@ class WholeCheckpoint:
         return {"step": next(iter(steps), None), **state}
 
 
+def model_spec(manifest: Manifest) -> ModelSpec:
+    """What the model of a checkpoint is; a key that its version did not know yet has its usual value."""
+    return ModelSection.model_validate(manifest.config["model"]).spec
+
+
+def _in_model_order(found: Mapping[str, Parameter], spec: ModelSpec) -> dict[str, Parameter]:
+    """The same in the order of the model's modules; ValueError for a name that the model does not have."""
+    ordered = {w.name: found[w.name] for w in spec.weights() if w.name in found}
+    if unknown := found.keys() - ordered.keys():
+        raise ValueError(f"its model has no parameter {min(unknown)}")
+    return ordered
+
+
 def layout_of_manifest(manifest: Manifest) -> Layout:
     """The degrees a checkpoint was saved with."""
     of = manifest.layout
     return Layout(tp=of["parallel.tp"], pp=of["parallel.pp"], vpp=of["parallel.vpp"], cp=of["parallel.cp"], dp=of["dp"])
-
-
-def in_model_order(names: Iterable[str] | Mapping[str, Any]) -> list[str]:
-    """Global names as the model has them; within a layer in the order in which they are given."""
-    places = {"embedding": 0, "decoder.layers": 1, "decoder.final_layernorm": 2, "output_layer": 3}
-    within: dict[str, int] = {}
-
-    def key(name: str) -> tuple[int, int, int]:
-        place = next((v for k, v in places.items() if name.startswith(k + ".")), len(places))
-        if place != 1:
-            return place, 0, 0
-        _, _, number, rest = name.split(".", 3)
-        return place, int(number), within.setdefault(rest, len(within))
-
-    return sorted(names, key=key)
 
 
 def _rectangles(start: int, end: int, width: int) -> Iterator[tuple[int, int, int, int, int]]:

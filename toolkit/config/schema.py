@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from toolkit.arch.families import FAMILIES
+from toolkit.arch.family import Family
+from toolkit.arch.spec import ModelSpec
+
 Offload = Literal["none", "cpu", "nvme"]
+if TYPE_CHECKING:
+    FamilyName = str
+else:
+    FamilyName = Literal[tuple(FAMILIES)]
 
 LARGEST_INT = 2**31 - 1  # sizes beyond this overflow the 32-bit indices of kernels and index files
 
@@ -61,9 +69,7 @@ class RopeScaling(Section):
 
 
 class ModelSection(Section):
-    family: Literal["gpt", "llama"] = Field(
-        "llama", description="gpt: learned positions, LayerNorm, GELU, biases; llama: RoPE, RMSNorm, SwiGLU"
-    )
+    family: FamilyName = Field("llama", description="; ".join(f"{f.name}: {f.title}" for f in FAMILIES.values()))
     preset: str | None = Field(None, description="published shape, e.g. llama3-8b; keys set beside it win")
     impl: Literal["local", "te"] = Field("local", description="local: PyTorch layers; te: Transformer Engine (CUDA)")
     num_layers: int = Field(ge=1, description="transformer layers")
@@ -71,22 +77,24 @@ class ModelSection(Section):
     num_attention_heads: int = Field(ge=1, description="query heads")
     num_query_groups: int | None = Field(None, ge=1, description="key/value heads; null: one per query head")
     head_dim: int | None = Field(None, ge=1, description="width of one head; null: hidden_size / num_attention_heads")
-    ffn_hidden_size: int | None = Field(None, ge=1, description="inner MLP width; null: 4h (gpt), 8h/3 rounded up to 256 (llama)")
+    ffn_hidden_size: int | None = Field(None, ge=1, description="inner MLP width; null: 4h (gpt), else 8h/3 rounded up to 256")
     vocab_size: int | None = Field(None, ge=1, description="token ids the model knows; null: the tokenizer's")
     vocab_multiple: int = Field(128, ge=1, description="embedding rows are padded to a multiple of this, never of TP")
     max_position_embeddings: int = Field(2048, ge=1, description="longest sequence in tokens")
     tie_embeddings: bool = Field(False, description="output layer shares the word embedding")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="probability, for attention and residual alike")
-    qk_layernorm: bool = Field(False, description="normalise queries and keys per head")
+    qk_layernorm: bool | None = Field(None, description="normalise queries and keys per head; null: the family's (qwen3: true)")
     rope_theta: float = Field(10000.0, gt=0, description="RoPE base")
     rope_scaling: RopeScaling | None = Field(None, description="RoPE scaling, as Hugging Face's rope_scaling")
     norm_eps: float = Field(1e-5, gt=0, description="added to the variance in norms")
     activation: Literal["gelu_tanh", "gelu", "swiglu"] | None = Field(
-        None, description="of the MLP; null: gelu_tanh (gpt), swiglu (llama); gelu: gpt with the exact form"
+        None, description="of the MLP; null: gelu_tanh (gpt), else swiglu; gelu: gpt with the exact form"
     )
-    attention_bias: bool | None = Field(None, description="biases in the attention's linear layers; null: true (gpt), false (llama)")
-    mlp_bias: bool | None = Field(None, description="biases in the MLP's linear layers; null: true (gpt), false (llama)")
-    norm_bias: bool | None = Field(None, description="biases in LayerNorms; null: true (gpt); false for llama, whose RMSNorms have none")
+    attention_bias: bool | None = Field(None, description="biases in the attention's linear layers; null: the family's (gpt: true)")
+    qkv_bias: bool | None = Field(None, description="biases of queries, keys and values; null: true (qwen2), else as attention_bias")
+    mlp_bias: bool | None = Field(None, description="biases in the MLP's linear layers; null: the family's (gpt: true)")
+    norm_bias: bool | None = Field(None, description="biases in LayerNorms; null: true (gpt); RMSNorms have none")
+    sliding_window: int | None = Field(None, ge=1, description="tokens each one attends back to; null: all before it")
     init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
     compile: bool = Field(False, description="torch.compile each transformer layer")
 
@@ -102,26 +110,65 @@ class ModelSection(Section):
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.ffn_hidden_size is None:
-            self.ffn_hidden_size = 4 * self.hidden_size if self.family == "gpt" else -(-8 * self.hidden_size // 3 // 256) * 256
+            self.ffn_hidden_size = self.of_family.ffn(self.hidden_size)
         return self._fill_by_family()
 
     def _fill_by_family(self) -> ModelSection:
-        gpt = self.family == "gpt"
-        self.activation = self.activation or ("gelu_tanh" if gpt else "swiglu")
-        for name in ("attention_bias", "mlp_bias", "norm_bias"):
+        family = self.of_family
+        self.activation = self.activation or family.activations[0]  # type: ignore[assignment]
+        for name in ("attention_bias", "mlp_bias", "norm_bias", "qk_layernorm"):
             if getattr(self, name) is None:
-                setattr(self, name, gpt)
-        if (self.activation == "swiglu") == gpt:
-            fit = "gelu_tanh or gelu" if gpt else "swiglu"
+                setattr(self, name, getattr(family, name))
+        if self.qkv_bias is None:
+            self.qkv_bias = family.qkv_bias or self.attention_bias
+        if self.activation not in family.activations:
+            fit = " or ".join(family.activations)
             raise ValueError(f"activation={self.activation} does not belong to family {self.family}. Set activation to {fit}")
-        if self.norm_bias and not gpt:
-            raise ValueError("norm_bias=true with family llama: an RMSNorm has no bias. Set norm_bias to false")
-        if self.impl == "te" and (self.attention_bias != self.mlp_bias or self.norm_bias != gpt):
+        if self.norm_bias and family.norm == "rms":
+            raise ValueError(f"norm_bias=true with family {self.family}: an RMSNorm has no bias. Set norm_bias to false")
+        if self.attention_bias and not self.qkv_bias:
+            raise ValueError(
+                "attention_bias=true with qkv_bias=false: the projection behind attention has a bias only where queries, keys and "
+                "values have one. Set qkv_bias to true, or attention_bias to false"
+            )
+        if self.impl == "te" and (self.attention_bias != self.mlp_bias or self.norm_bias != (family.norm == "layer")):
             raise ValueError(
                 f"impl=te with attention_bias={self.attention_bias}, mlp_bias={self.mlp_bias}, norm_bias={self.norm_bias}: its layers have "
                 "one switch for all linear biases and norms of one kind. Set impl to local"
             )
         return self
+
+    @property
+    def of_family(self) -> Family:
+        """What the family's models have in common."""
+        return FAMILIES[self.family]
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model is, weight by weight; vocab_size: null counts as the multiple it is padded to."""
+        assert self.num_query_groups and self.head_dim and self.ffn_hidden_size, "filled by _fill"
+        family, vocab = self.of_family, self.vocab_size or self.vocab_multiple
+        return ModelSpec(
+            layers=self.num_layers,
+            hidden=self.hidden_size,
+            heads=self.num_attention_heads,
+            groups=self.num_query_groups,
+            head_dim=self.head_dim,
+            ffn=self.ffn_hidden_size,
+            vocab=vocab,
+            rows=-(-vocab // self.vocab_multiple) * self.vocab_multiple,
+            positions=self.max_position_embeddings if family.positions == "learned" else 0,
+            norm=family.norm,
+            gated=self.activation == "swiglu",
+            tied=self.tie_embeddings,
+            qkv_bias=bool(self.qkv_bias),
+            proj_bias=bool(self.attention_bias),
+            mlp_bias=bool(self.mlp_bias),
+            norm_bias=bool(self.norm_bias),
+            qk_norm=bool(self.qk_layernorm),
+            dropout=self.dropout > 0,
+            fused_norms=self.impl == "te",
+        )
 
 
 class ParallelSection(Section):

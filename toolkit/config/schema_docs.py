@@ -9,7 +9,6 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from toolkit.config.count import parameter_count
 from toolkit.config.describe import expected, keys, section_model, show
 from toolkit.config.presets import PRESETS
 from toolkit.config.schema import ModelSection
@@ -62,12 +61,12 @@ def _shape(name: str) -> str:
     m = ModelSection.model_validate(PRESETS[name])
     rope = (
         "learned positions"
-        if m.family == "gpt"
+        if not m.spec.rotary
         else f"{m.rope_theta:g}" + (f", scaled x{m.rope_scaling.factor:g}" if m.rope_scaling else "")
     )
     cells = (
         name,
-        f"{parameter_count(m):,}",
+        f"{m.spec.unpadded_parameters:,}",
         m.num_layers,
         m.hidden_size,
         m.num_attention_heads,

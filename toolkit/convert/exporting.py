@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from toolkit.arch.family import Format
+from toolkit.arch.spec import TIED_NAME, ModelSpec, WeightSpec
 from toolkit.checkpoint.find import checkpoint_in
 from toolkit.checkpoint.manifest import Manifest, verify_files
 from toolkit.checkpoint.whole import WholeCheckpoint
@@ -19,8 +21,7 @@ from toolkit.config.schema import ModelSection
 from toolkit.convert.architecture import foreign_config
 from toolkit.convert.source import carried_files
 from toolkit.convert.stream import Job, Slot, shards, write_all
-from toolkit.convert.table import TABLES, Entry, entries, our_shape, part_shape, present
-from toolkit.convert.transform import part, zeros
+from toolkit.convert.transform import split, zeros
 from toolkit.errors import CheckpointError, ConvertError
 from toolkit.files import Partial, write_durably
 from toolkit.tensors import Rows
@@ -65,8 +66,10 @@ def export_model(
         precision = dtype or (None if weights_only else str(whole.manifest.config["train"]["precision"]))
         kind = None if precision is None else DTYPES[precision]
         said = precision or _name(_most(whole))
-        table, config = foreign_config(model, dtype={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(said, said))
-        jobs = [_job(entry, readers, model, kind) for entry in entries(TABLES[table], model, absent=table == "gpt2")]
+        form, config = foreign_config(model, dtype={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(said, said))
+        spec = model.spec
+        written = spec.with_all_biases() if form.biased else spec
+        jobs = [_job(weight, form, readers, spec, kind) for weight in written.weights()]
         files, origin = _files(folder, whole.manifest, tokenizer)
         config |= _kept(files)
         try:
@@ -111,25 +114,24 @@ class _Readers:
             one.close()
 
 
-def _job(entry: Entry, readers: _Readers, model: ModelSection, dtype: torch.dtype | None) -> Job:
-    there, whole = present(entry, model), readers.mine()
-    stored = whole.dtype(entry.ours) if there else whole.dtype("embedding.word_embeddings.weight")
+def _job(weight: WeightSpec, form: Format, readers: _Readers, model: ModelSpec, dtype: torch.dtype | None) -> Job:
+    name, whole, parts = weight.name, readers.mine(), form.parts(weight)
+    there = model.has(name)
+    stored = whole.dtype(name if there else TIED_NAME)
     kind = dtype or stored
-    shape = our_shape(entry, model)
-    if there and whole.shape(entry.ours) != shape:
+    if there and whole.shape(name) != list(weight.shape):
         raise CheckpointError(
-            f"{whole.folder} holds {entry.ours} with shape {whole.shape(entry.ours)}, and its own config makes it {shape}",
+            f"{whole.folder} holds {name} with shape {whole.shape(name)}, and its own config makes it {list(weight.shape)}",
             fix="The checkpoint is damaged: use another one.",
         )
 
     def make() -> list[Rows]:
         if not there:
-            return zeros(entry, model, kind)
-        return part(entry, readers.mine().view(entry.ours).to(kind), model)
+            return zeros(parts, kind)
+        return split(weight, parts, readers.mine().view(name).to(kind), model)
 
-    slots = [Slot(p.name, kind, part_shape(p, model)) for p in entry.parts]
-    size = torch.Size(shape).numel()
-    return Job(slots, make, needs=size * (stored.itemsize + kind.itemsize))
+    slots = [Slot(p.name, kind, list(p.shape)) for p in parts]
+    return Job(slots, make, needs=weight.count * (stored.itemsize + kind.itemsize))
 
 
 def _write(
@@ -217,7 +219,7 @@ def _kept(files: dict[str, bytes]) -> dict[str, Any]:
 
 
 def _most(whole: WholeCheckpoint) -> torch.dtype:
-    return whole.dtype("embedding.word_embeddings.weight")
+    return whole.dtype(TIED_NAME)
 
 
 def _name(dtype: torch.dtype) -> str:

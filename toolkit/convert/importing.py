@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from toolkit.arch.family import Part
+from toolkit.arch.spec import WeightSpec
 from toolkit.checkpoint.weights import WeightsWriter, weights_manifest
-from toolkit.config.count import parameter_count
 from toolkit.config.load import parse_config
 from toolkit.config.schema import ModelSection
 from toolkit.config.yaml_text import write_yaml
 from toolkit.convert.architecture import model_section
 from toolkit.convert.source import Source, open_source, some, tokenizer_size
-from toolkit.convert.table import IGNORED, TABLES, Entry, entries, our_shape, part_shape
-from toolkit.convert.transform import join
+from toolkit.convert.transform import IGNORED, join
 from toolkit.errors import ConfigError, ConvertError
 from toolkit.tensors import Rows
+
+Plan = list[tuple[WeightSpec, tuple[Part, ...]]]
+"""Every weight to be made, and the tensors that make it."""
 
 CONFIG = "config.yaml"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,7 +59,8 @@ def import_model(
         raise ConvertError(f"{out} exists", why="an import never writes over anything", fix="Name a folder that does not exist.")
     source = open_source(src)
     model = _model(source)
-    plan = list(entries(TABLES[source.table], model))
+    spec = model.spec
+    plan = [(weight, source.form.parts(weight)) for weight in spec.weights()]
     _check(source, model, plan)
     files = {k: v for k, v in source.files.items() if tokenizer or k in ("config.json", "generation_config.json")}
     if model.vocab_size and (size := tokenizer_size(files.get("tokenizer.json", b""))) > model.vocab_size:
@@ -66,30 +70,30 @@ def import_model(
             fix="Set --no-tokenizer to leave it out, and give data.tokenizer one that fits.",
         )
     precision = dtype or _stored(source, plan)
-    spec = _tokenizer(source, out, files, model)
-    raw = _run(model, out, precision=precision, tokenizer=spec)
+    tokenizer_spec = _tokenizer(source, out, files, model)
+    raw = _run(model, out, precision=precision, tokenizer=tokenizer_spec)
     config = parse_config(raw)
     # what training starts from need not be what the weights are stored as
     manifest = weights_manifest(config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})}))
-    total = sum(_bytes(source, e, dtype, model) for e in plan)
+    total = sum(_bytes(source, weight, parts, dtype) for weight, parts in plan)
     done = 0
     with WeightsWriter(out, manifest) as writer:
-        for entry in plan:
-            rows = join(entry, [source.tensors.read(p.name) for p in entry.parts], model)
+        for weight, parts in plan:
+            rows = join(weight, parts, [source.tensors.read(p.name) for p in parts], spec)
             if dtype is not None:
                 rows = Rows([piece.to(DTYPES[dtype]) for piece in rows.pieces])
-            writer.add(entry.ours, rows)
+            writer.add(weight.name, rows)
             done += rows.nbytes
             progress(done, total)
             del rows
         for name, data in files.items():
             writer.add_file(name, data)
         writer.add_file(CONFIG, _text(raw, source).encode())
-    return Imported(out / CONFIG, done, parameter_count(model), precision, spec)
+    return Imported(out / CONFIG, done, spec.unpadded_parameters, precision, tokenizer_spec)
 
 
 def _model(source: Source) -> ModelSection:
-    section = model_section(source.table, source.config, where=source.where)
+    section = model_section(source.form, source.config, where=source.where)
     try:
         model = parse_config({"model": section}).model
     except ConfigError as e:
@@ -103,9 +107,9 @@ def _model(source: Source) -> ModelSection:
     return model
 
 
-def _check(source: Source, model: ModelSection, plan: list[Entry]) -> None:
+def _check(source: Source, model: ModelSection, plan: Plan) -> None:
     """Exactly the tensors that the config asks for, each of its shape and of a dtype that weights have."""
-    wanted = {p.name: part_shape(p, model) for e in plan for p in e.parts}
+    wanted = {p.name: list(p.shape) for _, parts in plan for p in parts}
     there = set(source.tensors.names)
     if missing := [n for n in wanted if n not in there]:
         raise ConvertError(
@@ -135,19 +139,19 @@ def _check(source: Source, model: ModelSection, plan: list[Entry]) -> None:
             )
 
 
-def _stored(source: Source, plan: list[Entry]) -> str:
+def _stored(source: Source, plan: Plan) -> str:
     """The precision that most weights are stored in."""
     names = {d: n for n, d in DTYPES.items()}
     sizes: dict[str, int] = {}
-    for p in (p for e in plan for p in e.parts):
+    for p in (p for _, parts in plan for p in parts):
         kind = names.get(source.tensors.dtype(p.name), "fp32")
         sizes[kind] = sizes.get(kind, 0) + math.prod(source.tensors.shape(p.name))
     return max(sizes, key=lambda k: sizes[k])
 
 
-def _bytes(source: Source, entry: Entry, dtype: str | None, model: ModelSection) -> int:
-    kind = source.tensors.dtype(entry.parts[0].name) if dtype is None else DTYPES[dtype]
-    return math.prod(our_shape(entry, model)) * kind.itemsize
+def _bytes(source: Source, weight: WeightSpec, parts: Sequence[Part], dtype: str | None) -> int:
+    kind = source.tensors.dtype(parts[0].name) if dtype is None else DTYPES[dtype]
+    return weight.count * kind.itemsize
 
 
 def _tokenizer(source: Source, out: Path, files: Mapping[str, bytes], model: ModelSection) -> str | None:
@@ -156,7 +160,7 @@ def _tokenizer(source: Source, out: Path, files: Mapping[str, bytes], model: Mod
         return str(out / "tokenizer.json")
     if {"tokenizer.model", "vocab.json"} & files.keys():
         return str(out)
-    if source.table == "nanogpt" and model.vocab_size in _GPT2_IDS:
+    if source.form.name == "nanogpt" and model.vocab_size in _GPT2_IDS:
         return "openai-community/gpt2"
     return None
 

@@ -16,7 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from toolkit.convert.architecture import table_of
+from toolkit.arch.families import FORMATS
+from toolkit.arch.family import Format
+from toolkit.convert.architecture import format_of
 from toolkit.errors import ConvertError
 from toolkit.tensors import DTYPES, mapped
 
@@ -56,10 +58,10 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Source:
-    """A model to import. config: config.json's or model_args' values; table: of toolkit.convert.table; files: carried along by name."""
+    """A model to import. config: config.json's or model_args' values; form: how its weights are kept; files: carried along by name."""
 
     where: str
-    table: str
+    form: Format
     config: Mapping[str, Any]
     tensors: Tensors
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -93,7 +95,7 @@ def open_source(path: Path) -> Source:
 
 def _folder(path: Path) -> Source:
     config = read_json(path / "config.json")
-    table = table_of(config, where=str(path / "config.json"))
+    form = format_of(config, where=str(path / "config.json"))
     if quantised := config.get("quantization_config"):
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
         raise ConvertError(
@@ -102,7 +104,7 @@ def _folder(path: Path) -> Source:
             fix="Import the model that it was made from.",
         )
     tensors = _weights(path)
-    return Source(str(path), table, config, _Prefixed.where_needed(tensors, table), carried_files(path))
+    return Source(str(path), form, config, _Prefixed.where_needed(tensors, form), carried_files(path))
 
 
 def carried_files(path: Path) -> dict[str, bytes]:
@@ -273,8 +275,8 @@ class _Prefixed(Tensors):
         self.inner, self.prefix = inner, prefix
 
     @classmethod
-    def where_needed(cls, tensors: Tensors, table: str) -> Tensors:
-        prefix = {"llama": "model.", "gpt2": "transformer."}[table]
+    def where_needed(cls, tensors: Tensors, form: Format) -> Tensors:
+        prefix = form.inner
         return tensors if any(n.startswith(prefix) for n in tensors.names) else cls(tensors, prefix)
 
     def _own(self, name: str) -> str:
@@ -313,7 +315,7 @@ def _nanogpt(path: Path) -> Source:
         found[name.removeprefix("_orig_mod.")] = tensor  # torch.compile's prefix
     held = Pickled([])
     held.found = found
-    return Source(str(path), "nanogpt", state["model_args"], held)
+    return Source(str(path), FORMATS["nanogpt"][1], state["model_args"], held)
 
 
 def _gguf(path: Path) -> Source:
@@ -341,7 +343,7 @@ def _gguf(path: Path) -> Source:
         raise ConvertError(f"the tokenizer in {path} cannot be read by transformers", why=reason, fix="Set --no-tokenizer.") from None
     if model.generation_config is not None:
         files["generation_config.json"] = model.generation_config.to_json_string().encode()
-    return Source(str(path), table_of(config, where=str(path)), config, Held(model.state_dict()), files)
+    return Source(str(path), format_of(config, where=str(path)), config, Held(model.state_dict()), files)
 
 
 def _saved(tokenizer: Any) -> dict[str, bytes]:

@@ -13,10 +13,10 @@ def layer_bytes(w: Workload) -> float:
     (or softmax and dropout outputs without it), the MLP's products. Terms of width h are split over TP only with
     sequence parallelism; the rest always is. Unfused stacks also keep fp32 copies inside the norm and each factor of the gate.
     """
-    s, b, t = w.shape, w.width, w.tokens
+    s, b, t = w.model, w.width, w.tokens
     whole = t / w.sequence_shards
     split = t / w.tp
-    if w.stack.norm_chain and s.gated:
+    if w.stack.norm_chain and s.norm == "rms":
         norms = 2 * (b + b + 4) * s.hidden  # PyTorch's RMSNorm chain keeps the fp32 input, the normalised and the scaled output
     else:
         norms = 2 * (b + b) * s.hidden  # input, output
@@ -29,7 +29,7 @@ def layer_bytes(w: Workload) -> float:
 
 def attention_bytes(w: Workload) -> float:
     """Bytes attention itself saves for one micro-batch over all of its heads: output and statistics, or the score matrices."""
-    s, b, t = w.shape, w.width, w.tokens
+    s, b, t = w.model, w.width, w.tokens
     output = t * b * s.query
     if w.flash:
         return output + t * 4 * s.heads
@@ -39,14 +39,14 @@ def attention_bytes(w: Workload) -> float:
 
 def boundary_bytes(w: Workload) -> float:
     """Bytes of the residual stream of one micro-batch on one rank: what a recomputed layer keeps, what a stage sends."""
-    return w.tokens * w.width * w.shape.hidden / w.sequence_shards
+    return w.tokens * w.width * w.model.hidden / w.sequence_shards
 
 
 def saved_per_layer(w: Workload) -> float:
     """Bytes a layer keeps between its forward and its backward under the recompute mode."""
     full = layer_bytes(w)
     edge = boundary_bytes(w) / (w.tp if w.split_checkpoints and not w.sp else 1)
-    s, b = w.shape, w.width
+    s, b = w.model, w.width
     if w.recompute == "full":
         return edge
     if w.recompute == "alternate":
@@ -62,7 +62,7 @@ def saved_per_layer(w: Workload) -> float:
 
 def working_bytes(w: Workload) -> float:
     """Bytes alive only while one layer's backward runs: what was recomputed, and the gradients of its widest tensors."""
-    s, b = w.shape, w.width
+    s, b = w.model, w.width
     redone = 0.0
     if w.recompute in ("full", "alternate", "half"):
         redone = layer_bytes(w)
@@ -76,9 +76,9 @@ def working_bytes(w: Workload) -> float:
 def logits_bytes(w: Workload) -> float:
     """Bytes alive at the loss: logits of one micro-batch, their fp32 copies and gradients, split over TP by vocabulary unless the stack gathers them."""
     if w.stack.chunked_loss:  # a few thousand rows at a time
-        return min(w.tokens, 4096) * w.shape.vocab / w.tp * w.stack.logit_bytes
+        return min(w.tokens, 4096) * w.model.rows / w.tp * w.stack.logit_bytes
     split = 1 if w.stack.whole_logits else w.tp
-    return w.tokens * w.shape.vocab / split * w.stack.logit_bytes * (w.width / 2 if w.width == 4 and w.stack.logit_bytes < 8 else 1)
+    return w.tokens * w.model.rows / split * w.stack.logit_bytes * (w.width / 2 if w.width == 4 and w.stack.logit_bytes < 8 else 1)
 
 
 def in_flight(w: Workload, stage: int) -> float:

@@ -61,7 +61,7 @@ class _Key:
     def _facts(self) -> tuple[object, ...]:
         w = self.w
         return (
-            w.shape,
+            w.model,
             w.seq,
             w.micro,
             w.tp,
@@ -127,7 +127,7 @@ def _again(w: Workload, forward: Pass) -> Pass:
 
 def _matmuls(w: Workload, hardware: Hardware, scale: float, *, backward: bool) -> float:
     """The four weight multiplies of a layer; backward: input and weight gradient of each."""
-    s, t = w.shape, w.tokens
+    s, t = w.model, w.tokens
     seconds = 0.0
     for out, inner in (
         ((s.query + s.key_value) // w.tp, s.hidden),
@@ -154,7 +154,7 @@ def weight_multiply(w: Workload, hardware: Hardware, tokens: int, out: int, inne
 
 
 def _attention(w: Workload, hardware: Hardware, scale: float, *, backward: bool) -> float:
-    s = w.shape
+    s = w.model
     if w.flash:
         kernel = w.kernel or w.stack.kernel
         if w.deterministic and kernel == "cudnn":  # its deterministic backward is missing or slow on most GPUs: flash-attn runs instead
@@ -191,13 +191,13 @@ def _passes(w: Workload, hardware: Hardware, *, backward: bool) -> float:
     3f (gated) or 2f; the backward reads about half as much again. Chains: an RMSNorm in fp32 is six kernels of 17h, rotation
     four, a gated activation 5f.
     """
-    s, b = w.shape, w.width
+    s, b = w.model, w.width
     whole, split = w.tokens / w.sequence_shards, w.tokens / w.tp
     rotated = s.query + s.key_value / 2
     chain = s.gated and w.stack.gate_chain
-    per_whole: float = 6 * s.hidden + (2 * 17 if s.gated and w.stack.norm_chain else 4) * s.hidden
-    per_split = (0 if s.positions else (8 if chain else 2) * rotated) + ((5 if chain else 3) if s.gated else 2) * s.ffn
-    count = 8 + (10 if chain else 0) + (10 if s.gated and w.stack.norm_chain else 0)
+    per_whole: float = 6 * s.hidden + (2 * 17 if s.norm == "rms" and w.stack.norm_chain else 4) * s.hidden
+    per_split = (0 if not s.rotary else (8 if chain else 2) * rotated) + ((5 if chain else 3) if s.gated else 2) * s.ffn
+    count = 8 + (10 if chain else 0) + (10 if s.norm == "rms" and w.stack.norm_chain else 0)
     if s.dropout:
         per_whole += 2 * 1.5 * s.hidden
     factor = w.stack.passes * (1.5 if backward else 1.0)
@@ -211,14 +211,14 @@ def _tensor_parallel(w: Workload, hardware: Hardware, *, backward: bool) -> floa
     if w.tp == 1:
         return 0.0
     over = network.group(hardware, size=w.tp, stride=1)
-    nbytes = float(w.tokens * w.shape.hidden * w.width)
+    nbytes = float(w.tokens * w.model.hidden * w.width)
     hidden = w.stack.tp_hidden if w.overlap else 0.0
     if w.sp:
         seconds = 4 * network.gather_time(nbytes, over=over)
         if backward and not w.overlap:
             seconds += 2 * network.gather_time(nbytes, over=over)
     else:
-        seconds = (3 if backward and w.shape.gated and w.stack.gate_reduces else 2) * network.reduce_time(nbytes, over=over)
+        seconds = (3 if backward and w.model.gated and w.stack.gate_reduces else 2) * network.reduce_time(nbytes, over=over)
     return seconds * (1 - hidden)
 
 
@@ -227,7 +227,7 @@ def _context_parallel(w: Workload, hardware: Hardware, attention: float, *, back
     (arXiv 2310.01889), or four all-to-alls of queries, keys, values and outputs (arXiv 2309.14509)."""
     if w.cp == 1:
         return 0.0
-    s = w.shape
+    s = w.model
     over = network.group(hardware, size=w.cp, stride=w.tp)
     rows = w.tokens * w.width / w.tp
     if w.cp_exchange:
@@ -240,10 +240,10 @@ def _context_parallel(w: Workload, hardware: Hardware, attention: float, *, back
 
 def head_passes(w: Workload, hardware: Hardware, *, scale: float) -> tuple[Pass, Pass]:
     """Output multiply and cross-entropy over the (padded, TP-split) vocabulary; seconds forward and backward."""
-    s = w.shape
-    rows = s.vocab // w.tp
+    s = w.model
+    rows = s.rows // w.tp
     matmul = [weight_multiply(w, hardware, w.tokens, rows, s.hidden, scale, backward=b) for b in (False, True)]
-    bytes_each = w.tokens * (s.vocab if w.stack.whole_logits else rows) * w.stack.loss_passes
+    bytes_each = w.tokens * (s.rows if w.stack.whole_logits else rows) * w.stack.loss_passes
     loss = [kernels.stream_time(bytes_each * part, gpu=hardware.gpu, kernels=6) for part in (0.6, 0.4)]
     tp = logits = 0.0
     if w.tp > 1:
@@ -251,13 +251,13 @@ def head_passes(w: Workload, hardware: Hardware, *, scale: float) -> tuple[Pass,
         reduce = network.gather_time if w.sp else network.reduce_time
         tp = reduce(float(w.tokens * s.hidden * w.width), over=over)
         if w.stack.whole_logits:
-            logits = network.gather_time(float(w.tokens * s.vocab * w.width), over=over)
+            logits = network.gather_time(float(w.tokens * s.rows * w.width), over=over)
     return Pass(matmul=matmul[0], memory=loss[0], tp=(tp if w.sp else 0.0) + logits), Pass(matmul=matmul[1], memory=loss[1], tp=tp)
 
 
 def embedding_passes(w: Workload, hardware: Hardware) -> tuple[Pass, Pass]:
     """Reading embedding rows, and adding their gradients; seconds forward and backward."""
-    nbytes = w.tokens * w.shape.hidden * w.width
+    nbytes = w.tokens * w.model.hidden * w.width
     return Pass(memory=kernels.stream_time(2 * nbytes, gpu=hardware.gpu)), Pass(
         memory=kernels.stream_time(4 * nbytes, gpu=hardware.gpu, kernels=2)
     )

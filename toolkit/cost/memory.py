@@ -128,18 +128,18 @@ def zero_buffers(w: Workload, params: float) -> float:
     DeepSpeed: a reduce bucket of at most 5e8 elements (at stage 2, overlapped, also the one filling), and at stage 3 up to 1e9
     live weights (DeepSpeed's configuration reference) beside the largest one. FSDP: the running and the prefetched layer, and the gradient of one.
     """
-    s, b = w.shape, w.width
+    s, b = w.model, w.width
     layer = s.layer_parameters / w.tp
     if w.zero < 2:
         return 0.0
     if w.stack.sharding == "fsdp":
         if w.zero == 2:
             return layer * (b + w.stack.reduce_bytes)
-        unit = max(layer, s.vocab * s.hidden / w.tp if w.pp == 1 else 0)
+        unit = max(layer, s.rows * s.hidden / w.tp if w.pp == 1 else 0)
         return 2 * layer * b + unit * (b + w.stack.reduce_bytes)
     if w.zero == 2:
         return 2 * b * min(BUCKET, layer)
-    largest = s.vocab * s.hidden / w.tp  # the embedding or the output matrix, gathered, and its gradient
+    largest = s.rows * s.hidden / w.tp  # the embedding or the output matrix, gathered, and its gradient
     return b * (min(BUCKET, params) + min(LIVE, params) + 2 * largest)
 
 
@@ -190,8 +190,8 @@ def _placeholders(w: Workload, stage: int) -> float:
     """Transformer Engine's dummy weight gradients, one per shape, where the real ones are added in place."""
     if not (w.stack.placeholders and w.stack.main_grads and w.fused_accumulation and w.zero < 2):
         return 0.0
-    head = w.shape.vocab * w.shape.hidden if stage in (0, w.pp - 1) else 0
-    return w.width * (w.shape.layer_parameters + head) / w.tp
+    head = w.model.rows * w.model.hidden if stage in (0, w.pp - 1) else 0
+    return w.width * (w.model.layer_parameters + head) / w.tp
 
 
 def _held(w: Workload, stage: int) -> float:

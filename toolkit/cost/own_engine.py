@@ -7,8 +7,10 @@ buffers are counted too. tests/cost/test_own_engine_runs.py holds the figures to
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import ceil
 
+from toolkit.arch.spec import ModelSpec, WeightSpec
 from toolkit.cost.workload import Workload
 from toolkit.parallel.order import order, warmup
 
@@ -16,34 +18,37 @@ ALIGN = 2  # DeepSpeed pads each optimizer group of ZeRO-0/1/2 to this many elem
 
 
 @dataclass(frozen=True)
-class Weight:
+class RankWeight:
     """One weight of a rank: its elements, and its optimizer group in the engine (0 matrices, 1 vectors, 2 the tied copy)."""
 
     count: int
     group: int
 
 
-def layer_weights(w: Workload) -> list[Weight]:
+def _on_rank(weight: WeightSpec, tp: int) -> RankWeight:
+    return RankWeight(weight.count_on(tp), 1 if weight.group == "vector" else 0)
+
+
+@lru_cache(maxsize=1024)
+def _layer_weights(model: ModelSpec, tp: int) -> list[RankWeight]:
+    return [_on_rank(weight, tp) for weight in model.layer]
+
+
+def layer_weights(w: Workload) -> list[RankWeight]:
     """A layer's weights on one rank, in the order of megatron-core's modules."""
-    s, tp = w.shape, w.tp
-    qkv, fc1 = (s.query + s.key_value) // tp, (2 if s.gated else 1) * s.ffn // tp
-    norm = [Weight(s.hidden, 1)] * (2 if s.norm_bias else 1)
-    heads = [Weight(s.head_dim, 1)] * ((4 if s.norm_bias else 2) if s.qk_norm else 0)
-
-    def linear(rows: int, columns: int, bias: bool) -> list[Weight]:
-        return [Weight(rows * columns, 0)] + ([Weight(rows, 1)] if bias else [])
-
-    attention = linear(s.hidden, s.query // tp, s.attention_bias) + linear(qkv, s.hidden, s.attention_bias) + heads
-    return norm + attention + norm + linear(fc1, s.hidden, s.mlp_bias) + linear(s.hidden, s.ffn // tp, s.mlp_bias)
+    return _layer_weights(w.model, w.tp)
 
 
-def edge_weights(w: Workload, stage: int) -> tuple[list[Weight], list[Weight]]:
+def edge_weights(w: Workload, stage: int) -> tuple[list[RankWeight], list[RankWeight]]:
     """What a rank of a stage holds before its layers (embeddings) and after them (final norm, output layer)."""
-    s = w.shape
-    table = Weight(s.vocab * s.hidden // w.tp, 2 if s.tied and w.pp > 1 else 0)
-    first = [table] + ([Weight(s.positions * s.hidden, 0)] if s.positions else [])
-    last = [Weight(s.hidden, 1)] * (2 if s.norm_bias else 1) + ([table] if not s.tied or w.pp > 1 else [])
-    return (first if stage == 0 else []), (last if stage == w.pp - 1 else [])
+    model, tp = w.model, w.tp
+    first = [_on_rank(weight, tp) for weight in model.before] if stage == 0 else []
+    last = [_on_rank(weight, tp) for weight in model.after] if stage == w.pp - 1 else []
+    if model.tied and w.pp > 1:
+        copy = RankWeight(model.before[0].count_on(tp), 2)
+        first[:1] = [copy] if stage == 0 else []
+        last += [copy] if stage == w.pp - 1 else []
+    return first, last
 
 
 def states(w: Workload, stage: int, *, dp_rank: int = 0) -> dict[str, float]:
@@ -107,7 +112,7 @@ def _touched(w: Workload, stage: int, sizes: list[int], dp_rank: int) -> list[in
     return by_chunk
 
 
-def _sharded(w: Workload, counted: list[tuple[Weight, int]]) -> dict[str, float]:
+def _sharded(w: Workload, counted: list[tuple[RankWeight, int]]) -> dict[str, float]:
     b, dp = w.width, w.shards
     part = sum(ceil(x.count / dp) * copies for x, copies in counted)
     kept = sum(x.count * copies for x, copies in counted if x.count <= w.persist) if dp > 1 else 0
@@ -131,21 +136,21 @@ def layer_saved(w: Workload, *, cpu: bool) -> float:
     megatron-core's `+ glu_linear_offset` makes, and the product. Selective recompute keeps attention's inputs and output only, full
     the layer's input.
     """
-    s, b, t = w.shape, w.width, w.tokens
+    s, b, t = w.model, w.width, w.tokens
     whole, split = t / w.sequence_shards, t / w.tp
     if w.recompute == "full":
         return whole * b * s.hidden
     norms = 2 * whole * (norm_saved(w, s.hidden, cpu=cpu) + b * s.hidden)
     copied = b * s.query if s.groups < s.heads and s.groups > w.tp else 0.0  # one group's queries lie together: a view
-    attention = b * (s.query + s.key_value) + (0.0 if s.gated or s.qk_norm else copied)
-    if s.gated or s.qk_norm:
+    attention = b * (s.query + s.key_value) + (0.0 if s.rotary or s.qk_norm else copied)
+    if s.rotary or s.qk_norm:
         attention += b * (s.query + s.key_value / 2)
     if s.qk_norm:
-        kept_in_16_bits = cpu and s.gated and b < 4  # upcast copies instead of the input
+        kept_in_16_bits = cpu and s.norm == "rms" and b < 4  # upcast copies instead of the input
         each = norm_saved(w, s.head_dim, cpu=cpu) - (0 if kept_in_16_bits else b * s.head_dim)
         attention += (s.heads + s.groups) * each + (0.0 if kept_in_16_bits else copied)
     attention += b * s.query + (0 if w.recompute == "selective" else 4 * s.heads)
-    tables = 4 * w.seq / w.cp * s.head_dim * b if s.gated else 0
+    tables = 4 * w.seq / w.cp * s.head_dim * b if s.rotary else 0
     mlp = b * s.ffn * (5 if s.gated else 2)
     dropout = 2 * whole * s.hidden if s.dropout else 0
     return norms + split * (attention + mlp) + tables + dropout
@@ -157,14 +162,14 @@ def norm_saved(w: Workload, width: int, *, cpu: bool) -> float:
     On a CPU, PyTorch's RMSNorm runs as single operations in fp32 and keeps the upcast input and the normalised one; LayerNorm keeps mean
     and deviation in the input's precision. On a GPU both are one kernel with fp32 statistics.
     """
-    if w.shape.gated:
+    if w.model.norm == "rms":
         return 8 * width + 4 if cpu else w.width * width + 4
     return w.width * width + 2 * (w.width if cpu else 4)
 
 
 def stage_saved(w: Workload, stage: int, *, cpu: bool) -> dict[str, float]:
     """Bytes a stage keeps for backwards at its fullest moment: activations of all micro-batches in flight, and the logits of one."""
-    s, b, t = w.shape, w.width, w.tokens
+    s, b, t = w.model, w.width, w.tokens
     each = [w.layers_in(stage, chunk) * layer_saved(w, cpu=cpu) for chunk in range(w.vpp)]
     once = logits = 0.0
     if stage == 0:
@@ -173,8 +178,8 @@ def stage_saved(w: Workload, stage: int, *, cpu: bool) -> dict[str, float]:
     if stage == w.pp - 1:
         whole = t / w.sequence_shards
         each[-1] += whole * norm_saved(w, s.hidden, cpu=cpu)
-        logits = whole * b * s.hidden + t * (4 * s.vocab / w.tp + 9)  # the output layer's input, fp32 softmax, targets and their mask
-    if w.recompute == "full" and s.gated:
+        logits = whole * b * s.hidden + t * (4 * s.rows / w.tp + 9)  # the output layer's input, fp32 softmax, targets and their mask
+    if w.recompute == "full" and s.rotary:
         once += 4 * w.seq * s.head_dim * w.vpp  # RoPE's angles, of which megatron-core makes one tensor for all of a chunk's layers
     held, logits = _fullest(w, stage, each, logits)
     return {"activations": held + once, "logits": logits}
@@ -216,7 +221,7 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
     In the backward of the last layer everything kept is still there, with what was recomputed and the gradients of the widest tensors;
     at the loss, the logits, their fp32 copy and their gradient.
     """
-    s, b, t = w.shape, w.width, w.tokens
+    s, b, t = w.model, w.width, w.tokens
     kept = stage_saved(w, stage, cpu=cpu)
     redone = 0.0
     if w.recompute == "full":
@@ -233,7 +238,7 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
     }
     if stage == w.pp - 1:
         # the loss overwrites its fp32 logits with the softmax and that with the gradient; in 16 bits the logits as multiplied stay too
-        found["loss"] = {**kept, "working set": stream + (t * s.vocab / w.tp * b if b < 4 else 0.0)}
+        found["loss"] = {**kept, "working set": stream + (t * s.rows / w.tp * b if b < 4 else 0.0)}
     return found
 
 

@@ -87,7 +87,7 @@ def step_time(w: Workload, hardware: Hardware, *, scale: float | None = None) ->
 
 def _distinct_stages(w: Workload) -> set[int]:
     """Stages that can differ: the first, the last, and one of each layer count between."""
-    rest = w.shape.layers % w.pp
+    rest = w.model.layers % w.pp
     return {s for s in (0, 1, rest, w.pp - 2, w.pp - 1) if 0 <= s < w.pp}
 
 
@@ -116,7 +116,7 @@ def _stage(
 
 def _sends(w: Workload, hardware: Hardware) -> float:
     """Activations to the next stage and gradients back, per micro-batch and chunk, where they are not overlapped; seconds a step."""
-    nbytes = w.tokens * w.shape.hidden * w.width / w.sequence_shards
+    nbytes = w.tokens * w.model.hidden * w.width / w.sequence_shards
     if not w.sp and w.stack.split_sends:
         nbytes /= w.tp
     each = network.send_time(nbytes, hardware=hardware, distance=w.tp * w.cp * w.dp)
@@ -135,7 +135,7 @@ def _zero_gathers(w: Workload, hardware: Hardware, stage: int, f: Pass, b: Pass,
     over = network.group(hardware, size=w.shards, stride=w.tp)
     if w.stack.single_ring and over.across > 1:
         over = replace(over, gb_s=hardware.nic_gb_s * network.NETWORK)
-    per_layer = w.shape.layer_parameters / w.tp
+    per_layer = w.model.layer_parameters / w.tp
     rest = max(0.0, w.parameters_on(stage) - layers * per_layer)
     hidden = w.stack.zero3_hidden if w.overlap else 0.0
     reduced = max(w.stack.reduce_bytes, w.width)

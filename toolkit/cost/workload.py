@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from toolkit.arch.spec import ModelSpec
 from toolkit.config.deepspeed import hpz_group, zero_key
 from toolkit.cost.stack import TOOLKIT, TOOLKIT_TE, Stack
 from toolkit.parallel.layout import split_layers
@@ -19,73 +19,10 @@ Offload = Literal["none", "cpu", "nvme"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A decoder-only transformer; vocab counts padded rows, positions the rows of a learned position table (0: none)."""
-
-    layers: int
-    hidden: int
-    heads: int
-    groups: int
-    head_dim: int
-    ffn: int
-    gated: bool
-    vocab: int
-    tied: bool
-    positions: int = 0
-    biases: bool = False
-    dropout: bool = False
-    qk_norm: bool = False
-    bias_of: tuple[bool, bool, bool] | None = None  # of attention, MLP and norms, where they differ from biases
-
-    @property
-    def attention_bias(self) -> bool:
-        return self.bias_of[0] if self.bias_of else self.biases
-
-    @property
-    def mlp_bias(self) -> bool:
-        return self.bias_of[1] if self.bias_of else self.biases
-
-    @property
-    def norm_bias(self) -> bool:
-        return self.bias_of[2] if self.bias_of else self.biases
-
-    @property
-    def query(self) -> int:
-        """Width of all query heads."""
-        return self.heads * self.head_dim
-
-    @property
-    def key_value(self) -> int:
-        """Width of all key heads and all value heads together."""
-        return 2 * self.groups * self.head_dim
-
-    @cached_property
-    def layer_parameters(self) -> int:
-        """Weights of one layer: attention, MLP, two norms, those of queries and keys."""
-        matrices = self.hidden * (2 * self.query + self.key_value) + (3 if self.gated else 2) * self.hidden * self.ffn
-        biases = self.query + self.key_value + self.ffn + 6 * self.hidden if self.biases else 2 * self.hidden
-        return matrices + biases + ((4 if self.biases else 2) * self.head_dim if self.qk_norm else 0)
-
-    @property
-    def embedding_parameters(self) -> int:
-        return self.vocab * self.hidden + self.positions * self.hidden
-
-    @property
-    def head_parameters(self) -> int:
-        """Output layer and final norm, the output matrix only where it is not the embedding's."""
-        return (0 if self.tied else self.vocab * self.hidden) + self.hidden
-
-    @property
-    def parameters(self) -> int:
-        """All weights, a tied matrix once."""
-        return self.layers * self.layer_parameters + self.embedding_parameters + self.head_parameters
-
-
-@dataclass(frozen=True, kw_only=True)
 class Workload:
     """A model, a layout and a batch. Sequences per optimizer step: batch; per forward of one data-parallel rank: micro."""
 
-    shape: Shape
+    model: ModelSpec
     seq: int
     micro: int = 1
     batch: int = 1
@@ -144,7 +81,7 @@ class Workload:
 
     def layers_on(self, stage: int) -> int:
         """Layers of a pipeline stage."""
-        split = split_layers(self.shape.layers, self.pp * self.vpp)
+        split = split_layers(self.model.layers, self.pp * self.vpp)
         if split is None:
             return sum(self.layers_in(stage, chunk) for chunk in range(self.vpp))
         each, ends = split
@@ -153,21 +90,21 @@ class Workload:
     def layers_in(self, stage: int, chunk: int) -> int:
         """Layers of a chunk of a stage; where others split what our rules do not, the first chunks hold one more."""
         chunks, place = self.pp * self.vpp, chunk * self.pp + stage
-        split = split_layers(self.shape.layers, chunks)
+        split = split_layers(self.model.layers, chunks)
         if split is None:
-            each, rest = divmod(self.shape.layers, chunks)
+            each, rest = divmod(self.model.layers, chunks)
             return each + (1 if place < rest else 0)
         each, ends = split
         return each - (place == 0 and ends > 1) - (place == chunks - 1 and ends > 0)
 
     def parameters_on(self, stage: int) -> float:
         """Weights one rank of a stage would hold without ZeRO."""
-        s = self.shape
+        s = self.model
         total = self.layers_on(stage) * s.layer_parameters
         if stage == 0:
             total += s.embedding_parameters
         if stage == self.pp - 1:
-            total += s.head_parameters + (s.vocab * s.hidden if s.tied and self.pp > 1 else 0)
+            total += s.head_parameters + (s.rows * s.hidden if s.tied and self.pp > 1 else 0)
         return total / self.tp
 
     @classmethod
@@ -177,28 +114,10 @@ class Workload:
         model.vocab_size: null counts as the multiple it is padded to, since only the tokenizer knows it.
         """
         m, p, z, t = config.model, config.parallel, config.zero, config.train
-        assert m.num_query_groups and m.head_dim and m.ffn_hidden_size, "the schema fills these"
-        vocab = m.vocab_size or m.vocab_multiple
-        shape = Shape(
-            layers=m.num_layers,
-            hidden=m.hidden_size,
-            heads=m.num_attention_heads,
-            groups=m.num_query_groups,
-            head_dim=m.head_dim,
-            ffn=m.ffn_hidden_size,
-            gated=m.family == "llama",
-            vocab=-(-vocab // m.vocab_multiple) * m.vocab_multiple,
-            tied=m.tie_embeddings,
-            positions=m.max_position_embeddings if m.family == "gpt" else 0,
-            biases=m.family == "gpt",
-            dropout=m.dropout > 0,
-            qk_norm=m.qk_layernorm,
-            bias_of=(bool(m.attention_bias), bool(m.mlp_bias), bool(m.norm_bias)),
-        )
         dp = max(1, world_size // (p.tp * p.pp * p.cp))
         bucket, persist = _buffers(config)
         return cls(
-            shape=shape,
+            model=m.spec,
             seq=t.seq_length,
             micro=t.micro_batch_size,
             batch=t.global_batch_size,

@@ -10,10 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from toolkit.arch.spec import TIED_NAME, ModelSpec
 from toolkit.parallel.layout import Layout
 
 _START_ALIGNMENT = 2  # stage_1_and_2.nccl_start_alignment_factor
-_EMBEDDING, _LAYERS, _LAST = "embedding.", "decoder.layers.", ("decoder.final_layernorm.", "output_layer.")
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,16 @@ class Cut:
     fragments: list[Fragment]
 
 
-def stage_parameters(names: Sequence[str], layout: Layout, *, stage: int, num_layers: int, tied: str | None) -> list[str]:
-    """Global names of a pipeline stage's parameters in its modules' order, chunk by chunk, from those of the model in its order.
-
-    tied: the name of a tied embedding, which the last stage has once more.
-    """
-    found: list[str] = []
+def stage_parameters(spec: ModelSpec, layout: Layout, *, stage: int) -> list[str]:
+    """Global names of a pipeline stage's parameters in its modules' order, chunk by chunk; the last stage has a tied embedding once more."""
+    names: list[str] = []
     for chunk in range(layout.vpp):
-        layers = set(layout.layers_of(num_layers, stage=stage, chunk=chunk))
         first, last = stage == chunk == 0, stage == layout.pp - 1 and chunk == layout.vpp - 1
-        found += [n for n in names if first and n.startswith(_EMBEDDING)]
-        found += [n for n in names if n.startswith(_LAYERS) and int(n.split(".")[2]) in layers]
-        found += [n for n in names if last and n.startswith(_LAST)]
-        found += [tied] if last and tied is not None and layout.pp > 1 else []
-    return found
+        names += [w.name for w in spec.before if first]
+        names += [w.in_layer(i).name for i in layout.layers_of(spec.layers, stage=stage, chunk=chunk) for w in spec.layer]
+        names += [w.name for w in spec.after if last]
+        names += [TIED_NAME] if last and spec.tied and layout.pp > 1 else []
+    return names
 
 
 def partitions(

@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from toolkit.engine.partitions import Fragment
-from toolkit.model.init import global_parameters, shard_of
+from toolkit.model.init import named_weights
 
 MASTER = "master"
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -37,14 +37,13 @@ class EngineState:
         self.sharded = engine.stage == 3
         self.swapping = "nvme" in (config.zero.offload_optimizer, config.zero.offload_param)
         """Partitions are read from disk one at a time, and are gone when the next one is."""
-        tied, gated = config.model.tie_embeddings, config.model.family == "llama"
         self.names: dict[int, str] = {}
         self.parameters: dict[str, dict[str, Any]] = {}
         for chunk in engine.chunks:
-            for name, p in global_parameters(chunk, tied=tied):
-                cut = shard_of(name, p, gated=gated)
-                self.names[id(p)] = name
-                self.parameters[name] = {"shape": list(getattr(p, "ds_shape", p.shape)), "dim": cut.dim, "blocks": cut.blocks}
+            for weight, p in named_weights(chunk, config.model.spec):
+                self.names[id(p)] = weight.name
+                shape = list(getattr(p, "ds_shape", p.shape))
+                self.parameters[weight.name] = {"shape": shape, "dim": weight.cut.dim, "blocks": weight.cut.blocks}
 
     def __len__(self) -> int:
         o = self.optimizer

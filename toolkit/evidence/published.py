@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from toolkit.arch.spec import ModelSpec
 from toolkit.cost.memory import GIB, estimate
 from toolkit.cost.stack import Stack, stack_named
 from toolkit.cost.step import step_time
-from toolkit.cost.workload import Shape, Workload
+from toolkit.cost.workload import Workload
 from toolkit.errors import ConfigError, ToolkitError
 from toolkit.hardware import calibration
 from toolkit.hardware.catalogue import Gpu, Hardware, find_gpu
@@ -81,7 +82,7 @@ def predict(row: Mapping[str, Any], *, scales: Mapping[tuple[str, str], float] |
 def read_row(row: Mapping[str, Any]) -> tuple[Workload, Hardware]:
     """A row as workload and hardware, missing fields filled with what such runs usually have; raises Unsupported or ConfigError."""
     model, hw, parallel, batch = (_in(row, key) for key in ("model", "hardware", "parallel", "batch"))
-    shape = _shape(model)
+    spec = _spec(model)
     tp, pp, cp = (_count(parallel.get(key)) or 1 for key in ("tp", "pp", "cp"))
     world = _count(hw.get("count")) or tp * pp * cp * (_count(parallel.get("dp")) or 1)
     dp = _count(parallel.get("dp")) or max(1, world // (tp * pp * cp))
@@ -102,7 +103,7 @@ def read_row(row: Mapping[str, Any]) -> tuple[Workload, Hardware]:
         raise Unsupported("mixtures of experts have no formula")
     offload = "none" if "activation" in offload and "optim" not in offload else offload
     workload = Workload(
-        shape=shape,
+        model=spec,
         seq=seq,
         micro=micro or 1,
         batch=total,
@@ -157,7 +158,7 @@ def _sequence_parallel(value: Any, stack: Stack) -> bool:
     return value if isinstance(value, bool) else stack.name in ("megatron", "nemo")
 
 
-def _shape(model: Mapping[str, Any]) -> Shape:
+def _spec(model: Mapping[str, Any]) -> ModelSpec:
     layers, hidden = _count(model.get("layers")), _count(model.get("hidden"))
     if layers is None or hidden is None:
         raise Unsupported("the row gives no model.layers or model.hidden")
@@ -168,7 +169,9 @@ def _shape(model: Mapping[str, Any]) -> Shape:
     ffn = _count(model.get("ffn_hidden")) or (-(-8 * hidden // 3 // 256) * 256 if gated else 4 * hidden)
     tied = model.get("tied_embeddings")
     learned = family in ("gpt", "mpt", "opt", "bloom")
-    return Shape(
+    vocab = _count(model.get("vocab")) or (50304 if not gated else 32000)
+    biases = family in ("gpt", "opt", "bloom")
+    return ModelSpec(
         layers=layers,
         hidden=hidden,
         heads=heads,
@@ -176,10 +179,15 @@ def _shape(model: Mapping[str, Any]) -> Shape:
         head_dim=_count(model.get("head_dim")) or max(1, hidden // heads),
         ffn=ffn,
         gated=gated,
-        vocab=_count(model.get("vocab")) or (50304 if not gated else 32000),
+        norm="rms" if gated else "layer",
+        vocab=vocab,
+        rows=vocab,
         tied=bool(tied) if tied is not None else learned,
         positions=(_count(model.get("seq_len")) or 2048) if learned else 0,
-        biases=family in ("gpt", "opt", "bloom"),
+        qkv_bias=biases,
+        proj_bias=biases,
+        mlp_bias=biases,
+        norm_bias=biases,
         dropout=family == "gpt",
     )
 

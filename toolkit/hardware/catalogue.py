@@ -95,6 +95,26 @@ def find_gpu(name: str, *, extra: Path | None = None) -> Gpu:
     raise ConfigError(f"hardware {name!r} is not a known GPU", fix=f"{hint} Known are {', '.join(gpus)}; a YAML file can add more.".strip())
 
 
+def gpu_of_device(device: str) -> Gpu | None:
+    """The GPU that a driver's device name means ("NVIDIA H100 80GB HBM3"); None where the catalogue lacks it, and for a CPU.
+
+    Where no spelling is the whole name, the one with most of its words wins: memory and form factor come after the model.
+    """
+    gpus, spellings = _built_in()
+    name = _plain(device)
+    words = set(name.split("-"))
+    fitting = {s: key for s, key in spellings.items() if set(s.split("-")) <= words and gpus[key].accelerator}
+    if not fitting:
+        return None
+    return gpus[fitting[max(fitting, key=lambda s: (s == name, len(s.split("-")), len(s)))]]
+
+
+def peak_flops(device: str, precision: str) -> float | None:
+    """Dense FLOP/s of a device by the driver's name for it; None where it is not known (a CPU)."""
+    gpu = gpu_of_device(device)
+    return gpu.peak(precision) if gpu is not None else None
+
+
 def parse_hardware(spec: str, *, extra: Path | None = None) -> Hardware:
     """Read `GPU:PER_NODExNODES`, for example h100-80gb:8x4; a missing part is one node of the maker's usual size.
 

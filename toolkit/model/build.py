@@ -14,7 +14,6 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from toolkit.config.count import padded_vocab
 from toolkit.config.schema import ModelSection, RopeScaling, RunConfig
 from toolkit.model.init import materialise
 from toolkit.model.layers import TIED_COPY, local_spec, mark_shared_gradients, mask_padding, te_spec
@@ -31,7 +30,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
     """megatron-core's config for this run; every value follows from the YAML."""
     m, t = config.model, config.train
-    llama = m.family == "llama"
+    spec = m.spec
     dtype = DTYPES[t.precision]
     interleaved = layout.vpp > 1
     split = split_layers(m.num_layers, layout.pp * layout.vpp)
@@ -50,12 +49,13 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
         ffn_hidden_size=m.ffn_hidden_size,
         hidden_dropout=m.dropout,
         attention_dropout=m.dropout,
-        normalization="RMSNorm" if llama else "LayerNorm",
+        normalization="RMSNorm" if spec.norm == "rms" else "LayerNorm",
         layernorm_epsilon=m.norm_eps,
-        qk_layernorm=m.qk_layernorm,
-        gated_linear_unit=llama,
+        qk_layernorm=spec.qk_norm,
+        gated_linear_unit=spec.gated,
         activation_func={"swiglu": F.silu, "gelu": F.gelu}.get(str(m.activation), gelu_tanh),
-        add_bias_linear=bool(m.attention_bias),
+        add_bias_linear=spec.proj_bias,
+        add_qkv_bias=spec.qkv_bias,
         init_method_std=m.init_std,
         perform_initialization=True,  # on the meta device: only for the attributes it sets
         use_cpu_initialization=False,
@@ -83,7 +83,7 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
         **modes[t.recompute],
     )
     # switches that megatron-core does not have, for the layers of toolkit.model.layers
-    settings.mlp_bias, settings.norm_bias = bool(m.mlp_bias), bool(m.norm_bias)
+    settings.mlp_bias, settings.norm_bias = spec.mlp_bias, spec.norm_bias
     return settings
 
 
@@ -120,7 +120,7 @@ def build_chunks(
     """
     m = config.model
     assert m.vocab_size is not None, "the vocabulary is known once the data is resolved"
-    rows = padded_vocab(m.vocab_size, m.vocab_multiple)
+    weights = m.spec
     settings = transformer_config(config, layout)
     chunks: list[GPTModel] = []
     stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -133,24 +133,22 @@ def build_chunks(
             model = StageModel(
                 settings,
                 spec,
-                rows,
+                weights.rows,
                 m.max_position_embeddings,
                 pre_process=first,
                 post_process=last,
-                share_embeddings_and_output_weights=m.tie_embeddings,
-                position_embedding_type="rope" if m.family == "llama" else "learned_absolute",
+                share_embeddings_and_output_weights=weights.tied,
+                position_embedding_type="rope" if weights.rotary else "learned_absolute",
                 rotary_base=m.rope_theta,  # type: ignore[arg-type]  # a float is what Llama needs
                 vp_stage=chunk if layout.vpp > 1 else None,
             )
-        if m.family == "llama":
+        if weights.rotary:
             model.rotary_pos_emb.inv_freq = rope_frequencies(m, device=device)
         materialise(
             model,
+            weights,
             seed=config.run.seed,
             std=m.init_std,
-            num_layers=m.num_layers,
-            tied=m.tie_embeddings,
-            gated=m.family == "llama",
             tp=layout.tp,
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
             dtype=DTYPES[config.train.precision],
@@ -159,7 +157,7 @@ def build_chunks(
             blank=blank,
         )
         if last:
-            mask_padding(model.output_layer, vocab_size=m.vocab_size, rows=rows)
+            mask_padding(model.output_layer, vocab_size=weights.vocab, rows=weights.rows)
         mark_shared_gradients(model, sequence_parallel=layout.sequence_parallel)
         model.train()
         if m.compile:

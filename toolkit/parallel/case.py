@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from toolkit.config.count import largest_weights, padded_vocab
+from toolkit.arch.families import FAMILIES
 from toolkit.config.deepspeed import accumulation, partition, zero_key
 from toolkit.config.schema import RunConfig
 
@@ -44,7 +44,8 @@ class Case:
     ffn: int
     vocab: int  # padded rows; where only the tokenizer knows them, the multiple they are padded to
     vocab_known: bool
-    llama: bool
+    rotary: bool
+    window: int  # sliding attention window, tokens; 0: none
     te: bool
     rope_scaling: bool
     compile: bool
@@ -74,7 +75,7 @@ class Case:
     def of(cls, config: RunConfig, world_size: int, *, machine: Machine = NO_GPU) -> Case:
         """Gather what the rules need from a config."""
         m, p, z, t, o = config.model, config.parallel, config.zero, config.train, config.optimizer
-        assert m.num_query_groups and m.head_dim and m.ffn_hidden_size, "the schema fills these"
+        spec = m.spec
         offload = zero_key(config, "offload_optimizer", {})
         return cls(
             world=world_size,
@@ -88,13 +89,14 @@ class Case:
             seq=t.seq_length,
             positions=m.max_position_embeddings,
             layers=m.num_layers,
-            heads=m.num_attention_heads,
-            groups=m.num_query_groups,
-            head_dim=m.head_dim,
-            ffn=m.ffn_hidden_size,
-            vocab=m.vocab_multiple if m.vocab_size is None else padded_vocab(m.vocab_size, m.vocab_multiple),
+            heads=spec.heads,
+            groups=spec.groups,
+            head_dim=spec.head_dim,
+            ffn=spec.ffn,
+            vocab=spec.rows,
             vocab_known=m.vocab_size is not None,
-            llama=m.family == "llama",
+            rotary=spec.rotary,
+            window=m.sliding_window or 0,
             te=m.impl == "te",
             rope_scaling=m.rope_scaling is not None,
             compile=m.compile,
@@ -109,7 +111,7 @@ class Case:
             qgz=bool(zero_key(config, "zero_quantized_gradients", False)),
             partial_offload=offload.get("ratio", 1) != 1 or bool(offload.get("super_offload", False)),
             swap_buffer=_elements(zero_key(config, "offload_param", {}).get("buffer_size")),
-            widest=largest_weights(m),
+            widest=spec.largest_weights(),
             steps=t.steps,
             warmup=o.warmup_steps,
             decay=o.decay_steps or 0,
@@ -173,7 +175,8 @@ _ATTRIBUTES: Mapping[str, Any] = {
     "model.head_dim": _plain("head_dim"),
     "model.compile": _plain("compile"),
     "train.recompute": _plain("recompute"),
-    "model.family": lambda value: ("llama", value == "llama"),
+    "model.family": lambda value: ("rotary", FAMILIES[value].positions == "rotary"),
+    "model.sliding_window": lambda value: ("window", value or 0),
     "model.impl": lambda value: ("te", value == "te"),
     "model.rope_scaling": lambda value: ("rope_scaling", value is not None),
     "zero.stage": _plain("stage"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from toolkit.config.count import largest_weights
 from toolkit.config.deepspeed import accumulation, hpz_group, merge_deepspeed_json, partition
 from toolkit.config.deepspeed_keys import copied
 from toolkit.config.schema import RunConfig
@@ -61,7 +60,7 @@ def _zero_section(config: RunConfig, layout: Layout, rest: dict[str, Any]) -> di
         options: dict[str, Any] = section.pop(name, {})
         if name == "offload_param" and device == "nvme" and options.get("buffer_size") in ("auto", None):
             # DeepSpeed's 1e8 elements are too few for a large model on few ranks, and memory for nothing otherwise
-            options["buffer_size"] = partition(*largest_weights(config.model), tp=layout.tp, dp=layout.dp)
+            options["buffer_size"] = partition(*config.model.spec.largest_weights(), tp=layout.tp, dp=layout.dp)
         if device != "none":
             section[name] = {**options, "device": device, **({"nvme_path": str(zero.nvme_path)} if device == "nvme" else {})}
     return section

@@ -209,7 +209,7 @@ class _Search:
         """Seconds that no step of these degrees can undercut."""
         microbatches = max(1, self.space.case.batch // (micro * dp))
         layer, again, ends = self._seconds(cut, micro, recompute, single=microbatches == 1)
-        stage = self.space.base.shape.layers // cut.pp * (layer + again)
+        stage = self.space.base.model.layers // cut.pp * (layer + again)
         seconds = microbatches * (stage + ends) + (cut.pp - 1) * stage / cut.vpp
         nodes = cut.ranks * dp / self.hardware.gpus_per_node
         return seconds * (1 + SPREAD * sqrt(2 * log(nodes))) if nodes > 1 else seconds

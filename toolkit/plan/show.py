@@ -29,7 +29,7 @@ def estimate_json(config: RunConfig, hardware: Hardware, *, calibrated: Path | N
     return {
         "hardware": str(hardware),
         "gpus": workload.world,
-        "parameters": workload.shape.parameters,
+        "parameters": workload.model.parameters,
         "layout": {name: getattr(workload, name) for name in ("tp", "pp", "vpp", "cp", "dp", "zero", "micro", "microbatches")},
         "remark": remark,
         "fits": memory.fits and memory.host_fits,
@@ -73,7 +73,7 @@ def estimate_text(config: RunConfig, hardware: Hardware, *, calibrated: Path | N
     out = Console(file=io.StringIO(), width=width, force_terminal=False)
     w = workload
     out.print(
-        f"{count(w.shape.parameters)} parameters on {hardware} ({w.world} GPUs): tp {w.tp} · pp {w.pp} · vpp {w.vpp} · cp {w.cp} · dp {w.dp}"
+        f"{count(w.model.parameters)} parameters on {hardware} ({w.world} GPUs): tp {w.tp} · pp {w.pp} · vpp {w.vpp} · cp {w.cp} · dp {w.dp}"
         f" · ZeRO-{w.zero} · {w.microbatches} micro-batches of {w.micro} × {w.seq} · {w.precision}, recompute {w.recompute}",
         highlight=False,
     )
@@ -119,10 +119,8 @@ def mfu(w: Workload, time: TimeEstimate, hardware: Hardware) -> float:
 
 
 def _model_flops(w: Workload) -> float:
-    """FLOPs of forward and backward of one step without recompute, scores over all s × s pairs (arXiv 2204.02311, appendix B)."""
-    s = w.shape
-    layer = 2 * s.hidden * (2 * s.query + s.key_value) + 4 * w.seq * s.query + 2 * s.hidden * s.ffn * (3 if s.gated else 2)
-    return 3.0 * (s.layers * layer + 2 * s.hidden * s.vocab) * w.batch * w.seq
+    """FLOPs of forward and backward of one step, without recompute."""
+    return w.model.flops_per_token(w.seq) * w.batch * w.seq
 
 
 def count(number: int) -> str:

@@ -205,7 +205,7 @@ def _nothing_fits(question: Question) -> LayoutError:
         )
     alone = [m.worst.device for m, w in sized if m.host_fits]
     return LayoutError(
-        f"{count(workload.shape.parameters)} parameters fit in no legal layout on {_gpus(question)}",
+        f"{count(workload.model.parameters)} parameters fit in no legal layout on {_gpus(question)}",
         why=f"the one that comes nearest ({layout_words(workload)}) {' and '.join(misses)}",
         fix=" ".join(_remedies(question, min(alone, default=None))),
     )

@@ -66,7 +66,7 @@ def tune_text(answer: Answer, *, width: int = 150) -> str:
 
     question, found, best = answer.question, answer.found, answer.best
     out = Console(file=io.StringIO(), width=width, force_terminal=False)
-    shape, t = best.workload.shape, question.config.train
+    shape, t = best.workload.model, question.config.train
     out.print(
         f"{count(shape.parameters)} parameters, {t.global_batch_size} × {t.seq_length} tokens a step in {t.precision}, on up to "
         f"{question.space().max_gpus} of {question.hardware}: {found.candidates:,} candidates, {found.sized:,} sized, {found.timed:,} timed, "

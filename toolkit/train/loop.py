@@ -18,16 +18,15 @@ from torch import Tensor
 
 from toolkit.checkpoint.session import Checkpoints
 from toolkit.cluster.locks import check_extension_locks
-from toolkit.config.count import parameter_count
 from toolkit.config.load import dump_config
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData, build_datasets
 from toolkit.data.loader import batches
 from toolkit.errors import TrainingError
+from toolkit.hardware.catalogue import peak_flops
 from toolkit.parallel.deepspeed_json import deepspeed_config
 from toolkit.parallel.layout import Layout
 from toolkit.runfolder.metrics import Metrics, StepRecord
-from toolkit.train.flops import flops_per_token, peak_flops
 from toolkit.train.lr import learning_rate
 from toolkit.train.signals import StopRequest
 from toolkit.train.world import World, connect
@@ -83,9 +82,9 @@ class Run:
         monitor = self.engine.monitor.write_events if self.engine.monitor.enabled else None
         self.metrics = Metrics(folder, steps=t.steps, every=config.log.every, monitor=monitor, resumed=self.checkpoints.step)
         self.step_tokens = t.global_batch_size * t.seq_length
-        self.flops = flops_per_token(config.model, seq_length=t.seq_length)
+        self.flops = config.model.spec.flops_per_token(t.seq_length)
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
-        self.peak = peak_flops(name)
+        self.peak = peak_flops(name, t.precision)
         if folder is not None:
             _record_machine(folder, device=name, processes=world.size)
         self.process = psutil.Process()
@@ -260,7 +259,7 @@ def _announce(config: RunConfig, layout: Layout, data: PreparedData, *, device: 
     log.info(
         "%s, %s parameters | tp %d pp %d vpp %d dp %d%s | ZeRO-%d%s | %s | %d sequences of %d tokens a step, %d micro-batches of %d | %s",
         m.preset or m.family,
-        f"{parameter_count(m):,}",
+        f"{m.spec.unpadded_parameters:,}",
         layout.tp,
         layout.pp,
         layout.vpp,

@@ -1,4 +1,4 @@
-"""FLOPs per token against what PyTorch counts, and peaks by device name."""
+"""FLOPs per token against what PyTorch counts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.pool import Pool
+from toolkit.arch.families import FAMILIES
 from toolkit.config.load import parse_config
-from toolkit.train.flops import flops_per_token, peak_flops
 
 MODEL = {
     "num_layers": 2,
@@ -35,14 +35,8 @@ def count_forward(family: str) -> int:
     return int(counter.get_total_flops())
 
 
-@pytest.mark.parametrize("family", ["gpt", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_matches_what_pytorch_counts(pool: Pool, family: str) -> None:
-    counted = pool.run("tests.train.test_flops:count_forward", 1, family, deadline_s=120)[0]
+    counted = pool.run("tests.arch.test_flops:count_forward", 1, family, deadline_s=120)[0]
     config = parse_config({"model": {**MODEL, "family": family}, "train": {"seq_length": 32}})
-    assert flops_per_token(config.model, seq_length=32) * 32 / 3 == pytest.approx(counted, rel=1e-6)
-
-
-def test_peak_by_name() -> None:
-    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert peak_flops("cpu") is None
+    assert config.model.spec.flops_per_token(32) * 32 / 3 == pytest.approx(counted, rel=1e-6)
