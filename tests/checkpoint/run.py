@@ -110,6 +110,6 @@ def train(raw: dict[str, Any]) -> dict[str, Any]:
         "first": checkpoints.step + 1,
         "losses": losses,
         "norms": norms,
-        "digests": digests(engine, chunks, tied=config.model.tie_embeddings, tp=at.tp),
+        "digests": digests(engine, chunks, config.model.spec, tp=at.tp),
         "scale": engine.loss_scale,
     }

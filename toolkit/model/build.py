@@ -158,7 +158,7 @@ def build_chunks(
         )
         if last:
             mask_padding(model.output_layer, vocab_size=weights.vocab, rows=weights.rows)
-        mark_shared_gradients(model, sequence_parallel=layout.sequence_parallel)
+        mark_shared_gradients(model, weights, sequence_parallel=layout.sequence_parallel)
         model.train()
         if m.compile:
             for layer in model.decoder.layers:
