@@ -73,6 +73,7 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
         # with two stages, batched sends of different chunks between the same two ranks cross
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        batch_p2p_sync=False,  # a synchronisation of the device after every message, for PyTorch before 1.13
         # gloo still reads an output that is being sent when the schedule frees it; NCCL orders the two
         deallocate_pipeline_outputs=torch.cuda.is_available(),
         gradient_accumulation_fusion=False,
