@@ -13,7 +13,6 @@ from typing import TypeVar
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from toolkit.checkpoint.agree import everywhere
 from toolkit.checkpoint.identity import layout_of, same_degrees
 from toolkit.checkpoint.move import fill
 from toolkit.checkpoint.names import group_file, holder, rank_file
@@ -22,6 +21,7 @@ from toolkit.checkpoint.whole import WholeCheckpoint
 from toolkit.config.schema import RunConfig
 from toolkit.engine.state import EngineState, set_generators
 from toolkit.errors import CheckpointError
+from toolkit.parallel.agree import everywhere
 from toolkit.parallel.groups import seed_generators
 from toolkit.parallel.layout import Layout
 from toolkit.tensors import read_metadata, read_tensors

@@ -12,13 +12,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from toolkit.files import FileRecord, sync_folder, write_durably
+from toolkit.files import FileRecord, file_sha256, sync_folder, write_durably
 
 FORMAT = 1
 NAME = "manifest.json"
 LATEST = "latest"
 _STEP = re.compile(r"step-(\d{8,})")
-_CHUNK = 1 << 19
 
 
 class Manifest(BaseModel):
@@ -86,7 +85,7 @@ def is_folder_name(name: str) -> bool:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """The last act of saving: from here on the checkpoint counts."""
     manifest = manifest.model_copy(update={"checksum": manifest.digest()})
-    write_durably(folder / NAME, (json.dumps(manifest.fields(), indent=1) + "\n").encode())
+    write_durably(folder / NAME, json.dumps(manifest.fields(), indent=1) + "\n")
     sync_folder(folder)
 
 
@@ -153,19 +152,14 @@ def verify_files(folder: Path, records: Iterable[FileRecord], *, progress: Calla
 
     progress: called with the number of bytes read since its last call.
     """
-    piece = memoryview(bytearray(_CHUNK))
     for record in records:
         path = folder / record.name
         if problem := _wrong_size(folder, record):
             return problem
-        digest = hashlib.sha256()
         try:
-            with path.open("rb", buffering=0) as f:
-                while n := f.readinto(piece):  # into memory that stays in the processor's cache
-                    digest.update(piece[:n])
-                    progress(n)
+            damaged = file_sha256(path, progress=progress) != record.sha256
         except OSError as e:
             return f"{path} cannot be read ({e.strerror})"
-        if digest.hexdigest() != record.sha256:
+        if damaged:
             return f"{path} is damaged: it does not match its checksum"
     return ""

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from toolkit.checkpoint.agree import everywhere, on_rank_0
 from toolkit.checkpoint.claim import checkpoint_folder
 from toolkit.checkpoint.identity import changed_keys, check_same_run, identity_of, layout_of, moved
 from toolkit.checkpoint.manifest import Found, Manifest, discover, verify_files
@@ -19,6 +18,7 @@ from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData
 from toolkit.errors import CheckpointError
 from toolkit.files import FileRecord
+from toolkit.parallel.agree import everywhere, on_rank_0
 from toolkit.parallel.layout import Layout
 
 log = logging.getLogger("toolkit.train")

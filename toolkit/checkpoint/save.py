@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from toolkit.checkpoint.agree import everywhere
 from toolkit.checkpoint.manifest import LATEST, Manifest, folder_name, write_manifest
 from toolkit.checkpoint.names import group_file, holder, rank_file
 from toolkit.checkpoint.prune import prune, set_aside
@@ -25,6 +24,7 @@ from toolkit.config.schema import RunConfig
 from toolkit.engine.state import EngineState, generators
 from toolkit.errors import CheckpointError
 from toolkit.files import FileRecord, sync_folder, write_durably
+from toolkit.parallel.agree import everywhere
 from toolkit.parallel.layout import Layout
 from toolkit.tensors import write_tensors
 
@@ -176,7 +176,7 @@ class _Job(threading.Thread):
         try:
             records = [write_tensors(self.partial / name, tensors, metadata=metadata) for name, tensors, metadata in files]
             receipt = json.dumps([r.model_dump() for r in records])
-            write_durably(self._receipt(self.rank), receipt.encode())
+            write_durably(self._receipt(self.rank), receipt)
         except Exception as e:  # the other ranks wait for this one's receipt or its error
             self.error = _failure(e, self.partial)
         finally:
@@ -207,7 +207,7 @@ class _Job(threading.Thread):
         self.partial.rename(final)
         sync_folder(target.folder)
         write_manifest(final, self.manifest.model_copy(update={"files": files}))
-        write_durably(target.folder / LATEST, f"{final.name}\n".encode())
+        write_durably(target.folder / LATEST, f"{final.name}\n")
         prune(target.folder, keep=target.keep, token=target.token, distrusted=target.distrusted - {final.name})
 
 

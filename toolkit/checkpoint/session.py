@@ -8,7 +8,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from toolkit.checkpoint.agree import everywhere, on_rank_0
 from toolkit.checkpoint.claim import check_shared, checkpoint_folder, claim
 from toolkit.checkpoint.identity import identity_of, layout_of
 from toolkit.checkpoint.load import load_weights, restore
@@ -21,6 +20,7 @@ from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData
 from toolkit.engine.state import EngineState
 from toolkit.errors import CheckpointError, ConfigError
+from toolkit.parallel.agree import everywhere, on_rank_0
 from toolkit.parallel.layout import Layout
 from toolkit.runfolder.metrics import StepRecord
 

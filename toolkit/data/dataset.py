@@ -16,8 +16,9 @@ from toolkit.data.indexed import Index, count_ids, entropy, read_index
 from toolkit.data.manifest import Manifest, load_manifest, manifest_path
 from toolkit.data.prepare import prepare
 from toolkit.data.sources import is_source_path, open_source
-from toolkit.data.tokenizer import load_tokenizer, write_durably
+from toolkit.data.tokenizer import load_tokenizer
 from toolkit.errors import DataError
+from toolkit.files import write_durably
 
 if TYPE_CHECKING:
     from toolkit.config.schema import RunConfig
@@ -185,7 +186,8 @@ def _scan(index: Index, *, identity: str, cache: Path) -> tuple[int, float]:
     counts = count_ids(index)
     largest, nats = len(counts) - 1, entropy(counts)
     try:
-        write_durably(note, json.dumps({"prefix": index.prefix, "largest_id": largest, "entropy": nats}).encode())
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(note, json.dumps({"prefix": index.prefix, "largest_id": largest, "entropy": nats}))
     except OSError as e:
         log.info("not remembered in %s: %s", note, e)
     return largest, nats

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.data.tokenizer import TextTokenizer, spread, write_durably
+from toolkit.data.tokenizer import TextTokenizer, spread
 from toolkit.errors import DataError
+from toolkit.files import write_durably
 
 
 @dataclass
@@ -70,7 +71,7 @@ def encode_shard(shard: Shard, *, tok: TextTokenizer, work: Path) -> dict[str, A
         "characters": sum(map(len, shard.texts)),
         "bytes": shard.bytes,
     }
-    write_durably(part_path(work, shard.number, ".json"), json.dumps(record).encode())
+    write_durably(part_path(work, shard.number, ".json"), json.dumps(record))
     return record
 
 

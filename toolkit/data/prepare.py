@@ -8,7 +8,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import shutil
 import warnings
@@ -24,20 +23,18 @@ from toolkit.data.encode import Helpers, Shard, encode_shard, id_dtype, part_pat
 from toolkit.data.indexed import add_counts, entropy
 from toolkit.data.manifest import (
     FORMAT,
-    FileRecord,
     Manifest,
     ShardRecord,
     TokenizerRecord,
-    file_sha256,
     load_manifest,
     manifest_path,
     save_manifest,
-    sync_folder,
 )
 from toolkit.data.progress import PrepareBar
 from toolkit.data.sources import Source, open_source
-from toolkit.data.tokenizer import TextTokenizer, load_tokenizer, training_size, write_durably
+from toolkit.data.tokenizer import TextTokenizer, load_tokenizer, training_size
 from toolkit.errors import DataError
+from toolkit.files import FileRecord, file_sha256, sync_file, sync_folder, write_durably
 
 log = logging.getLogger(__name__)
 
@@ -89,12 +86,13 @@ def _run(text: Source, *, tokenizer: str, eod: str | None, prefix: Path, workers
     job |= {"tokenizer": tokenizer, "eod": eod}
     if work.exists() and _read_json(work / "job.json") != job:
         shutil.rmtree(work)
-    write_durably(work / "job.json", json.dumps(job).encode())
+    work.mkdir(parents=True, exist_ok=True)
+    write_durably(work / "job.json", json.dumps(job))
     if tokenizer.startswith("train:"):
         log.info("training tokenizer %s on %s", tokenizer, text.spec)
     tok = load_tokenizer(tokenizer, train_on=text.documents(), cache=work / "trained.json", eod=eod)
     if tok.json is not None:
-        write_durably(work / "tokenizer.json", tok.json.encode())
+        write_durably(work / "tokenizer.json", tok.json)
     shards, skipped = _encode_all(text, tok, work=work, workers=workers, progress=progress, shard_bytes=shard_bytes)
     if not shards:
         raise DataError(
@@ -263,8 +261,7 @@ def _assemble(shards: Sequence[dict[str, Any]], *, skipped: int, text: Source, t
         moves.append((work / "tokenizer.json", Path(f"{prefix}.tokenizer.json")))
     files = []
     for made, target in moves:
-        with made.open("rb") as f:
-            os.fsync(f.fileno())
+        sync_file(made)
         files.append(FileRecord(name=target.name, bytes=made.stat().st_size, sha256=file_sha256(made)))
     keys = set(ShardRecord.model_fields)
     manifest = Manifest(

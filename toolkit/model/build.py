@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from toolkit.config.schema import ModelSection, RopeScaling, RunConfig
 from toolkit.model.init import materialise
 from toolkit.model.layers import TIED_COPY, local_spec, mark_shared_gradients, mask_padding, te_spec
-from toolkit.parallel.layout import Layout, seats
+from toolkit.parallel.layout import Layout, split_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,7 +33,7 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
     spec = m.spec
     dtype = DTYPES[t.precision]
     interleaved = layout.vpp > 1
-    split = seats(m.num_layers, layout.pp * layout.vpp)
+    split = split_layers(m.num_layers, layout.pp * layout.vpp)
     assert split is not None, "the rules refuse it"
     modes: dict[str, dict[str, Any]] = {
         "none": {},

@@ -9,7 +9,7 @@ from typing import Any
 
 from toolkit.config.schema import LARGEST_INT
 from toolkit.parallel.case import Case
-from toolkit.parallel.layout import seats
+from toolkit.parallel.layout import split_layers
 
 Option = dict[str, Any]
 
@@ -17,7 +17,7 @@ Option = dict[str, Any]
 @lru_cache(maxsize=256)
 def chunk_counts(layers: int) -> tuple[int, ...]:
     """Every number of pipeline chunks (pp x vpp) that so many layers can be split into, ascending."""
-    counts = {count for ends in (0, 1, 2) for count in divisors(layers + ends) if seats(layers, count)}
+    counts = {count for saved in (0, 1, 2) for count in divisors(layers + saved) if split_layers(layers, count)}
     return tuple(sorted(counts))
 
 
@@ -62,7 +62,7 @@ def layouts(case: Case) -> Iterator[Option]:
             for cp in {1, case.cp} if case.world // tp // pp % case.cp == 0 else {1}:
                 step = case.micro * (case.world // (tp * pp * cp))
                 for vpp in {1, case.vpp if pp > 1 else 1}:
-                    if seats(case.layers, pp * vpp) is None:
+                    if split_layers(case.layers, pp * vpp) is None:
                         continue
                     unit = step * (pp if vpp > 1 else 1)
                     batch = max(1, min(round(case.batch / unit), LARGEST_INT // unit)) * unit

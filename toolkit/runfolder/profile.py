@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from toolkit.errors import DataError
+from toolkit.files import write_durably
 
 PROFILE = "profile.json"
 FORMAT = 1
@@ -16,15 +16,10 @@ RANK_KEYS = ("rank", "stage", "memory", "predicted", "memory_over_time", "rss", 
 
 
 def write_profile(run_dir: Path, found: Mapping[str, Any]) -> Path:
-    """Write RUN/profile.json durably: to a file beside it, to disk, then under its name."""
+    """Write RUN/profile.json, whole or not at all, and return its path."""
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / PROFILE
-    partial = path.with_name(f".{PROFILE}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(found, file, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_durably(path, json.dumps(found, allow_nan=False))
     return path
 
 
