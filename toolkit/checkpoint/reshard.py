@@ -32,7 +32,7 @@ _BUFFER = 1 << 22  # elements read, hashed and written at a time
 Progress = Callable[[int], None]
 
 
-class _Job(NamedTuple):
+class _OutputFile(NamedTuple):
     """One file to write: a rank's partition, or with group None what is beside them."""
 
     rank: int
@@ -50,11 +50,11 @@ def reshard(source: Path, out: Path, target: Target, *, workers: int, progress: 
     with WholeCheckpoint(source) as whole:
         manifest = whole.manifest
         jobs = [
-            _Job(rank, i, cut.numel * len(whole.keys(whole.names[0])))
+            _OutputFile(rank, i, cut.numel * len(whole.keys(whole.names[0])))
             for rank in target.holders
             for i, cut in enumerate(target.cuts(whole, rank))
         ]
-    jobs = sorted(jobs, key=lambda j: -j.elements) + [_Job(rank, None, 0) for rank in range(target.layout.world_size)]
+    jobs = sorted(jobs, key=lambda j: -j.elements) + [_OutputFile(rank, None, 0) for rank in range(target.layout.world_size)]
     made = _missing_parents(out)
     final = out / folder_name(manifest.step)
     if final.exists():
@@ -193,7 +193,7 @@ def _verify(context: _Context, record: FileRecord) -> None:
         raise CheckpointError(problem, why="a damaged checkpoint is not resharded", fix="Restore the file, or name another checkpoint.")
 
 
-def _write(context: _Context, job: _Job) -> FileRecord:
+def _write(context: _Context, job: _OutputFile) -> FileRecord:
     if job.group is None:
         return _write_rank(context, job.rank)
     whole, target = context.whole, context.target

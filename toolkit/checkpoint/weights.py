@@ -12,9 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from toolkit.checkpoint.identity import layout_of, model_identity
-from toolkit.checkpoint.manifest import Manifest, write_manifest
+from toolkit.checkpoint.manifest import Manifest, versions, write_manifest
 from toolkit.checkpoint.names import weights_file
-from toolkit.checkpoint.versions import versions
 from toolkit.config.schema import RunConfig
 from toolkit.errors import CheckpointError
 from toolkit.files import FileRecord, Partial, write_durably

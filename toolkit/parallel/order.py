@@ -10,7 +10,7 @@ Kind = Literal["forward", "backward"]
 
 
 @dataclass(frozen=True)
-class Pass:
+class ScheduledPass:
     """One chunk's forward or backward of one micro-batch."""
 
     kind: Kind
@@ -23,7 +23,7 @@ class Timed:
     """A pass with its start and end in seconds."""
 
     stage: int
-    work: Pass
+    work: ScheduledPass
     start: float
     end: float
 
@@ -35,19 +35,19 @@ def warmup(*, stage: int, pp: int, vpp: int, microbatches: int) -> int:
     return min(2 * (pp - stage - 1) + (vpp - 1) * pp, microbatches * vpp)
 
 
-def order(*, stage: int, pp: int, vpp: int = 1, microbatches: int) -> list[Pass]:
+def order(*, stage: int, pp: int, vpp: int = 1, microbatches: int) -> list[ScheduledPass]:
     """Everything a stage does in one optimizer step, in order: warm-up forwards, one forward and one backward in turn, the rest.
 
     Interleaved chunks take turns every pp micro-batches, backward from the last chunk; microbatches is then a multiple of pp.
     """
     count = microbatches * vpp
 
-    def nth(number: int, kind: Kind) -> Pass:
+    def nth(number: int, kind: Kind) -> ScheduledPass:
         if vpp == 1:
-            return Pass(kind, number)
+            return ScheduledPass(kind, number)
         round_, within = divmod(number, pp * vpp)
         chunk, micro = divmod(within, pp)
-        return Pass(kind, round_ * pp + micro, chunk if kind == "forward" else vpp - 1 - chunk)
+        return ScheduledPass(kind, round_ * pp + micro, chunk if kind == "forward" else vpp - 1 - chunk)
 
     ahead = warmup(stage=stage, pp=pp, vpp=vpp, microbatches=microbatches)
     passes = [nth(i, "forward") for i in range(ahead)]
@@ -64,7 +64,7 @@ def timeline(
     forward, backward: seconds of one micro-batch through all of a stage's chunks; send: seconds from stage to stage.
     """
     orders = [order(stage=s, pp=pp, vpp=vpp, microbatches=microbatches) for s in range(pp)]
-    done: dict[tuple[int, Pass], float] = {}
+    done: dict[tuple[int, ScheduledPass], float] = {}
     free = [0.0] * pp
     at = [0] * pp
     found: list[Timed] = []
@@ -86,7 +86,9 @@ def timeline(
     return found
 
 
-def _arrival(work: Pass, stage: int, done: Mapping[tuple[int, Pass], float], *, pp: int, vpp: int, send: float) -> float | None:
+def _arrival(
+    work: ScheduledPass, stage: int, done: Mapping[tuple[int, ScheduledPass], float], *, pp: int, vpp: int, send: float
+) -> float | None:
     """When a pass's input is there; None while what makes it has not run."""
     virtual = work.chunk * pp + stage
     if work.kind == "forward":
@@ -94,14 +96,14 @@ def _arrival(work: Pass, stage: int, done: Mapping[tuple[int, Pass], float], *, 
             return 0.0
         before, own = virtual - 1, None
     else:
-        own = done.get((stage, Pass("forward", work.microbatch, work.chunk)))
+        own = done.get((stage, ScheduledPass("forward", work.microbatch, work.chunk)))
         if own is None:
             return None
         if virtual == pp * vpp - 1:
             return own
         before = virtual + 1
     chunk, source = divmod(before, pp)
-    made = done.get((source, Pass(work.kind, work.microbatch, chunk)))
+    made = done.get((source, ScheduledPass(work.kind, work.microbatch, chunk)))
     if made is None:
         return None
     return max(made + (send if source != stage else 0.0), own or 0.0)

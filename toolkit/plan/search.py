@@ -72,7 +72,7 @@ class Limits:
 
 
 @dataclass(kw_only=True)
-class Found:
+class SearchResult:
     """Plans, best first, and how much was looked at: candidates of the space, those whose memory and whose time were computed."""
 
     plans: list[Plan] = field(default_factory=list)
@@ -91,7 +91,7 @@ def key(objective: Objective, *, step_s: float, gpus: int) -> Key:
 
 def search(
     space: Space, *, objective: Objective = "tokens/s", limits: Limits | None = None, top: int = 10, scale: float | None = None
-) -> Found:
+) -> SearchResult:
     """The best plans of a space that fit; at most PER_KIND with the same tp, pp, cp and dp.
 
     Nodes of growing detail wait in a heap by a lower bound of their key: a structure with its data-parallel degree, then with
@@ -107,14 +107,14 @@ class _Search:
         self.hardware: Hardware = space.hardware
         self.scale = calibration.scale_for(self.hardware.gpu, space.base.precision) if scale is None else scale
         self.capacity = self.hardware.gpu.memory_gib * GIB
-        self.found = Found()
+        self.found = SearchResult()
         self.best: list[tuple[Key, int, Plan]] = []
         self.heap: list[tuple[Key, int, Callable[[], None]]] = []
         self.counter = 0
         self.layers: dict[Any, tuple[float, float, float]] = {}
         self.sizes: dict[Any, tuple[int, float]] = {}
 
-    def run(self) -> Found:
+    def run(self) -> SearchResult:
         recomputes = self.space.recomputes()
         for cut, shardings in self.space.structures():
             for dp in self.space.copies(cut):

@@ -14,7 +14,7 @@ from toolkit.errors import ConfigError, LayoutError
 from toolkit.hardware.catalogue import Hardware, catalogue, with_host_gib
 from toolkit.parallel import rules
 from toolkit.plan.reasons import differences, layout_words, share, size
-from toolkit.plan.search import Found, Limits, Objective, Plan, search
+from toolkit.plan.search import Limits, Objective, Plan, SearchResult, search
 from toolkit.plan.show import count
 from toolkit.plan.space import AXES, Space, spec
 
@@ -42,7 +42,7 @@ class Question:
         """The candidates of this question."""
         return Space.of(self.config, self.hardware, max_gpus=self.max_gpus, fixed=self.fixed)
 
-    def ask(self, *, top: int) -> Found:
+    def ask(self, *, top: int) -> SearchResult:
         """Search it."""
         return search(self.space(), objective=self.objective, limits=self.limits, top=top, scale=self.scale)
 
@@ -61,7 +61,7 @@ class Answer:
     """What tune found for a question."""
 
     question: Question
-    found: Found
+    found: SearchResult
     what_if: list[WhatIf] = field(default_factory=list)
 
     @property

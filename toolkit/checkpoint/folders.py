@@ -1,11 +1,16 @@
-"""Which checkpoint a path on the command line or in a config names; needs no torch."""
+"""Folders of checkpoints: which checkpoint a path means, and which ones are deleted. No torch."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Collection
 from pathlib import Path
 
 from toolkit.checkpoint.manifest import NAME, discover, read_manifest
 from toolkit.errors import CheckpointError
+from toolkit.files import remove_tree, sync_folder
+
+log = logging.getLogger(__name__)
 
 _NAME_ONE = "Name a run folder, a step-… folder, or what `toolkit convert import` wrote."
 
@@ -37,3 +42,26 @@ def checkpoint_in(path: Path) -> Path:
     if found:
         raise CheckpointError(f"{path} holds no complete checkpoint", why="saving was cut off", fix=_NAME_ONE)
     raise CheckpointError(f"{path} holds no checkpoint", fix=_NAME_ONE)
+
+
+def prune(folder: Path, *, keep: int, token: str, distrusted: Collection[str] = ()) -> list[Path]:
+    """Delete complete checkpoints older than the newest `keep`; returns them.
+
+    Damaged and unfinished ones neither count nor go. distrusted: names of folders whose files are known to be damaged.
+    """
+    good = [f for f in discover(folder) if f.manifest is not None and f.path.name not in distrusted]
+    doomed = [f.path for f in good[keep:]]
+    for path in doomed:
+        remove_tree(path, token=token)
+    return doomed
+
+
+def set_aside(path: Path, *, token: str) -> None:
+    """Free a checkpoint's name for a new one: an unfinished folder goes, a finished (hence damaged) one is kept under another name."""
+    if not (path / NAME).exists():
+        remove_tree(path, token=token)
+        return
+    kept = path.with_name(f"replaced-{path.name}-{token}")
+    path.rename(kept)
+    sync_folder(path.parent)
+    log.warning("%s was damaged; it is now %s and may be deleted", path, kept.name)
