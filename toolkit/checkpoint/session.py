@@ -11,10 +11,10 @@ import torch.distributed as dist
 from toolkit.checkpoint.claim import check_shared, checkpoint_folder, claim
 from toolkit.checkpoint.identity import identity_of, layout_of
 from toolkit.checkpoint.load import load_weights, restore
-from toolkit.checkpoint.manifest import verify_files
+from toolkit.checkpoint.manifest import Manifest, verify_files
 from toolkit.checkpoint.resume import Resume, check_probe, find, probe
 from toolkit.checkpoint.save import Saver, Target
-from toolkit.checkpoint.start import announce, starting_weights
+from toolkit.checkpoint.start import announce
 from toolkit.config.deepspeed import zero_key
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData
@@ -28,9 +28,12 @@ log = logging.getLogger("toolkit.train")
 
 
 class Checkpoints:
-    """Locks the run's folders, finds where to go on, and saves at step boundaries. Every rank makes one and calls it alike."""
+    """Locks the run's folders, finds where to go on, and saves at step boundaries. Every rank makes one and calls it alike.
 
-    def __init__(self, config: RunConfig, layout: Layout, data: PreparedData) -> None:
+    weights: what starting_weights() found for this config.
+    """
+
+    def __init__(self, config: RunConfig, layout: Layout, data: PreparedData, *, weights: tuple[Path, Manifest] | None = None) -> None:
         self.config, self.layout, self.data = config, layout, data
         c = config.checkpoint
         if c.every and zero_key(config, "offload_optimizer", {}).get("super_offload"):
@@ -47,19 +50,19 @@ class Checkpoints:
             everywhere(lambda: check_shared(proof) if proof and self.claim is None else None)
         try:
             self.resume: Resume = find(config, layout, data)
-            self.weights = self._starting_weights()
+            self.weights = self._verified(weights)
         except BaseException:
             self.release()
             raise
 
-    def _starting_weights(self) -> Path | None:
+    def _verified(self, weights: tuple[Path, Manifest] | None) -> Path | None:
         """Where checkpoint.init_from's weights lie, each of its files held to its checksum by some rank; None where there is nothing to read."""
         init_from = self.config.checkpoint.init_from
         if init_from is None or self.resume.path is not None:
             if init_from is not None and dist.get_rank() == 0:
                 log.info("checkpoint.init_from=%s is not read: this run goes on from its own checkpoint", init_from)
             return None
-        found = everywhere(lambda: starting_weights(self.config))[0]
+        found = everywhere(lambda: weights)[0]  # hosts may see the folder differently; rank 0's answer counts
         assert found is not None, "the run has nothing to resume from"
         path, manifest = found
         share = manifest.files[dist.get_rank() :: dist.get_world_size()]

@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from toolkit.files import write_durably
+from toolkit.runfolder.files import METRICS
+
 log = logging.getLogger("toolkit.train")
 
 
@@ -60,7 +63,7 @@ class Metrics:
         self.steps, self.every, self.monitor = steps, every, monitor
         self.file: IO[str] | None = None
         if folder is not None:
-            path = folder / "metrics.jsonl"
+            path = folder / METRICS
             _keep_up_to(path, resumed)
             self.file = path.open("a", encoding="utf-8", buffering=1)
 
@@ -93,16 +96,14 @@ def _keep_up_to(path: Path, step: int) -> None:
             continue
         if number <= step:
             kept[number] = line
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text("".join(f"{line}\n" for line in kept.values()), encoding="utf-8")
-    partial.replace(path)
+    write_durably(path, "".join(f"{line}\n" for line in kept.values()).encode())
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The step records of a run folder; lines that a killed run left half written are passed over."""
     records = []
     with suppress(OSError):
-        for line in (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in (run / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError):
                 record = json.loads(line)
                 if isinstance(record, dict) and record.get("step_s") and record.get("tokens_per_s"):

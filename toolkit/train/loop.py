@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,16 +16,15 @@ from torch import Tensor
 
 from toolkit.checkpoint.session import Checkpoints
 from toolkit.cluster.locks import check_extension_locks
-from toolkit.config.load import dump_config
 from toolkit.config.schema import RunConfig
-from toolkit.data.dataset import PreparedData, build_datasets
+from toolkit.data.dataset import build_datasets
 from toolkit.data.loader import batches
 from toolkit.errors import TrainingError
 from toolkit.hardware.catalogue import peak_flops
-from toolkit.parallel.deepspeed_json import deepspeed_config
-from toolkit.parallel.layout import Layout
+from toolkit.runfolder.files import write_machine, write_run
 from toolkit.runfolder.metrics import Metrics, StepRecord
 from toolkit.train.lr import learning_rate
+from toolkit.train.resolve import ResolvedRun
 from toolkit.train.signals import StopRequest
 from toolkit.train.world import World, connect
 
@@ -36,13 +33,14 @@ log = logging.getLogger("toolkit.train")
 Batch = dict[str, Tensor]
 
 
-def train(config: RunConfig, layout: Layout, data: PreparedData) -> None:
-    """Run all steps of a planned config on this rank; raises ToolkitError on all ranks alike."""
+def train(resolved: ResolvedRun) -> None:
+    """Take all steps of a run on this rank; raises ToolkitError on all ranks alike."""
+    config = resolved.config
     world = World.from_environment()
     check_extension_locks(_extensions(config))
-    connect(world, layout, seed=config.run.seed)
+    connect(world, resolved.layout, seed=config.run.seed)
     try:
-        Run(config, layout, data, world).steps()
+        Run(resolved, world).steps()
     finally:
         dist.destroy_process_group()
 
@@ -57,19 +55,19 @@ def _extensions(config: RunConfig) -> set[str]:
 class Run:
     """One rank's part of a run."""
 
-    def __init__(self, config: RunConfig, layout: Layout, data: PreparedData, world: World) -> None:
+    def __init__(self, resolved: ResolvedRun, world: World) -> None:
         from toolkit.engine.schedule import Schedule
         from toolkit.engine.zero import Engine, partitioner
         from toolkit.model.build import build_chunks
 
+        config, layout, ds_config = resolved.config, resolved.layout, resolved.ds_config
         self.config, self.layout, self.world = config, layout, world
         self.at = layout.coordinates(world.rank)
         self.stop = StopRequest()
         started = time.perf_counter()
-        ds_config = deepspeed_config(config, layout)
-        self.checkpoints = Checkpoints(config, layout, data)
-        folder = _run_folder(config, ds_config) if world.rank == 0 else None
-        train_set, self.valid_set, _ = build_datasets(config, data)
+        self.checkpoints = Checkpoints(config, layout, resolved.data, weights=resolved.weights)
+        folder = write_run(config, ds_config) if world.rank == 0 else None
+        train_set, self.valid_set, _ = build_datasets(config, resolved.data)
         self.reads_data = self.at.pp in (0, layout.pp - 1)
         # readers fork before the model exists: a child then shares little memory that would be copied
         self.train_batches = self._reader(train_set, workers=config.data.workers, consumed=self.checkpoints.consumed_samples)
@@ -86,10 +84,11 @@ class Run:
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
         self.peak = peak_flops(name, t.precision)
         if folder is not None:
-            _record_machine(folder, device=name, processes=world.size)
+            hosts = int(os.environ.get("CROSS_SIZE", 1))  # as DeepSpeed's launcher counts them
+            write_machine(folder, device=name, processes=world.size, hosts=hosts)
         self.process = psutil.Process()
         if world.rank == 0:
-            _announce(config, layout, data, device=name, seconds=time.perf_counter() - started)
+            _announce(resolved, device=name, seconds=time.perf_counter() - started)
 
     def steps(self) -> None:
         """All optimizer steps, with evaluation where it is due; returns early once a signal has asked for it."""
@@ -233,25 +232,8 @@ class Run:
         return batch
 
 
-def _run_folder(config: RunConfig, ds_config: dict[str, Any]) -> Path:
-    folder = config.run.dir
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("config.yaml", dump_config(config)), ("ds_config.json", json.dumps(ds_config, indent=2) + "\n")):
-        partial = folder / f".{name}.{os.getpid()}"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / name)
-    return folder
-
-
-def _record_machine(folder: Path, *, device: str, processes: int) -> None:
-    """Note what the run is measured on, for `toolkit calibrate`; hosts as DeepSpeed's launcher counts them."""
-    text = json.dumps({"device": device, "processes": processes, "hosts": int(os.environ.get("CROSS_SIZE", 1))}) + "\n"
-    partial = folder / f".machine.json.{os.getpid()}"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(folder / "machine.json")
-
-
-def _announce(config: RunConfig, layout: Layout, data: PreparedData, *, device: str, seconds: float) -> None:
+def _announce(resolved: ResolvedRun, *, device: str, seconds: float) -> None:
+    config, layout, data = resolved.config, resolved.layout, resolved.data
     m, z, t = config.model, config.zero, config.train
     offload = "".join(
         f", {what} on {where}" for what, where in (("optimizer", z.offload_optimizer), ("parameters", z.offload_param)) if where != "none"

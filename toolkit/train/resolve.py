@@ -1,20 +1,39 @@
-"""All that can be refused before torch is imported: rules and data, in the starting process and in every rank."""
+"""All that a run needs to know before torch is imported, found out once: in the starting process, and in every rank."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from toolkit.checkpoint.claim import checkpoint_folder
-from toolkit.checkpoint.manifest import discover
+from toolkit.checkpoint.manifest import Manifest, discover
 from toolkit.checkpoint.start import starting_weights
 from toolkit.cluster.environment import gpu_count
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData, resolve_data
+from toolkit.parallel.deepspeed_json import deepspeed_config
 from toolkit.parallel.layout import Layout
 from toolkit.parallel.rules import Machine, check, fitting_micro_batch
 
 log = logging.getLogger("toolkit.train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRun:
+    """A run with nothing left open: whoever gets it derives none of this again.
+
+    config: with the vocabulary, the tokenizer and the micro-batch that the run really has; ds_config: what DeepSpeed is given;
+    weights: the checkpoint to start from and its manifest, None where the run resumes or starts from random weights.
+    """
+
+    config: RunConfig
+    layout: Layout
+    data: PreparedData
+    ds_config: dict[str, Any]
+    weights: tuple[Path, Manifest] | None
 
 
 def machine() -> Machine:
@@ -22,12 +41,13 @@ def machine() -> Machine:
     return Machine(cuda=gpu_count() > 0, transformer_engine=importlib.util.find_spec("transformer_engine") is not None)
 
 
-def plan(config: RunConfig, world_size: int) -> tuple[Layout, PreparedData]:
+def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
     """Check a config against the rules and its data, preparing the data where it is missing.
 
-    Fills model.vocab_size and data.tokenizer from the data, and lowers train.micro_batch_size where a run that resumes needs it.
-    Raises ToolkitError.
+    The config itself stays as it is: the result holds a copy. It has model.vocab_size and data.tokenizer from the data, and a lower
+    train.micro_batch_size where a run that resumes needs it. Raises ToolkitError.
     """
+    config = config.model_copy(deep=True)
     _fit_micro_batch(config, world_size)
     check(config, world_size, machine=machine())
     data = resolve_data(config, prepare_missing=True)
@@ -36,8 +56,8 @@ def plan(config: RunConfig, world_size: int) -> tuple[Layout, PreparedData]:
     if data.tokenizer is not None:
         config.data.tokenizer = data.tokenizer  # the resolved config names what was used
     layout = check(config, world_size, machine=machine())
-    starting_weights(config)
-    return layout, data
+    weights = starting_weights(config)
+    return ResolvedRun(config=config, layout=layout, data=data, ds_config=deepspeed_config(config, layout), weights=weights)
 
 
 def _fit_micro_batch(config: RunConfig, world_size: int) -> None:
