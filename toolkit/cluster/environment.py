@@ -11,7 +11,7 @@ from pathlib import Path
 
 from toolkit.errors import ConfigError, MachineError
 
-# DeepSpeed's launcher exports only PYTHON*, NCCL* and a few more by itself (DESIGN.md, fact 23)
+# DeepSpeed's launcher exports only PYTHON*, NCCL* and a few more by itself
 EXPORTED_PREFIXES: tuple[str, ...] = ("FI_", "GLOO_", "NCCL_", "TP_SOCKET_", "UCX_")  # network
 EXPORTED_PREFIXES += ("KMP_", "MKL_", "OMP_", "OPENBLAS_")  # threads
 EXPORTED_PREFIXES += ("CUDA_DEVICE_", "CUDNN_", "DS_", "HF_", "NVTE_", "PYTORCH_", "TENSORBOARD_", "TOKENIZERS_")  # libraries
