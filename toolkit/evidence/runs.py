@@ -18,10 +18,10 @@ from toolkit.cost.workload import Workload
 from toolkit.errors import ConfigError
 from toolkit.evidence import fit
 from toolkit.hardware.catalogue import Hardware, find_gpu, parse_hardware
+from toolkit.runfolder.files import CONFIG, DS_CONFIG, MACHINE
 from toolkit.runfolder.metrics import after_warm_up, read_metrics
 from toolkit.runfolder.profile import read_profile
 
-MACHINE = "machine.json"  # of a run folder: device name, processes, hosts
 LOWEST, HIGHEST = 1e-4, 4.0  # of a scalar fitted to own runs: small models on slow machines reach little
 
 
@@ -68,9 +68,9 @@ def _trained(folder: Path) -> tuple[RunConfig, int, float, int]:
             f"run folder {str(folder)!r} has neither a profile.json nor steps in metrics.jsonl",
             fix="Name the folder of a run that trained.",
         )
-    config = load_config(folder / "config.yaml")
+    config = load_config(folder / CONFIG)
     try:
-        given = json.loads((folder / "ds_config.json").read_text(encoding="utf-8"))
+        given = json.loads((folder / DS_CONFIG).read_text(encoding="utf-8"))
         dp = given["train_batch_size"] // given["train_micro_batch_size_per_gpu"]
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         raise ConfigError(

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from toolkit.errors import DataError
+from toolkit.runfolder.files import CONFIG, METRICS
 from toolkit.runfolder.profile import read_profile
 
 TUNE = "tune.json"
@@ -47,7 +48,7 @@ def _read(path: Path, given: Path, name: str) -> RunFolder:
         if path.suffix != ".json":
             raise DataError(f"{given} is a file", why="a report is made of run folders and tune.json files", fix="Name the run's folder.")
         return RunFolder(name=name, path=path, tune=_tune(path))
-    metrics, notes = _metrics(path / "metrics.jsonl")
+    metrics, notes = _metrics(path / METRICS)
     found = RunFolder(
         name=name,
         path=path,
@@ -107,7 +108,7 @@ def _start(line: bytes) -> str:
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
-    for name in ("config.yaml", "run.yaml"):
+    for name in (CONFIG, "run.yaml"):
         path = folder / name
         if not path.exists():
             continue

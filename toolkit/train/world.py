@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -51,7 +52,10 @@ def device_index(local_rank: int, *, visible: int, restricted: bool) -> int:
 
 
 def connect(world: World, layout: Layout, *, seed: int, timeout_s: float = 1800.0) -> None:
-    """Open the process groups and seed the generators; every rank must call it."""
+    """Open the process groups and seed the generators; every rank must call it.
+
+    The world of all ranks is opened once in a process and stays for the runs that follow; the groups of a layout are each run's own.
+    """
     from toolkit.model import cpu
     from toolkit.parallel import groups
 
@@ -72,5 +76,12 @@ def connect(world: World, layout: Layout, *, seed: int, timeout_s: float = 1800.
             world_size=world.size,
             timeout=timedelta(seconds=timeout_s),
         )
+        atexit.register(disconnect)
     groups.initialise(layout)
     groups.seed_generators(layout.coordinates(world.rank), seed=seed)
+
+
+def disconnect() -> None:
+    """Close the world of all ranks, if it is still open."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
