@@ -18,7 +18,7 @@ _NAME_ONE = "Name a run folder, a step-… folder, or what `toolkit convert impo
 def checkpoint_in(path: Path) -> Path:
     """The checkpoint itself, or the newest complete one of a run or a folder of checkpoints.
 
-    Its manifest is checked, its files' sizes where it was looked for; CheckpointError says what is wrong with what was found.
+    Its manifest is checked; where a folder was searched, its files' sizes are too. Raises CheckpointError with what is wrong.
     """
     path = path.expanduser()
     if not path.is_dir():
@@ -30,8 +30,8 @@ def checkpoint_in(path: Path) -> Path:
             raise CheckpointError(str(e), fix="Use another checkpoint.") from None
         return path
     inside = path / "checkpoints"
-    found = discover(inside if inside.is_dir() else path)
-    for one in found:
+    checkpoints = discover(inside if inside.is_dir() else path)
+    for one in checkpoints:
         if one.manifest is not None:
             return one.path
         if one.finished:
@@ -39,7 +39,7 @@ def checkpoint_in(path: Path) -> Path:
             raise CheckpointError(
                 f"the newest checkpoint cannot be used: {one.problem}", fix=f"Restore the file, or name an older step-… folder of {path}."
             )
-    if found:
+    if checkpoints:
         raise CheckpointError(f"{path} holds no complete checkpoint", why="saving was cut off", fix=_NAME_ONE)
     raise CheckpointError(f"{path} holds no checkpoint", fix=_NAME_ONE)
 
@@ -57,7 +57,7 @@ def prune(folder: Path, *, keep: int, token: str, distrusted: Collection[str] = 
 
 
 def set_aside(path: Path, *, token: str) -> None:
-    """Free a checkpoint's name for a new one: an unfinished folder goes, a finished (hence damaged) one is kept under another name."""
+    """Free a checkpoint's name for a new one. An unfinished folder is deleted; a finished one, which is damaged, is renamed."""
     if not (path / NAME).exists():
         remove_tree(path, token=token)
         return

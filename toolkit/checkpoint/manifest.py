@@ -107,7 +107,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(raw, dict):
         raise ValueError(f"{path} is damaged: it holds no fields")
     if raw.get("format") != FORMAT:
-        # before the checksum: another version may compute another one
+        # checked before the checksum, which another version may compute in another way
         raise ValueError(f"{path} has format {raw.get('format')!r}, and this version reads format {FORMAT}")
     if raw.get("checksum") != _digest(raw):
         raise ValueError(f"{path} is damaged: its content does not match its checksum")
@@ -120,18 +120,18 @@ def read_manifest(folder: Path) -> Manifest:
 def discover(folder: Path) -> list[CheckpointFolder]:
     """Every checkpoint in a folder, newest first, whole or not; found by looking, not by the file `latest`.
 
-    Sizes are held to the manifest here, checksums in verify_files().
+    Sizes are checked here, checksums in verify_files().
     """
-    found = []
+    folders = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if not (match := _STEP.fullmatch(path.name)) or not path.is_dir():
             continue
-        found.append(look_at(path, step=int(match[1])))
-    return sorted(found, key=lambda f: f.step, reverse=True)
+        folders.append(look_at(path, step=int(match[1])))
+    return sorted(folders, key=lambda f: f.step, reverse=True)
 
 
 def look_at(path: Path, *, step: int | None = None) -> CheckpointFolder:
-    """One checkpoint folder, whole or not, sizes held to its manifest; step: the one it must be of."""
+    """One checkpoint folder, whole or not, its files' sizes checked; step: the step it must be of."""
     if not (path / NAME).exists():
         return CheckpointFolder(path, step or 0, None, f"{path / NAME} is missing: saving was cut off", finished=False)
     try:
@@ -154,7 +154,7 @@ def _wrong_size(folder: Path, record: FileRecord) -> str:
 
 
 def verify_files(folder: Path, records: Iterable[FileRecord], *, progress: Callable[[int], None] = lambda _: None) -> str:
-    """Read files through and hold them to their checksums; the first problem as text, "" where there is none.
+    """Read files and compare their checksums; return the first problem as text, "" where there is none.
 
     progress: called with the number of bytes read since its last call.
     """

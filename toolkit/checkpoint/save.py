@@ -140,19 +140,19 @@ class Saver:
             yield group_file(self.rank, i), part.tensors, metadata
 
     def _copied(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[str, dict[str, Tensor], dict[str, str]]:
-        """The same with tensors in host memory of the saver's own, kept for the next save."""
+        """Copy a file's tensors into host buffers, which the saver keeps for the next save."""
         copies = {}
         for key, tensor in tensors.items():
-            kept = self.copies.get((name, key))
-            if kept is None or kept.shape != tensor.shape:
-                kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-                self.copies[name, key] = kept
-            copies[key] = kept.copy_(tensor, non_blocking=True)
+            buffer = self.copies.get((name, key))
+            if buffer is None or buffer.shape != tensor.shape:
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+                self.copies[name, key] = buffer
+            copies[key] = buffer.copy_(tensor, non_blocking=True)
         return name, copies, metadata
 
 
 class _SaveThread(threading.Thread):
-    """One save on one rank: its files, its receipt, and on rank 0 the rest."""
+    """One save on one rank: its files and its receipt, and on rank 0 the manifest."""
 
     def __init__(self, settings: SaveSettings, partial: Path, manifest: Manifest, *, rank: int, world: int) -> None:
         super().__init__(name=f"save-{manifest.step}", daemon=True)
@@ -171,7 +171,7 @@ class _SaveThread(threading.Thread):
             try:
                 self._publish()
                 self.seconds = time.perf_counter() - self.started
-            except Exception as e:  # whatever it is, nobody else would see it in this thread
+            except Exception as e:  # whatever it is: nobody would see it raised in this thread
                 self.error = _failure(e, self.partial)
 
     def write(self, files: Iterator[tuple[str, dict[str, Tensor], dict[str, str]]]) -> None:

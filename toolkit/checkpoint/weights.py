@@ -94,7 +94,7 @@ class WeightsWriter:
             self._write()
 
     def add_file(self, name: str, data: bytes) -> None:
-        """Take a small file along, under the manifest's checksums like the rest."""
+        """Add a small file; the manifest lists it like the others."""
         self.files[name] = data
 
     def __exit__(self, kind: Any, *_: object) -> None:

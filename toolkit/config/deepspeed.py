@@ -96,12 +96,15 @@ def zero_key(config: RunConfig, name: str, default: Any = None) -> Any:
 
 
 def partition(split: int, whole: int, *, tp: int, dp: int) -> int:
-    """Elements of the largest weight that one rank keeps under ZeRO-3; split, whole: of the largest weights that TP does and does not share out."""
+    """Elements of the largest weight that one rank keeps under ZeRO-3.
+
+    split, whole: elements of the largest weight that TP cuts, and of the largest that it does not.
+    """
     return -(-max(-(-split // tp), whole) // max(1, dp))
 
 
 def hpz_group(*, tp: int, cp: int, dp: int) -> int:
-    """hpZ's group size where the JSON says "auto": the data-parallel ranks of one node, 1 (off) where they are not neighbours."""
+    """hpZ's group size for "auto": the largest divisor of dp within a node; 1 (off) where data-parallel ranks are no neighbours."""
     return 1 if tp * cp > 1 else max(d for d in range(1, GPUS_PER_NODE + 1) if dp % d == 0)
 
 
@@ -249,6 +252,6 @@ def _pop(data: dict[str, Any], dotted: str) -> Any:
 
 
 def _pruned(data: dict[str, Any]) -> dict[str, Any]:
-    """Without the sections that merging has emptied."""
+    """Drop the sections that merging has emptied."""
     cleaned = {key: _pruned(value) if isinstance(value, dict) else value for key, value in data.items() if value is not None}
     return {key: value for key, value in cleaned.items() if value != {}}
