@@ -14,7 +14,7 @@ from toolkit.data.given import GivenData
 from toolkit.errors import ConfigError
 from toolkit.runfolder.metrics import StepRecord
 from toolkit.train.hooks import Extensions, Hook
-from toolkit.train.program import mute_if_already_reported, quiet_libraries, say_uncaught_errors, speak
+from toolkit.train.program import mute_if_already_reported, quiet_libraries, say_uncaught_errors, set_cuda_defaults, speak
 from toolkit.train.resolve import resolve
 
 
@@ -58,6 +58,7 @@ class Trainer:
         quiet_libraries()
         with mute_if_already_reported():
             resolved = resolve(self.config, int(os.environ.get("WORLD_SIZE", 1)), given=self.given)
+        set_cuda_defaults(resolved.config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of absent options that nothing here needs
             from toolkit.train.loop import train  # torch comes with it, once there is something to train

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from toolkit.cluster.environment import PLANNED
+from toolkit.cluster.environment import PLANNED, cuda_defaults, gpu_count
+from toolkit.config.schema import RunConfig
 from toolkit.errors import ToolkitError
 
 
@@ -34,6 +35,12 @@ def mute_if_already_reported() -> Iterator[None]:
         log.setLevel(logging.WARNING)
     yield
     log.setLevel(before)
+
+
+def set_cuda_defaults(config: RunConfig) -> None:
+    """Set the variables that CUDA and PyTorch's allocator read when they start; call it before torch is imported."""
+    if gpu_count() > 0:
+        os.environ.update(cuda_defaults(tp=config.parallel.tp, zero_stage=config.zero.stage))
 
 
 def quiet() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -82,6 +83,11 @@ def connect(world: World, layout: Layout, *, seed: int, timeout_s: float = 1800.
 
 
 def disconnect() -> None:
-    """Close the world of all ranks, if it is still open."""
-    if dist.is_initialized():
+    """Close the world of all ranks, if it is still open; after an error of this rank alone, without waiting for the others."""
+    if not dist.is_initialized():
+        return
+    if getattr(sys, "last_value", None) is not None and dist.get_backend() == "nccl":
+        # the traceback is out; others may be in a collective that this rank never joins, and destroying the groups waits for it
+        dist.distributed_c10d._abort_process_group()
+    else:
         dist.destroy_process_group()
