@@ -83,6 +83,6 @@ class Hooks:
             try:
                 hook(step)
             except (Exception, SystemExit) as error:
-                self.error = raised_by(f"the {kind} hook {name_of(hook)}", error, rank=self.rank)
+                self.error = raised_by(f"step {record.step}: the {kind} hook {name_of(hook)}", error, rank=self.rank)
             if step.stop_reason is not None and self.stop_asked is None:
                 self.stop_asked = name_of(hook) + (f": {step.stop_reason}" if step.stop_reason else "")

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 from toolkit.cluster.environment import PLANNED
@@ -43,7 +43,9 @@ def quiet() -> None:
 
 
 def quiet_libraries() -> None:
-    """The same without Python's warnings, which in a script may be the user's own."""
+    """The same for the libraries alone: other warnings in a script are the user's own."""
+    for name in ("deepspeed", "megatron", r"torch\.distributed"):
+        warnings.filterwarnings("ignore", module=name)
     for name in ("DeepSpeed", "megatron", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -76,5 +78,6 @@ class _SayErrors:
         if not isinstance(error, ToolkitError):
             self.before(kind, error, traceback)
             return
-        say(error, rank=int(os.environ.get("RANK", 0)), local_rank=int(os.environ.get("LOCAL_RANK", 0)))
+        with redirect_stderr(sys.__stderr__):  # torch.distributed calls this hook with stderr put away, to add the rank to each line
+            say(error, rank=int(os.environ.get("RANK", 0)), local_rank=int(os.environ.get("LOCAL_RANK", 0)))
         raise SystemExit(error.exit_code)  # Python takes the exit code from it
