@@ -63,7 +63,9 @@ class NoDict(Numbers):
 
 
 class BreaksLate(Numbers):
-    """Sample 13 cannot be read: in their own order the second rank's of step 4, with 4 samples a step."""
+    """Sample 13 cannot be read: in their own order the second rank's of step 4, with 4 samples a
+    step.
+    """
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         if i == 15:
@@ -76,6 +78,11 @@ class EachRankItsOwn(Numbers):
 
     def __len__(self) -> int:
         return self.size + dist.get_rank()
+
+
+class NoLength(Numbers):
+    def __len__(self) -> int:
+        raise RuntimeError("I never counted them")
 
 
 class Stream:

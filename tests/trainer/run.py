@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 @contextlib.contextmanager
 def program(folder: str = ".", *arguments: str) -> Iterator[io.StringIO]:
-    """Be a program of its own for a while, started in a folder: what it prints is kept, and what it sets up is undone."""
+    """Be a program of its own for a while, started in a folder: what it prints is kept, and what it
+    sets up is undone.
+    """
     log, out = logging.getLogger("toolkit"), io.StringIO()
     before = os.getcwd(), sys.argv, sys.excepthook, list(log.handlers), log.level
     log.handlers = []
@@ -33,14 +35,18 @@ def program(folder: str = ".", *arguments: str) -> Iterator[io.StringIO]:
 
 
 def script(argument: dict[str, Any]) -> str:
-    """Run an example as a program in argument["folder"] with argument["overrides"]; what it printed on this rank."""
+    """Run an example as a program in argument["folder"] with argument["overrides"]; what it printed
+    on this rank.
+    """
     with program(argument["folder"], argument["script"], *argument["overrides"]) as out:
         runpy.run_path(str(ROOT / "examples" / argument["script"]), run_name="__main__")
     return out.getvalue()
 
 
 def code(argument: dict[str, Any]) -> str:
-    """Run argument["blocks"] of Python one after the other in one namespace, in argument["folder"]; what they printed."""
+    """Run argument["blocks"] of Python one after the other in one namespace, in argument["folder"];
+    what they printed.
+    """
     names: dict[str, Any] = {"__name__": "__main__"}
     with program(argument["folder"]) as out:
         for block in argument["blocks"]:
@@ -51,8 +57,9 @@ def code(argument: dict[str, Any]) -> str:
 def attempt(argument: dict[str, Any]) -> dict[str, Any]:
     """Fit Trainers one after the other and say how each ended on this rank.
 
-    argument["runs"]: for each, "config" (a mapping) and names of tests.trainer.parts for the Trainer's arguments; "dataset" and "eval_dataset"
-    as [name, size]. Returns "last" (the records of the last steps), "errors" (None where there was none) and "reductions".
+    argument["runs"]: for each, "config" (a mapping) and names of tests.trainer.parts for the
+    Trainer's arguments; "dataset" and "eval_dataset" as [name, size]. Returns "last" (the records
+    of the last steps), "errors" (None where there was none) and "reductions".
     """
     import torch.distributed as dist
 

@@ -1,4 +1,6 @@
-"""What toolkit offers by name: without torch, as docs/api.md says, from whatever a program means by a config."""
+"""What toolkit offers by name: without torch, as docs/api.md says, from whatever a program means by
+a config.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +44,15 @@ def test_the_docs_run(pool: Pool, tmp_path: Path, text: Path) -> None:
     assert "4 5." in said, "the first block's step and loss"
     assert "parallel.tp=3" in said and "| loss_change " in said and "data: squares, version 1, shuffled" in said
     assert re.search(r"^True [0-9.]+ [0-9.e-]+$", said, re.M), said
+
+
+def test_the_readme_runs(pool: Pool, tmp_path: Path, text: Path) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    small = {"data.source": str(text), "data.workers": 0, "data.cache_dir": str(text.parent / "data")}
+    small |= {"train.steps": 2, "train.eval_every": 0, "optimizer.warmup_steps": 0, "log.every": 1}
+    block = block.replace('{"parallel.tp": 1}', repr({"parallel.tp": 1} | small)).replace('"launch/', f'"{ROOT}/launch/')
+    (said,) = pool.run("tests.trainer.run:code", 1, {"blocks": [block], "folder": str(tmp_path)}, deadline_s=120)
+    assert "step 2/2" in said and "| loss_squared " in said
 
 
 @pytest.mark.parametrize("use", ["Config(model={'num_layers': 2, 'hidden_size': 64, 'num_attention_heads': 4})", "Trainer(CONFIG)", "estimate(CONFIG, 'h100-80gb:1')", "tune(CONFIG, 'h100-80gb:1')"])  # fmt: skip

@@ -1,4 +1,6 @@
-"""Data sets of the user's own: checked before training and while reading, in an order that resume and layouts keep."""
+"""Data sets of the user's own: checked before training and while reading, in an order that resume
+and layouts keep.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ BAD = {
     "labels that mean nothing": (["IgnoredLabels"], "sample 0 of the data set IgnoredLabels has ids from -100 to -100 in labels"),
     "floats": (["Floats"], "has text of shape [17] and type float64"),
     "no dict": (["NoDict"], "sample 0 of the data set NoDict is ndarray: a sample is a dict."),
+    "a length that raises": (["NoLength"], "the data set NoLength raised RuntimeError: I never counted them. Look at "),
     "no length": (["Stream"], "the data set Stream has no length or no samples by number"),
     "not the same everywhere": (["EachRankItsOwn"], "rank 1 has another data set than rank 0: EachRankItsOwn of 65 samples, shuffled with 65 samples"),
 }  # fmt: skip

@@ -1,4 +1,6 @@
-"""What the programs that the launcher starts share: how a rank speaks, and how it says what a user got wrong."""
+"""What the programs that the launcher starts share: how a rank speaks, and how it says what a user
+got wrong.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,16 @@ def mute_if_already_reported() -> Iterator[None]:
     before = log.level
     if PLANNED in os.environ:
         log.setLevel(logging.WARNING)
-    yield
-    log.setLevel(before)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def quiet() -> None:
-    """Leave the step lines alone on the screen: imports that warn of absent options, DeepSpeed's start-up log."""
+    """Leave the step lines alone on the screen: imports that warn of absent options, DeepSpeed's
+    start-up log.
+    """
     warnings.filterwarnings("ignore")
     quiet_libraries()
 
@@ -51,7 +57,9 @@ def quiet_libraries() -> None:
 
 
 def speak(*, rank: int) -> None:
-    """Show the step lines of a script that has set up no logging of its own; ranks other than 0 only warn."""
+    """Show the step lines of a script that has set up no logging of its own; ranks other than 0
+    only warn.
+    """
     log = logging.getLogger("toolkit")
     if logging.getLogger().handlers or log.handlers:
         return
@@ -62,7 +70,9 @@ def speak(*, rank: int) -> None:
 
 
 def say_uncaught_errors() -> None:
-    """Let a script that does not catch a ToolkitError end with its message and exit code, as a command does."""
+    """Let a script that does not catch a ToolkitError end with its message and exit code, as a
+    command does.
+    """
     if isinstance(sys.excepthook, _SayErrors):
         return
     sys.excepthook = _SayErrors(sys.excepthook)
