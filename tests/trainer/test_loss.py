@@ -86,6 +86,11 @@ def test_half_precision(runs: Runs) -> None:
     assert worst(shared, alone, "losses") <= loss and worst(shared, alone, "norms") <= norm
 
 
+def test_a_number_that_its_backward_needs(fitted: Fitted) -> None:
+    """The schedule divides a loss in place."""
+    assert fitted({"config": fitted.config(), "dataset": ["Numbers"], "loss": "root_mean_square"})[0]["errors"] == [None]
+
+
 BAD = {
     "per_sequence": "the loss per_sequence returned a tensor of shape [1]: a loss is one number for each micro-batch, a tensor of shape []. Return the mean over the tokens.",
     "a_float": "the loss a_float returned 3.",
