@@ -54,7 +54,7 @@ def tune(
 
     fix: axes to hold, such as "parallel.tp=2"; one that an override sets is held too. The answer's
     config is the run as it is best laid out, for a Trainer on answer.best.gpus ranks;
-    answer.found.plans are the best `top` plans. Raises LayoutError where nothing fits.
+    answer.result.plans are the best `top` plans. Raises LayoutError where nothing fits.
     """
     held = [f"{key}={value}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else overrides
     question = make_question(
@@ -74,5 +74,5 @@ def make_question(
         hardware=cluster,
         fixed=parse_fixes(fix),
         limits=Limits(steps=config.train.steps),
-        scale=scale_for(cluster.gpu, config.train.precision, own=calibration),
+        scale=scale_for(cluster.gpu, config.train.precision, users_file=calibration),
     )
