@@ -54,6 +54,7 @@ def resolve(config: RunConfig, world_size: int, *, given: GivenData | None = Non
     it. given: data sets in the place of data.source. Raises ToolkitError.
     """
     config = config.model_copy(deep=True)
+    config.run.dir = config.run.dir.expanduser()
     _fit_micro_batch(config, world_size)
     check(config, world_size, machine=machine())
     data = _prepared(config) if given is None else _given(config, given)
