@@ -16,7 +16,7 @@ from toolkit.checkpoint.identity import changed_keys, check_same_run, identity_o
 from toolkit.checkpoint.manifest import CheckpointFolder, Manifest, discover, verify_files
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData
-from toolkit.data.given import GivenData
+from toolkit.data.given import GivenData, Samples
 from toolkit.errors import CheckpointError, ToolkitError
 from toolkit.files import FileRecord
 from toolkit.parallel.agree import everywhere, on_rank_0
@@ -121,6 +121,12 @@ def check_probe(resume: Resume, dataset: Any, config: RunConfig) -> None:
     def check() -> None:
         if probe(dataset, consumed_samples=manifest.consumed_samples) == manifest.probe:
             return
+        if isinstance(dataset, Samples):
+            raise CheckpointError(
+                f"the samples are not those that {resume.path} was trained on",
+                why="going on would repeat some and leave out others: the data set given gives others now, or in another order",
+                fix="Give the data set as it was, or set another run.dir.",
+            )
         steps = manifest.config.get("train", {}).get("steps")
         raise CheckpointError(
             f"the order of the samples is not that of {resume.path}",
