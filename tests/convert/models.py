@@ -52,6 +52,21 @@ def llama(**shape: Any) -> Any:
     return _filled(LlamaForCausalLM(LlamaConfig(**shape)))
 
 
+def like_llama(family: str, **shape: Any) -> Any:
+    """A model of a family whose config.json has Llama's keys, and some of its own."""
+    import transformers
+
+    name = family.capitalize()
+    has_biases = family == "qwen3"
+    shape = {k: v for k, v in shape.items() if k not in ("attention_bias", "mlp_bias") or (has_biases and k == "attention_bias")}
+    own = {"mistral": {"sliding_window": TOKENS + 8}}.get(family, {})
+    if family == "qwen2":  # its heads share out the hidden size
+        del shape["head_dim"]
+        shape["hidden_size"] = shape["num_attention_heads"] * 8
+    config = getattr(transformers, f"{name}Config")(**shape, **own)
+    return _filled(getattr(transformers, f"{name}ForCausalLM")(config))
+
+
 def gpt2(**shape: Any) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -14,6 +14,8 @@ from tests.pool import Pool
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from transformers import AutoConfig  # noqa: E402
+
 from tests.convert import models  # noqa: E402
 from tests.convert.run import config_of  # noqa: E402
 from toolkit.config.load import parse_config  # noqa: E402
@@ -78,6 +80,22 @@ def test_llama(seed: int, pool: Pool, tmp_path: Path) -> None:
     export_model(tmp_path / "ours", tmp_path / "back", shard_gb=40e-6)
     same(hf, tmp_path / "back")
     check_logits(pool, tmp_path / "ours", models.logits(hf), [{}, layout] if seed < 2 else [layout], tmp_path / "run")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_families_like_llama(family: str, seed: int, pool: Pool, tmp_path: Path) -> None:
+    layout = {"parallel.tp": 2, "parallel.pp": 2, "zero.stage": 3} if seed else {"parallel.pp": 2, "zero.stage": 2}
+    model = models.like_llama(family, **models.draw(seed + 10, even=bool(seed)))
+    hf = models.saved(model, tmp_path / "hf", dtype=(torch.float32, torch.bfloat16)[seed])
+    done = import_model(hf, tmp_path / "ours")
+    assert done.parameters == model.num_parameters()
+    assert config_of(tmp_path / "ours", {}, run=tmp_path)["model"]["family"] == family
+    export_model(tmp_path / "ours", tmp_path / "back", shard_gb=40e-6)
+    same(hf, tmp_path / "back")
+    old, new = (AutoConfig.from_pretrained(f).to_diff_dict() for f in (hf, tmp_path / "back"))
+    assert {k: v for k, v in new.items() if k in old} == old | {"dtype": new["dtype"]}, "config.json says something else"
+    check_logits(pool, tmp_path / "ours", models.logits(hf), [{}, layout], tmp_path / "run")
 
 
 @pytest.mark.parametrize(

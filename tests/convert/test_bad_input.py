@@ -68,7 +68,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         change("architectures", ["LlamaForSequenceClassification"]),
         r"LlamaForSequenceClassification.*nearest one that is supported is LlamaForCausalLM",
     ),
-    "unlike-any": (change("architectures", ["MambaForCausalLM"]), r"MambaForCausalLM.*Supported are LlamaForCausalLM, GPT2LMHeadModel"),
+    "unlike-any": (change("architectures", ["MambaForCausalLM"]), r"MambaForCausalLM.*Supported are GPT2LMHeadModel, LlamaForCausalLM"),
     "activation": (change("hidden_act", "gelu"), r"hidden_act='gelu'.*Only models with hidden_act='silu'"),
     "rope": (change("rope_parameters", {"rope_type": "yarn", "factor": 2.0}), "RoPE scaling of type yarn.*default, linear and llama3"),
     "number": (change("num_hidden_layers", "two"), "num_hidden_layers='two'"),

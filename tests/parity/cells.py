@@ -150,7 +150,7 @@ def llama() -> list[Cell]:
 
 def extras() -> list[Cell]:
     """torch.compile as far as the rules leave it, ZeRO++'s second partition of parameters (hpZ), biases other than the family's,
-    overlap_comm, which many a DeepSpeed JSON has, and stages that differ because the layers do not divide."""
+    overlap_comm, which many a DeepSpeed JSON has, stages that differ because the layers do not divide, and the other families."""
     hpz = {"zero.stage": 3, "zero.deepspeed": {"zero_optimization": {"zero_hpz_partition_size": 2}}}
     compiled = [Cell(2, {"model.compile": True, "zero.stage": stage, "parallel.pp": pp}) for stage, pp in ((0, 1), (1, 2))]
     sp = {"parallel.tp": 2, "parallel.sequence_parallel": True}
@@ -172,7 +172,14 @@ def extras() -> list[Cell]:
         _uneven(4, 5, {"parallel.pp": 2, "zero.stage": 3, "model.family": "gpt", "train.precision": "bf16"}),
         _uneven(4, 7, {"parallel.pp": 2, "parallel.vpp": 2, "zero.stage": 1, "train.recompute": "full"} | sp),
     ]
-    return [Cell(4, hpz), Cell(4, hpz | {"parallel.pp": 2}), *compiled, *biases, *overlapped, *uneven]
+    families = [
+        Cell(2, {"model.family": "mistral", "zero.stage": 2, "model.sliding_window": 32}),
+        Cell(2, sp | {"model.family": "qwen2", "zero.stage": 1}),
+        Cell(4, {"model.family": "qwen2", "parallel.tp": 2, "parallel.pp": 2, "zero.stage": 3, "model.tie_embeddings": True}),
+        Cell(2, {"model.family": "qwen3", "model.head_dim": 16, "parallel.pp": 2, "zero.stage": 2}),
+        Cell(4, sp | {"model.family": "qwen3", "model.head_dim": 16, "parallel.pp": 2, "zero.stage": 3}),
+    ]
+    return [Cell(4, hpz), Cell(4, hpz | {"parallel.pp": 2}), *compiled, *biases, *overlapped, *uneven, *families]
 
 
 def _uneven(world: int, layers: int, keys: dict[str, Any]) -> Cell:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from toolkit.arch.spec import LAYER, WeightSpec
+from toolkit.arch.spec import WeightSpec
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,8 @@ class Format:
             if len(shapes) > 1:  # one tensor here for all parts, one above the other
                 shapes = ((sum(s[0] for s in shapes), *shapes[0][1:]),)
         transposed = self.transposed and weight.group == "matrix"
-        number = weight.name.removeprefix(LAYER.partition("{")[0]).partition(".")[0] if weight.place == "layer" else ""
         return tuple(
-            Part(f"{name.replace('{i}', number)}.{kind}", shape[::-1] if transposed else shape, transposed)
+            Part(f"{name.replace('{i}', str(weight.number))}.{kind}", shape[::-1] if transposed else shape, transposed)
             for name, shape in zip(names, shapes, strict=True)
         )
 

@@ -55,7 +55,7 @@ class WeightSpec:
     as in torch.nn.Linear, the vocabulary's padding included. place: on the first stage, in each layer, or on the last
     stage; a tied embedding is on both ends. group: what optimizers tell apart. initial: "residual" is normal with the
     smaller deviation of projections back into the residual stream (GPT-2, section 2.3). per_head: a norm of each head,
-    of which every tensor-parallel rank sees its own heads alone. parts, join: the tensors other formats keep it as and
+    of which every tensor-parallel rank sees its own heads alone. number: of its layer. parts, join: the tensors other formats keep it as and
     how they make it up: one, one with rows that pad the vocabulary, one above the other, or per query group
     [query heads, key, value].
     """
@@ -68,6 +68,7 @@ class WeightSpec:
     initial: Initial
     cut: Cut = WHOLE
     per_head: bool = False
+    number: int | None = None
     parts: tuple[tuple[int, ...], ...] = ()
     join: Join = "same"
 
@@ -79,7 +80,8 @@ class WeightSpec:
     @property
     def module(self) -> str:
         """The name without its layer and without .weight or .bias: what tables of other formats go by."""
-        return self.name.removeprefix(LAYER).rpartition(".")[0]
+        prefix = LAYER if self.number is None else LAYER.replace("{i}", str(self.number))
+        return self.name.removeprefix(prefix).rpartition(".")[0]
 
     def count_on(self, tp: int) -> int:
         """Elements of one tensor-parallel rank."""
@@ -87,8 +89,8 @@ class WeightSpec:
 
     def in_layer(self, i: int) -> WeightSpec:
         """This template's weight of layer i, counted from 0 over the whole model."""
-        number = str(i)
-        return replace(self, name=self.name.replace("{i}", number), module_name=self.module_name.replace("{i}", number))
+        name, module_name = (text.replace("{i}", str(i)) for text in (self.name, self.module_name))
+        return replace(self, name=name, module_name=module_name, number=i)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from toolkit.checkpoint.claim import checkpoint_folder
-from toolkit.checkpoint.find import checkpoint_in
+from toolkit.checkpoint.folders import checkpoint_in
 from toolkit.checkpoint.manifest import Manifest, discover, read_manifest
 from toolkit.config.schema import ModelSection, RunConfig
 from toolkit.errors import CheckpointError
@@ -26,10 +26,17 @@ _SHAPE = (
     "tie_embeddings",
     "qk_layernorm",
     "attention_bias",
+    "qkv_bias",
     "mlp_bias",
     "norm_bias",
 )
-_FUNCTION = ("activation", "norm_eps", "rope_theta", "rope_scaling")  # other values fit the weights, and compute something else with them
+_FUNCTION = (
+    "activation",
+    "norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "sliding_window",
+)  # other values fit the weights, and compute something else with them
 
 
 def starting_weights(config: RunConfig) -> tuple[Path, Manifest] | None:
@@ -47,7 +54,7 @@ def starting_weights(config: RunConfig) -> tuple[Path, Manifest] | None:
     except (ValueError, KeyError) as e:
         raise CheckpointError(f"checkpoint.init_from={c.init_from} cannot be used: {e}", fix="Name another checkpoint.") from None
     ours = config.model
-    names = _SHAPE + (("max_position_embeddings",) if ours.family == "gpt" else ())
+    names = _SHAPE + (() if ours.spec.rotary else ("max_position_embeddings",))
     if differ := [n for n in names if getattr(ours, n) != getattr(theirs, n)]:
         raise CheckpointError(
             f"checkpoint.init_from={c.init_from} holds another model: it has {_listed(theirs, differ)}, and this run has {_listed(ours, differ)}",

@@ -15,6 +15,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from toolkit.arch.spec import ModelSpec
+from toolkit.model.init import named_weights
+
 SUM_OVER_TP = "sum_grad_over_tp"
 """Attribute of a parameter whose gradient every tensor-parallel rank holds a part of."""
 
@@ -104,6 +107,10 @@ class SdpaAttention(torch.nn.Module):
         causal = s == key.shape[0]
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, d]
         grouped = heads != k.shape[1]
+        if grouped and q.dtype == torch.float32 and q.is_cuda:
+            # no fused CUDA kernel takes grouped queries in fp32: PyTorch would keep scores of [heads, s, s]
+            k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
+            grouped = False
 
         def attend(dropout: float) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, scale=self.scale, enable_gqa=grouped)
@@ -168,11 +175,10 @@ def te_spec(config: TransformerConfig) -> ModuleSpec:
     return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
 
 
-def mark_shared_gradients(model: torch.nn.Module, *, sequence_parallel: bool) -> None:
-    """Mark what megatron-core flags itself: row-parallel biases and Transformer Engine norms under SP."""
+def mark_shared_gradients(model: torch.nn.Module, spec: ModelSpec, *, sequence_parallel: bool) -> None:
+    """Mark what our own norms have not marked: row-parallel biases and Transformer Engine's norms, whose flag megatron-core sets."""
     tp = parallel_state.get_tensor_model_parallel_world_size()
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, SUM_OVER_TP):
-            continue
-        qk = tp > 1 and (".q_layernorm." in name or ".k_layernorm." in name)
-        setattr(parameter, SUM_OVER_TP, qk or (sequence_parallel and getattr(parameter, "sequence_parallel", False)))
+    for weight, parameter in named_weights(model, spec):
+        if not hasattr(parameter, SUM_OVER_TP):
+            partial = sequence_parallel and getattr(parameter, "sequence_parallel", False)
+            setattr(parameter, SUM_OVER_TP, partial or (tp > 1 and weight.per_head))
