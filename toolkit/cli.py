@@ -44,10 +44,10 @@ def train(
     from toolkit.cluster.environment import PLANNED, gpu_count
     from toolkit.cluster.launch import run_local
     from toolkit.config.load import load_config
-    from toolkit.train.resolve import plan
+    from toolkit.train.resolve import resolve
 
     processes = (gpu_count() or 1) if num_procs is None else num_procs
-    plan(load_config(config, overrides or []), max(1, processes))  # what is wrong is said before any process starts
+    resolve(load_config(config, overrides or []), max(1, processes))  # what is wrong is said before any process starts
     raise typer.Exit(run_local(config, overrides or [], num_procs=processes, environ={**os.environ, PLANNED: "1"}))
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.bench.overhead import machine, write
+from tests.bench.overhead import fill, machine, write
 from tests.checkpoint import synthetic
 from tests.checkpoint.run import Sequences, prepared
 from tests.checkpoint.watched import watched
@@ -162,9 +162,11 @@ def measure(folder: Path, *, gib: float, reshard_gib: float, rounds: int) -> str
     disk = statistics.median(sequential_write(folder / "disk", size) for _ in range(3))
     digest = hashing()
     lines = [
-        f"Llama of {model['num_layers']} layers x {model['hidden_size']}, fp32, ZeRO-3 on 2 processes, a checkpoint of {size / GIB:.2f} GiB; "
-        f"medians of {STEPS - 1} saves after the first. One file of that size written in one go and synced: {disk:.2f} s, "
-        f"{size / disk / 1e9:.2f} GB/s (median of 3); sha256 on one core: {(1 << 28) / digest / 1e9:.2f} GB/s.",
+        fill(
+            f"Llama of {model['num_layers']} layers x {model['hidden_size']}, fp32, ZeRO-3 on 2 processes, a checkpoint of {size / GIB:.2f} GiB; "
+            f"medians of {STEPS - 1} saves after the first. One file of that size written in one go and synced: {disk:.2f} s, "
+            f"{size / disk / 1e9:.2f} GB/s (median of 3); sha256 on one core: {(1 << 28) / digest / 1e9:.2f} GB/s."
+        ),
         "",
         "| Save | training stands still | until the checkpoint counts | GB/s | of the sequential write |",
         "|---|---|---|---|---|",
@@ -215,10 +217,12 @@ def large(folder: Path, gib: float) -> list[str]:
     source = synthetic.write(folder / "large", model, dp=2)
     seconds, peak = watched("-m", "toolkit.cli", "checkpoint", "reshard", source, folder / "larger", *TO)
     return [
-        f"`toolkit checkpoint reshard`, DP=2 x ZeRO-1 to TP=2 x PP=2 x ZeRO-2, {states / 12e9:.2f}B parameters ({states / GIB:.1f} GiB of states, made of "
-        f"random numbers): {seconds:.0f} s, {states / seconds / 1e9:.3f} GB/s with every byte of the source held to its checksum and every "
-        f"byte of the new one hashed and synced; peak {peak / GIB:.2f} GiB a process, where 2 x the largest tensor + 1 GiB are "
-        f"{(2 * largest + GIB) / GIB:.2f} GiB."
+        fill(
+            f"`toolkit checkpoint reshard`, DP=2 x ZeRO-1 to TP=2 x PP=2 x ZeRO-2, {states / 12e9:.2f}B parameters ({states / GIB:.1f} GiB of states, made of "
+            f"random numbers): {seconds:.0f} s, {states / seconds / 1e9:.3f} GB/s with every byte of the source held to its checksum and every "
+            f"byte of the new one hashed and synced; peak {peak / GIB:.2f} GiB a process, where 2 x the largest tensor + 1 GiB are "
+            f"{(2 * largest + GIB) / GIB:.2f} GiB."
+        )
     ]
 
 

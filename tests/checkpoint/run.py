@@ -70,6 +70,7 @@ def config_of(folder: Path, keys: dict[str, Any], *, steps: int, checkpoint: dic
 def train(raw: dict[str, Any]) -> dict[str, Any]:
     """Losses and norms of the steps taken, and the digests of all parameters at the end."""
     from toolkit.checkpoint.session import Checkpoints
+    from toolkit.checkpoint.start import starting_weights
     from toolkit.config.load import parse_config
     from toolkit.engine.schedule import Schedule
     from toolkit.engine.zero import Engine, partitioner
@@ -84,7 +85,7 @@ def train(raw: dict[str, Any]) -> dict[str, Any]:
     world = World.from_environment()
     layout = check(config, world.size)
     connect(world, layout, seed=config.run.seed)
-    checkpoints = Checkpoints(config, layout, prepared(config.run.dir))
+    checkpoints = Checkpoints(config, layout, prepared(config.run.dir), weights=starting_weights(config))
     ds_config = deepspeed_config(config, layout)
     chunks = build_chunks(config, layout, device=world.device, partition=partitioner(config, ds_config))
     engine = Engine(chunks, config, layout, ds_config)

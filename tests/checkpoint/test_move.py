@@ -26,7 +26,7 @@ from toolkit.data.loader import batches
 from toolkit.model.init import cut_out
 from toolkit.parallel.layout import Layout
 from toolkit.tensors import read_tensors
-from toolkit.train.resolve import plan
+from toolkit.train.resolve import resolve
 
 TRAIN = "tests.checkpoint.run:train"
 LEG = 2  # steps in each layout: the second one's loss has seen the optimizer states, too
@@ -198,7 +198,7 @@ def test_the_same_samples_in_every_step(text: Path, tmp_path: Path) -> None:
     assert (one := Run(config, *same, "train.steps=6", f"run.dir={tmp_path / 'one'}")).wait() == 0, one.text()
     seen = []
     for ranks, steps in ((1, 2), (4, 4), (2, 6)):
-        layout, _ = plan(load_config(config, [*same, f"train.steps={steps}"]), ranks)
+        layout = resolve(load_config(config, [*same, f"train.steps={steps}"]), ranks).layout
         consumed = sum(f.step == steps - 2 and f.manifest.consumed_samples for f in discover(tmp_path / "run/checkpoints") if f.manifest)
         seen += step_ids(layout, consumed=consumed, steps=2)
         assert (moved := Run(config, *same, f"train.steps={steps}", ranks=ranks)).wait() == 0, moved.text()

@@ -29,6 +29,7 @@ def config_of(folder: Path, keys: dict[str, Any], *, run: Path) -> dict[str, Any
 def start(raw: dict[str, Any]) -> Any:
     """Engine and schedule of a run, as the training loop makes them."""
     from toolkit.checkpoint.session import Checkpoints
+    from toolkit.checkpoint.start import starting_weights
     from toolkit.config.load import parse_config
     from toolkit.engine.zero import Engine, partitioner
     from toolkit.model.build import build_chunks
@@ -40,7 +41,7 @@ def start(raw: dict[str, Any]) -> Any:
     world = World.from_environment()
     layout = check(config, world.size)
     connect(world, layout, seed=config.run.seed)
-    checkpoints = Checkpoints(config, layout, prepared(config.run.dir))
+    checkpoints = Checkpoints(config, layout, prepared(config.run.dir), weights=starting_weights(config))
     ds_config = deepspeed_config(config, layout)
     blank = checkpoints.weights is not None
     chunks = build_chunks(config, layout, device=world.device, partition=partitioner(config, ds_config), blank=blank)

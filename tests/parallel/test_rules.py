@@ -14,7 +14,7 @@ from toolkit.config.load import dump_config, load_config, parse_config
 from toolkit.config.schema import RunConfig
 from toolkit.errors import LayoutError
 from toolkit.parallel.case import Case, Machine
-from toolkit.parallel.layout import Layout, seats
+from toolkit.parallel.layout import Layout, split_layers
 from toolkit.parallel.rules import RULES, check, legal, rules_markdown, violations
 
 ROOT = Path(__file__).parents[2]
@@ -240,7 +240,7 @@ def test_a_legal_layout_or_suggestions_that_mend(picked: list[tuple[str, int]], 
         layout = check(config, world_size, machine=machine)
         assert layout.world_size == world_size
         assert layout.num_microbatches * layout.micro_batch_size * layout.dp == config.train.global_batch_size
-        assert seats(config.model.num_layers, layout.pp * layout.vpp)
+        assert split_layers(config.model.num_layers, layout.pp * layout.vpp)
     for violation in found:
         assert violation.what and violation.why and violation.fix.endswith(".")
         assert violation.suggest, violation

@@ -9,6 +9,7 @@ from typing import Any
 from toolkit.checkpoint.manifest import Manifest
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData
+from toolkit.data.given import GivenData
 from toolkit.errors import CheckpointError
 from toolkit.parallel.layout import Layout
 
@@ -18,7 +19,7 @@ _FREE_MODEL_KEYS = frozenset(
 _QUIET = ("run.dir", "checkpoint.", "log.", "data.workers", "data.cache_dir", "zero.config", "zero.nvme_path")
 
 
-def identity_of(config: RunConfig, data: PreparedData) -> dict[str, Any]:
+def identity_of(config: RunConfig, data: PreparedData | GivenData) -> dict[str, Any]:
     """What decides the meaning of the weights and the order of the samples: equal, or the run is another one."""
     return model_identity(config) | {
         "run.seed": config.run.seed,
@@ -37,10 +38,10 @@ def model_identity(config: RunConfig) -> dict[str, Any]:
 
 
 def _known_now(manifest: Manifest) -> dict[str, Any]:
-    """A checkpoint's config with the keys that its version did not know yet, as that version behaved."""
+    """A checkpoint's config, completed with keys that its version lacked, set as that version behaved."""
     try:
         return RunConfig.model_validate(manifest.config).model_dump(mode="json")
-    except ValueError:  # of a version that knew other keys: compared as it is
+    except ValueError:  # another version's keys: compare the config as it is
         return manifest.config
 
 
@@ -77,7 +78,7 @@ def same_degrees(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def moved(manifest: Manifest, layout: Mapping[str, Any]) -> str:
-    """How a checkpoint is cut that this run is not, in words; "" where they are cut alike."""
+    """How a checkpoint's layout differs from this run's, in words; "" where it does not."""
     here, there = _differences(layout, manifest.layout)
     processes = f"{manifest.processes} process{'' if manifest.processes == 1 else 'es'}"
     return f"it was saved by {processes} with {there}, and this run has {here}" if here else ""

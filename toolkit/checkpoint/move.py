@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from toolkit.arch.spec import Cut
-from toolkit.checkpoint.agree import everywhere
 from toolkit.checkpoint.whole import MASTER, WholeCheckpoint
 from toolkit.engine.state import EngineState
 from toolkit.errors import CheckpointError
+from toolkit.parallel.agree import everywhere
 
 _BUFFER = 1 << 24  # elements at a time where values go to a device or change their type
 

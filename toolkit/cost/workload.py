@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from toolkit.arch.spec import ModelSpec
 from toolkit.config.deepspeed import hpz_group, zero_key
 from toolkit.cost.stack import TOOLKIT, TOOLKIT_TE, Stack
-from toolkit.parallel.layout import seats
+from toolkit.parallel.layout import split_layers
 
 if TYPE_CHECKING:
     from toolkit.config.schema import RunConfig
@@ -81,7 +81,7 @@ class Workload:
 
     def layers_on(self, stage: int) -> int:
         """Layers of a pipeline stage."""
-        split = seats(self.model.layers, self.pp * self.vpp)
+        split = split_layers(self.model.layers, self.pp * self.vpp)
         if split is None:
             return sum(self.layers_in(stage, chunk) for chunk in range(self.vpp))
         each, ends = split
@@ -90,7 +90,7 @@ class Workload:
     def layers_in(self, stage: int, chunk: int) -> int:
         """Layers of a chunk of a stage; where others split what our rules do not, the first chunks hold one more."""
         chunks, place = self.pp * self.vpp, chunk * self.pp + stage
-        split = seats(self.model.layers, chunks)
+        split = split_layers(self.model.layers, chunks)
         if split is None:
             each, rest = divmod(self.model.layers, chunks)
             return each + (1 if place < rest else 0)

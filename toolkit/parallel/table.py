@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from toolkit.parallel.case import Case
-from toolkit.parallel.layout import seats
+from toolkit.parallel.layout import split_layers
 from toolkit.parallel.options import (
     Option,
     batches,
@@ -108,7 +108,7 @@ RULES: tuple[Rule, ...] = (
         id="pp-layers",
         title="`parallel.pp` x `parallel.vpp` divides `model.num_layers`, or that number with the output layer, or with the embedding too, counted as one",
         why="every chunk of a stage holds equally many layers, but for one fewer beside the output layer and beside the embedding",
-        broken=lambda c: seats(c.layers, c.pp * c.vpp) is None,
+        broken=lambda c: split_layers(c.layers, c.pp * c.vpp) is None,
         what=lambda c: f"parallel.pp={c.pp} x parallel.vpp={c.vpp} does not split model.num_layers={c.layers}",
         options=splits,
     ),
