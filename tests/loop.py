@@ -43,13 +43,10 @@ def train(raw: dict[str, Any]) -> None:
     """Check, plan and train a run to its end on this rank."""
     from toolkit.config.load import parse_config
     from toolkit.train import loop
-    from toolkit.train.resolve import plan
-    from toolkit.train.world import World, connect
+    from toolkit.train.resolve import resolve
+    from toolkit.train.world import World
 
-    config, world = parse_config(raw), World.from_environment()
-    layout, data = plan(config, world.size)
-    connect(world, layout, seed=config.run.seed)
-    loop.Run(config, layout, data, world).steps()  # loop.train() would leave the world, which the pool does itself
+    loop.train(resolve(parse_config(raw), World.from_environment().size))
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

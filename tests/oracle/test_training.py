@@ -61,13 +61,15 @@ def test_same_training(
     assert worst(ours.state_dict(), expected.weights) <= 1e-5
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
+EVALUATIONS = {"dp2-zero2": (2, {"zero.stage": 2}), "tp2-pp2-zero3": WORLDS["tp2-pp2-zero3"]}
+
+
+@pytest.mark.parametrize(("model", "world"), [("llama", "tp2-pp2-zero3"), ("gpt2", "dp2-zero2")])
 def test_evaluation_is_without_dropout(
     model: str, world: str, folders: Any, configured: Callable[..., Any], trained: Callable[..., Any]
 ) -> None:
     """With dropout configured, the evaluation's loss is transformers' on the same tokens, and the training's is not."""
-    ranks, keys = WORLDS[world]
+    ranks, keys = EVALUATIONS[world]
     still = {"train.steps": 3, "optimizer.warmup_steps": 2, "optimizer.lr": 0.0, "optimizer.min_lr": 0.0, "optimizer.weight_decay": 0.0}
     raw = configured(model, TRAINING | keys | still | {"model.dropout": 0.2, "train.eval_every": 1, "train.eval_steps": 2})
     theirs = folders(model)[0]
@@ -75,4 +77,5 @@ def test_evaluation_is_without_dropout(
     expected = reference.evaluate(theirs, raw)
     assert [line["eval_loss"] for line in lines] == pytest.approx([expected] * 3, rel=1e-5)
     trains = reference.train(theirs, raw).losses
-    assert relative([line["loss"] for line in lines], trains) > 1e-3, "dropout must be on again in training"
+    apart = [abs(line["loss"] - loss) / loss for line, loss in zip(lines, trains, strict=True)]
+    assert min(apart) > 1e-4, "dropout must be on in training, and again after an evaluation"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.oracle import reference
-from tests.oracle.compare import worst
+from tests.oracle.compare import relative, worst
 
 RULE = {
     "train.steps": 5,
@@ -60,4 +60,6 @@ def test_weights_after_five_steps(
     assert len({round(lr, 9) for lr in expected.lrs}) >= 4, "the learning rate must move"
     lines, ours = trained(world, raw)
     assert [line["lr"] for line in lines] == pytest.approx(expected.lrs, rel=1e-9)
+    assert relative([line["loss"] for line in lines], expected.losses) <= 1e-5
+    assert relative([line["grad_norm"] for line in lines], expected.norms) <= 1e-4
     assert worst(ours.state_dict(), expected.weights) <= 1e-5
