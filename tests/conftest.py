@@ -118,11 +118,17 @@ def extension(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text with structure enough to learn from."""
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of texts with structure enough to learn from."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(50)]
     folder = tmp_path_factory.mktemp("text")
     for number in range(40):
         (folder / f"{number:02}.txt").write_text(" ".join(draw.choices(words, k=200)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def text(documents: Path) -> Path:
+    """What a run trains on; tests/checkpoint has a smaller one of its own."""
+    return documents

@@ -76,9 +76,20 @@ def _versions() -> dict[str, str]:
 
 
 def _parameters() -> list[Any]:
-    rare = {c.id for c in cells.llama() if c.rare}
-    every = (*cells.llama(), *cells.cover(), *cells.extras())
-    return [pytest.param(c, id=c.id, marks=[pytest.mark.all_cells] if c.id in rare else []) for c in every]
+    """Each cell of the grid once; what is not among those of every test run is left to `make parity`."""
+    default = {c.id for c in cells.always()}
+    every = {c.id: c for c in (*cells.llama(), *cells.always())}
+    return [pytest.param(c, id=c.id, marks=[] if c.id in default else [pytest.mark.all_cells]) for c in every.values()]
+
+
+def test_the_default_cells_cover() -> None:
+    """Every value of every feature, and every pair of a ZeRO stage and a value, that the grid has runs in every test run."""
+    grid = [c for c in (*cells.llama(), *cells.cover(), *cells.extras(), *cells.families()) if not c.uses("nvme")]
+    covered = set().union(*(cells.pairs(c) for c in cells.always()))
+    missing = set().union(*(cells.pairs(c) for c in grid)) - covered
+    assert not missing, missing
+    tied = {("stage", 3), ("pp", 2), ("tied", True), ("optimizer", "none"), ("param", "none"), ("vpp", 1)}
+    assert any(tied <= c.features for c in cells.always()), "ZeRO-3 x PP x tied without offload"
 
 
 @pytest.mark.parametrize("cell", _parameters())
