@@ -13,7 +13,7 @@ from toolkit.checkpoint.commands import app as checkpoint_app
 from toolkit.convert.commands import app as convert_app
 from toolkit.errors import ConfigError, ToolkitError
 from toolkit.evidence.commands import calibrate
-from toolkit.plan.commands import tune
+from toolkit.plan.commands import log_to_stderr, tune
 from toolkit.profile.commands import profile
 from toolkit.report.commands import report
 
@@ -29,6 +29,7 @@ app.command()(calibrate)
 app.command()(profile)
 app.command()(report)
 
+NO = 1  # exit code of a question whose answer is no
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, each replacing one key of the YAML")]
 
 
@@ -63,7 +64,7 @@ def estimate(
     out: Annotated[Path | None, typer.Option(help="where --jsonl writes its predictions")] = None,
     calibration: Annotated[Path | None, typer.Option(help="scalars of your own, from toolkit calibrate")] = None,
 ) -> None:
-    """Say how much memory a run needs and how long a step takes, without a GPU."""
+    """Say how much memory a run needs and how long a step takes, without a GPU; exit code 1 where it does not fit."""
     if jsonl is not None:
         from toolkit.evidence.published import predict_file
 
@@ -77,16 +78,20 @@ def estimate(
     import json
 
     from toolkit.config.load import load_config
+    from toolkit.data.vocabulary import with_vocabulary
     from toolkit.hardware.catalogue import parse_hardware, with_host_gib
-    from toolkit.plan.show import estimate_json, estimate_text
+    from toolkit.plan.show import estimate_json, estimate_text, fits
 
-    loaded, cluster = load_config(config, overrides or []), parse_hardware(hardware, extra=hardware_file)
+    if as_json:
+        log_to_stderr()
+    loaded, cluster = with_vocabulary(load_config(config, overrides or [])), parse_hardware(hardware, extra=hardware_file)
     if host_gib is not None:
         cluster = with_host_gib(cluster, host_gib)
     if as_json:
         typer.echo(json.dumps(estimate_json(loaded, cluster, calibrated=calibration), indent=1))
     else:
         typer.echo(estimate_text(loaded, cluster, calibrated=calibration), nl=False)
+    raise typer.Exit(0 if fits(loaded, cluster) else NO)
 
 
 @data_app.command("prepare")

@@ -53,9 +53,16 @@ def parse_config(raw: Mapping[str, Any], *, base: Path | None = None) -> RunConf
     return merge_deepspeed_json(config, base=base)
 
 
-def dump_config(config: RunConfig) -> str:
-    """The config as YAML that load_config() reads back to an equal config, every key written out."""
-    return write_yaml(config.model_dump(mode="json"))
+def dump_config(config: RunConfig, *, open_data: bool = False) -> str:
+    """The config as YAML that load_config() reads back to an equal config, every key written out.
+
+    open_data: leave out the data keys that the user left unset. Written out, a default such as data.tokenizer=bytes would be held
+    against the data, which may have been prepared with another tokenizer.
+    """
+    raw = config.model_dump(mode="json")
+    if open_data:
+        raw["data"] = config.data.model_dump(mode="json", exclude_unset=True)
+    return write_yaml(raw)
 
 
 def _check_names(raw: Mapping[Any, Any]) -> None:

@@ -55,7 +55,7 @@ def tune(
 
     width = max(120, shutil.get_terminal_size((150, 24)).columns)
     if as_json:
-        _log_to_stderr()
+        log_to_stderr()
     for name, value, least in (
         ("--top", top, 1),
         ("--trials", trials, 0),
@@ -100,13 +100,14 @@ def _question(
     config: Path, overrides: list[str], hardware: str, hardware_file: Path | None, fix: list[str], calibration: Path | None
 ) -> Question:
     from toolkit.config.load import load_config
+    from toolkit.data.vocabulary import with_vocabulary
     from toolkit.hardware.calibration import scale_for
     from toolkit.hardware.catalogue import parse_hardware
     from toolkit.plan.search import Limits
     from toolkit.plan.space import is_axis, parse_fixes
     from toolkit.plan.tune import Question
 
-    loaded = load_config(config, overrides)
+    loaded = with_vocabulary(load_config(config, overrides))
     cluster = parse_hardware(hardware, extra=hardware_file)
     return Question(
         config=loaded,
@@ -117,8 +118,8 @@ def _question(
     )
 
 
-def _log_to_stderr() -> None:
-    """Progress of trials beside JSON, not in it."""
+def log_to_stderr() -> None:
+    """Send what is logged to stderr: beside the JSON on stdout, not in it."""
     for handler in logging.getLogger().handlers:
         if type(handler) is logging.StreamHandler and handler.stream is sys.stdout:
             handler.setStream(sys.stderr)
