@@ -138,19 +138,11 @@ def _work(connection: Connection, stacks: str) -> None:
 
 
 def _release_engines() -> None:
-    """Let go of engines' process groups, whose threads would outlive the cell.
-
-    Parameters are held from C++ too, so the cycles through DeepSpeed's hooks are never collected.
-    """
+    """Let go of engines' process groups, whose threads would outlive the cell."""
     from toolkit.engine.zero import Engine
 
     for engine in [o for o in gc.get_objects() if type(o) is Engine and vars(o)]:
-        modules = [m for chunk in engine.chunks for m in chunk.modules()]
-        if "engine" in vars(engine):
-            engine.engine.destroy()
-            modules += [engine.optimizer, engine.engine]
-        for held in (engine, *modules):
-            vars(held).clear()
+        engine.close()
 
 
 def _forget_world() -> None:

@@ -40,6 +40,16 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     assert [t for t in targets if not (ROOT / page.parent / t).exists()] == []
 
 
+def test_facts_that_the_code_cites_are_in_the_list() -> None:
+    listed = [int(n) for n in re.findall(r"^(\d+)\. ", (ROOT / "docs/design.md").read_text(encoding="utf-8"), re.M)]
+    assert listed == list(range(1, len(listed) + 1)), "a list with gaps is numbered anew when it is shown"
+    cited: set[int] = set()
+    for path in (ROOT / "toolkit").rglob("*.py"):
+        for first, last in re.findall(r"\bfacts? (\d+)(?:[-–](\d+))?", path.read_text(encoding="utf-8"), re.I):
+            cited |= set(range(int(first), int(last or first) + 1))
+    assert cited and cited <= set(listed)
+
+
 def test_what_counts_as_prose() -> None:
     long = "word " * 30
     assert too_long(f"{long}\n") == [(1, long)]

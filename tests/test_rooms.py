@@ -18,7 +18,9 @@ HOUSE = [
 ROOT = Path(__file__).parents[1] / "toolkit"
 HEAVY = ("torch", "deepspeed", "megatron", "transformers", "datasets")
 PURE = [
+    "toolkit",
     "toolkit.cli",
+    "toolkit.trainer",
     "toolkit.config.load",
     "toolkit.config.deepspeed",
     "toolkit.parallel.rules",
@@ -60,7 +62,8 @@ def _rooms_imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_one_way(path: Path) -> None:
-    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    # a room's __main__ is a program over the whole house, as the commands of cli.py are, and nothing imports it
+    room = "cli" if path.name == "__main__.py" else path.relative_to(ROOT).parts[0].removesuffix(".py")
     if room == "__init__":
         return  # the package's door: it names what it offers, and loads it when it is asked for
     assert room in HOUSE, f"{room} has no place in the house: add it to HOUSE where it stands"

@@ -16,9 +16,12 @@ from toolkit.arch.spec import ModelSpec
 def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
     """Train cell["config"] for its steps; losses and norms, and this rank's digest of every parameter.
 
-    cell["mutation"]: name of a function of tests.parity.mutations that breaks the engine first.
+    cell["mutation"]: name of a function of tests.parity.mutations that breaks the engine first. cell["loss"]: name of a function of
+    tests.parity.losses to train with.
     """
+    from tests.parity import losses as own_losses
     from toolkit.config.load import parse_config
+    from toolkit.engine.loss import Loss
     from toolkit.engine.schedule import Schedule
     from toolkit.engine.zero import Engine, partitioner
     from toolkit.model.build import build_chunks
@@ -37,12 +40,14 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
         from tests.parity import mutations
 
         getattr(mutations, cell["mutation"])(engine)
-    schedule = Schedule(engine.views, layout, seq_length=config.train.seq_length, micro_batch_size=config.train.micro_batch_size)
+    t = config.train
+    loss_of = Loss(getattr(own_losses, cell["loss"])) if cell.get("loss") else None
+    schedule = Schedule(engine.views, layout, seq_length=t.seq_length, micro_batch_size=t.micro_batch_size, loss=loss_of)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
     assert {p.dtype for chunk in chunks for p in chunk.parameters()} == {dtype}, "a layout must not change the precision"
     at = layout.coordinates(world.rank)
     losses, norms = [], []
-    for step in range(config.train.steps):
+    for step in range(t.steps):
         micro = list(micro_batches(config, layout, at.dp, step))
         engine.begin()
         loss = schedule(lambda: iter(micro), num_microbatches=layout.num_microbatches)  # noqa: B023
@@ -50,6 +55,7 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
         total = torch.zeros(()) if loss is None or at.tp else loss / layout.dp
         dist.all_reduce(total)
         losses.append(float(total))
+        assert loss_of is None or loss_of.error is None, loss_of.error
     return {"losses": losses, "norms": norms, "digests": digests(engine, chunks, config.model.spec, tp=at.tp)}
 
 

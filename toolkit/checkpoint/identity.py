@@ -9,6 +9,7 @@ from typing import Any
 from toolkit.checkpoint.manifest import Manifest
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData
+from toolkit.data.given import GivenData
 from toolkit.errors import CheckpointError
 from toolkit.parallel.layout import Layout
 
@@ -18,7 +19,7 @@ _FREE_MODEL_KEYS = frozenset(
 _QUIET = ("run.dir", "checkpoint.", "log.", "data.workers", "data.cache_dir", "zero.config", "zero.nvme_path")
 
 
-def identity_of(config: RunConfig, data: PreparedData) -> dict[str, Any]:
+def identity_of(config: RunConfig, data: PreparedData | GivenData) -> dict[str, Any]:
     """What decides the meaning of the weights and the order of the samples: equal, or the run is another one."""
     return model_identity(config) | {
         "run.seed": config.run.seed,

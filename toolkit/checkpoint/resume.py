@@ -16,7 +16,8 @@ from toolkit.checkpoint.identity import changed_keys, check_same_run, identity_o
 from toolkit.checkpoint.manifest import Found, Manifest, discover, verify_files
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData
-from toolkit.errors import CheckpointError
+from toolkit.data.given import GivenData
+from toolkit.errors import CheckpointError, ToolkitError
 from toolkit.files import FileRecord
 from toolkit.parallel.agree import everywhere, on_rank_0
 from toolkit.parallel.layout import Layout
@@ -43,7 +44,7 @@ class Resume:
         return self.manifest.consumed_samples if self.manifest else 0
 
 
-def find(config: RunConfig, layout: Layout, data: PreparedData) -> Resume:
+def find(config: RunConfig, layout: Layout, data: PreparedData | GivenData) -> Resume:
     """The newest checkpoint whose every byte is as it was written; all ranks call it and get the same.
 
     auto: damaged ones are named and passed over, none at all is a fresh start; must: the newest must be good; never: there must be
@@ -103,7 +104,11 @@ def probe(dataset: Any, *, consumed_samples: int) -> dict[str, Any]:
     ids = sorted({last * i // (_PROBES - 1) for i in range(_PROBES)})
     digest = hashlib.sha256()
     for i in ids:
-        digest.update(dataset[i]["text"].astype("int64").tobytes())
+        sample = dataset[i]
+        if isinstance(sample, ToolkitError):
+            raise sample
+        for name in ("text",) if "text" in sample else ("tokens", "labels"):
+            digest.update(sample[name].astype("int64").tobytes())
     return {"samples": ids, "sha256": digest.hexdigest()}
 
 

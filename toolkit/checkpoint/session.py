@@ -18,6 +18,7 @@ from toolkit.checkpoint.start import announce
 from toolkit.config.deepspeed import zero_key
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData
+from toolkit.data.given import GivenData
 from toolkit.engine.state import EngineState
 from toolkit.errors import CheckpointError, ConfigError
 from toolkit.parallel.agree import everywhere, on_rank_0
@@ -33,7 +34,9 @@ class Checkpoints:
     weights: what starting_weights() found for this config.
     """
 
-    def __init__(self, config: RunConfig, layout: Layout, data: PreparedData, *, weights: tuple[Path, Manifest] | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, layout: Layout, data: PreparedData | GivenData, *, weights: tuple[Path, Manifest] | None = None
+    ) -> None:
         self.config, self.layout, self.data = config, layout, data
         c = config.checkpoint
         if c.every and zero_key(config, "offload_optimizer", {}).get("super_offload"):
@@ -115,7 +118,10 @@ class Checkpoints:
         due = last or record.step % self.config.checkpoint.every == 0
         if due:
             samples = record.step * self.config.train.global_batch_size
-            facts = probe(self.train_set, consumed_samples=samples) if dist.get_rank() == 0 else {}
+            if isinstance(self.data, GivenData):  # the user's code reads the samples, and may fail on rank 0 alone
+                facts = on_rank_0(lambda: probe(self.train_set, consumed_samples=samples)) or {}
+            else:
+                facts = probe(self.train_set, consumed_samples=samples) if dist.get_rank() == 0 else {}
             record.save_pause_s = self.saver.save(record.step, probe=facts)
         record.save_write_s = self.saver.write_seconds()
         return due

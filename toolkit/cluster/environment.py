@@ -11,7 +11,7 @@ from pathlib import Path
 
 from toolkit.errors import ConfigError, MachineError
 
-# DeepSpeed's launcher exports only PYTHON*, NCCL* and a few more by itself (DESIGN.md, fact 23)
+# DeepSpeed's launcher exports only PYTHON*, NCCL* and a few more by itself
 EXPORTED_PREFIXES: tuple[str, ...] = ("FI_", "GLOO_", "NCCL_", "TP_SOCKET_", "UCX_")  # network
 EXPORTED_PREFIXES += ("KMP_", "MKL_", "OMP_", "OPENBLAS_")  # threads
 EXPORTED_PREFIXES += ("CUDA_DEVICE_", "CUDNN_", "DS_", "HF_", "NVTE_", "PYTORCH_", "TENSORBOARD_", "TOKENIZERS_")  # libraries
@@ -81,6 +81,23 @@ def rank_environment(num_procs: int, *, environ: Mapping[str, str] | None = None
         # gloo otherwise binds to whatever the host name resolves to, which on a laptop may be nothing
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return env
+
+
+def cuda_defaults(*, tp: int, zero_stage: int, environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables that a rank on a GPU should set before it imports torch, without those that the user has set.
+
+    Segments that grow hold less memory beyond what is used where activations of several micro-batches come and go. One
+    connection to the device starts kernels in the order in which they were issued: with tensor parallelism an all-gather
+    then begins before the multiply that hides it. ZeRO-3's gathers run beside compute on their own, and are left alone.
+    """
+    environ = os.environ if environ is None else environ
+    found = {}
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environ.keys():
+        renamed = tuple(int(part) for part in metadata.version("torch").split(".")[:2]) >= (2, 9)
+        found["PYTORCH_ALLOC_CONF" if renamed else "PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    if tp > 1 and zero_stage < 3 and "CUDA_DEVICE_MAX_CONNECTIONS" not in environ:
+        found["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    return found
 
 
 def deepspeed_env_lines(environ: Mapping[str, str] | None = None) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ from toolkit.config.yaml_text import read_text, read_yaml, write_yaml
 from toolkit.errors import ConfigError
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run's YAML, apply `section.key=value` overrides and validate the whole.
+def load_config(path: Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML, apply `section.key=value` overrides (or a mapping of them) and validate the whole.
 
     Relative paths in the file are relative to the working folder; zero.config also to the file's own.
     Raises ConfigError, and nothing else, for anything wrong with the file or the overrides.
@@ -29,6 +31,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             f"config file {show(path)} holds {show(raw)}, not sections", fix='Start it with "model:" and one "key: value" per line below.'
         )
     return parse_config(_overridden(raw, overrides), base=Path(path).parent)
+
+
+def as_config(config: RunConfig | Mapping[str, Any] | str | PathLike[str], overrides: Mapping[str, Any] | Sequence[str] = ()) -> RunConfig:
+    """The config that a program means: a YAML file, a mapping of sections or a config, with overrides; what is given stays as it is.
+
+    overrides: `section.key=value` texts, or a mapping from `section.key` to values. Raises ConfigError.
+    """
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides={show(overrides)} is one text", fix='Give a list, ["section.key=value"], or {"section.key": value}.')
+    if isinstance(config, str | PathLike):
+        return load_config(Path(config), overrides)
+    raw = config.model_dump(exclude_unset=True) if isinstance(config, RunConfig) else copy.deepcopy(config)
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{show(raw)} is not a config", fix="Give a YAML file, a mapping of its sections, or a Config.")
+    return parse_config(_overridden(dict(raw), overrides))
 
 
 def override_config(resolved: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:
@@ -74,13 +91,13 @@ def _check_names(raw: Mapping[Any, Any]) -> None:
                 raise ConfigError(f"the key {show(name)}{where} is not a name", fix="Keys are words, such as train or steps.")
 
 
-def _overridden(raw: dict[Any, Any], overrides: Sequence[str]) -> dict[Any, Any]:
+def _overridden(raw: dict[Any, Any], overrides: Mapping[str, Any] | Sequence[str]) -> dict[Any, Any]:
     """A copy of raw with the overrides set, creating sections as needed."""
     result = dict(raw)
     for override in overrides:
-        key, equals, text = override.partition("=")
+        key, equals, text = str(override).partition("=")
         key = key.strip()
-        if not equals:
+        if not equals and not isinstance(overrides, Mapping):
             raise ConfigError(f"override {show(override)} has no =", fix="Write section.key=value, for example train.steps=100.")
         *parents, name = key.split(".")
         if not parents or not all([*parents, name]):
@@ -90,7 +107,7 @@ def _overridden(raw: dict[Any, Any], overrides: Sequence[str]) -> dict[Any, Any]
         if parents[0] not in RunConfig.model_fields:
             what, fix = unknown_key(parents[0])
             raise ConfigError(f"override {show(override)}: {what}", fix=fix)
-        value = read_yaml(text, source=f"override {show(override)}")
+        value = overrides[override] if isinstance(overrides, Mapping) else read_yaml(text, source=f"override {show(override)}")
         target = result
         for depth, parent in enumerate(parents):
             inner = target.get(parent)

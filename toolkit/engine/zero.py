@@ -22,6 +22,7 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
 from megatron.core import parallel_state as state
 
@@ -157,6 +158,21 @@ class Engine:
     def evaluation(self, on: bool) -> None:
         """Switch dropout off for evaluation, and on again."""
         self.module.train(not on)
+
+    def close(self) -> None:
+        """Let go of the model and its state; the engine and its chunks cannot be used afterwards.
+
+        PyTorch's C++ side holds parameters too, so Python never collects the cycles that DeepSpeed's hooks make through them.
+        """
+        held = [m for chunk in self.chunks for m in chunk.modules()] + [self]
+        if "engine" in vars(self):  # else it was cut off in the making
+            self.engine.destroy()
+            held += [self.optimizer, self.engine]
+        for one in held:
+            vars(one).clear()
+        for name in vars(deepspeed_groups):  # made for this layout, and looked up before a new engine makes its own
+            if name in ("mpu", "mesh_device") or name.endswith("_GROUP"):
+                setattr(deepspeed_groups, name, None)
 
     # -- ZeRO-0 and ZeRO-1: flat gradients, reduced once (fact 11) ------------------------------------
 

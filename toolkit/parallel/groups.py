@@ -13,7 +13,9 @@ from toolkit.parallel.layout import Coordinates, Layout
 
 
 def initialise(layout: Layout) -> None:
-    """Create megatron-core's process groups for a layout; torch.distributed must be up."""
+    """Create megatron-core's process groups for a layout, in the place of an earlier run's; torch.distributed must be up."""
+    if state.model_parallel_is_initialized():
+        state.destroy_model_parallel()
     state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,

@@ -100,22 +100,11 @@ def _question(
     config: Path, overrides: list[str], hardware: str, hardware_file: Path | None, fix: list[str], calibration: Path | None
 ) -> Question:
     from toolkit.config.load import load_config
-    from toolkit.data.vocabulary import with_vocabulary
-    from toolkit.hardware.calibration import scale_for
-    from toolkit.hardware.catalogue import parse_hardware
-    from toolkit.plan.search import Limits
-    from toolkit.plan.space import is_axis, parse_fixes
-    from toolkit.plan.tune import Question
+    from toolkit.plan.ask import make_question
+    from toolkit.plan.space import is_axis
 
-    loaded = with_vocabulary(load_config(config, overrides))
-    cluster = parse_hardware(hardware, extra=hardware_file)
-    return Question(
-        config=loaded,
-        hardware=cluster,
-        fixed=parse_fixes([*filter(is_axis, overrides), *fix]),
-        limits=Limits(steps=loaded.train.steps),
-        scale=scale_for(cluster.gpu, loaded.train.precision, own=calibration),
-    )
+    held = [*filter(is_axis, overrides), *fix]
+    return make_question(load_config(config, overrides), hardware, fix=held, hardware_file=hardware_file, calibration=calibration)
 
 
 def log_to_stderr() -> None:

@@ -70,6 +70,11 @@ class Answer:
         return self.found.plans[0]
 
     @property
+    def config(self) -> RunConfig:
+        """The run with the best plan's settings in it."""
+        return planned(self.question.config, self.best)
+
+    @property
     def spec(self) -> str:
         """The best plan's GPUs, as `estimate --hardware` takes them."""
         return spec(self.question.hardware, self.best.gpus)

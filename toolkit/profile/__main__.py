@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from toolkit.errors import OutOfMemory, ToolkitError
-from toolkit.train.program import mute_if_already_reported, quiet, say
+from toolkit.train.program import mute_if_already_reported, quiet, say, set_cuda_defaults
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
 
@@ -33,6 +33,7 @@ def main(arguments: list[str]) -> int:
         config = load_config(options.config, options.overrides)
         with mute_if_already_reported():
             run = resolve(config, int(os.environ.get("WORLD_SIZE", 1)))
+        set_cuda_defaults(run.config)
         from toolkit.profile.session import Options, profile
 
         profile(run, Options(steps=options.steps, memory_limit=options.memory_limit))

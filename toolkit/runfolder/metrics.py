@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +22,8 @@ class StepRecord:
     """What is known of one optimizer step. tokens: consumed since the start of the run;
     memory_gib: peak device memory of the worst rank (resident memory on a CPU); mfu: null where the
     device's peak is not known; a skipped step has a null grad_norm. save_pause_s: seconds this step's checkpoint
-    held up training; save_write_s: seconds from its start until a checkpoint counted, at the step where that was seen."""
+    held up training; save_write_s: seconds from its start until a checkpoint counted, at the step where that was seen; own: numbers that hooks add,
+    null for one that is not finite, beside the others in metrics.jsonl."""
 
     step: int
     loss: float | None
@@ -40,6 +41,7 @@ class StepRecord:
     eval_loss: float | None = None
     save_pause_s: float | None = None
     save_write_s: float | None = None
+    own: dict[str, float | None] = field(default_factory=dict)
 
 
 _ALWAYS = frozenset(list(StepRecord.__dataclass_fields__)[:11])
@@ -72,6 +74,7 @@ class Metrics:
         if self.file is None:
             return
         values = {k: v for k, v in asdict(record).items() if v is not None or k in _ALWAYS}
+        values |= values.pop("own")
         self.file.write(json.dumps(values, allow_nan=False) + "\n")
         if durable:
             os.fsync(self.file.fileno())
@@ -138,6 +141,7 @@ def step_line(record: StepRecord, *, steps: int) -> str:
         parts.append(f"eval loss {r.eval_loss:.4f}")
     if r.save_pause_s is not None:
         parts.append(f"saved (pause {r.save_pause_s:.2f} s)")
+    parts += [f"{name} {value:.4g}" if value is not None else f"{name} not finite" for name, value in r.own.items()]
     return " | ".join(parts)
 
 

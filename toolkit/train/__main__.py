@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from toolkit.errors import ToolkitError
-from toolkit.train.program import mute_if_already_reported, quiet, say
+from toolkit.train.program import quiet, say
 
 
 def main(arguments: list[str]) -> int:
@@ -20,16 +20,9 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write("usage: python -m toolkit.train CONFIG [section.key=value …]\n")
         return 2
     try:
-        from toolkit.config.load import load_config
+        from toolkit.trainer import Trainer
 
-        config = load_config(Path(arguments[0]), arguments[1:])
-        from toolkit.train.resolve import resolve
-
-        with mute_if_already_reported():
-            run = resolve(config, int(os.environ.get("WORLD_SIZE", 1)))
-        from toolkit.train.loop import train  # torch comes with it, once there is something to train
-
-        train(run)
+        Trainer(Path(arguments[0]), overrides=arguments[1:]).fit()
     except ToolkitError as error:
         say(error, rank=rank, local_rank=local_rank)
         return error.exit_code

@@ -14,6 +14,8 @@ from toolkit.checkpoint.start import starting_weights
 from toolkit.cluster.environment import gpu_count
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData, resolve_data
+from toolkit.data.given import GivenData
+from toolkit.errors import ConfigError
 from toolkit.parallel.deepspeed_json import deepspeed_config
 from toolkit.parallel.layout import Layout
 from toolkit.parallel.rules import Machine, check, fitting_micro_batch
@@ -31,7 +33,7 @@ class ResolvedRun:
 
     config: RunConfig
     layout: Layout
-    data: PreparedData
+    data: PreparedData | GivenData
     ds_config: dict[str, Any]
     weights: tuple[Path, Manifest] | None
 
@@ -41,23 +43,39 @@ def machine() -> Machine:
     return Machine(cuda=gpu_count() > 0, transformer_engine=importlib.util.find_spec("transformer_engine") is not None)
 
 
-def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
+def resolve(config: RunConfig, world_size: int, *, given: GivenData | None = None) -> ResolvedRun:
     """Check a config against the rules and its data, preparing the data where it is missing.
 
     The config itself stays as it is: the result holds a copy. It has model.vocab_size and data.tokenizer from the data, and a lower
-    train.micro_batch_size where a run that resumes needs it. Raises ToolkitError.
+    train.micro_batch_size where a run that resumes needs it. given: data sets in the place of data.source. Raises ToolkitError.
     """
     config = config.model_copy(deep=True)
     _fit_micro_batch(config, world_size)
     check(config, world_size, machine=machine())
+    data = _prepared(config) if given is None else _given(config, given)
+    layout = check(config, world_size, machine=machine())
+    weights = starting_weights(config)
+    return ResolvedRun(config=config, layout=layout, data=data, ds_config=deepspeed_config(config, layout), weights=weights)
+
+
+def _prepared(config: RunConfig) -> PreparedData:
+    """What data.source or data.blend name; the config gets what it left to the data."""
     data = resolve_data(config, prepare_missing=True)
     if config.model.vocab_size is None:
         config.model.vocab_size = data.vocab_size
     if data.tokenizer is not None:
         config.data.tokenizer = data.tokenizer  # the resolved config names what was used
-    layout = check(config, world_size, machine=machine())
-    weights = starting_weights(config)
-    return ResolvedRun(config=config, layout=layout, data=data, ds_config=deepspeed_config(config, layout), weights=weights)
+    return data
+
+
+def _given(config: RunConfig, given: GivenData) -> GivenData:
+    """Data sets of the user's own; the config then names no source, as it alone does not say what the run reads."""
+    if config.model.vocab_size is None:
+        raise ConfigError(
+            "model.vocab_size is null", why="a data set of your own does not say how many ids there are", fix="Set model.vocab_size."
+        )
+    config.data.source = config.data.blend = None
+    return given
 
 
 def _fit_micro_batch(config: RunConfig, world_size: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -51,7 +53,10 @@ def device_index(local_rank: int, *, visible: int, restricted: bool) -> int:
 
 
 def connect(world: World, layout: Layout, *, seed: int, timeout_s: float = 1800.0) -> None:
-    """Open the process groups and seed the generators; every rank must call it."""
+    """Open the process groups and seed the generators; every rank must call it.
+
+    The world of all ranks is opened once in a process and stays for the runs that follow; the groups of a layout are each run's own.
+    """
     from toolkit.model import cpu
     from toolkit.parallel import groups
 
@@ -72,5 +77,17 @@ def connect(world: World, layout: Layout, *, seed: int, timeout_s: float = 1800.
             world_size=world.size,
             timeout=timedelta(seconds=timeout_s),
         )
+        atexit.register(disconnect)
     groups.initialise(layout)
     groups.seed_generators(layout.coordinates(world.rank), seed=seed)
+
+
+def disconnect() -> None:
+    """Close the world of all ranks, if it is still open; after an error of this rank alone, without waiting for the others."""
+    if not dist.is_initialized():
+        return
+    if getattr(sys, "last_value", None) is not None and dist.get_backend() == "nccl":
+        # the traceback is out; others may be in a collective that this rank never joins, and destroying the groups waits for it
+        dist.distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()
