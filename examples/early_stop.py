@@ -1,4 +1,5 @@
-"""Hooks: numbers of one's own in each step's record, and an end once the evaluation no longer improves.
+"""Hooks: numbers of one's own in each step's record, and an end once the evaluation no longer
+improves.
 
 torchrun --nproc-per-node 2 examples/early_stop.py
 """
@@ -19,7 +20,9 @@ def perplexity(step):
 
 
 class EarlyStop:
-    """Ends the run after `patience` evaluations in a row that are not better than the best one by `least`."""
+    """Ends the run after `patience` evaluations in a row that are not better than the best one by
+    `least`.
+    """
 
     def __init__(self, patience, least=0.01):
         self.patience, self.least = patience, least

@@ -1,8 +1,10 @@
-"""Data of one's own: any map-style data set of token arrays, here sequences that count in steps, and a mask for the loss.
+"""Data of one's own: any map-style data set of token arrays, here sequences that count in steps,
+and a mask for the loss.
 
     torchrun --nproc-per-node 2 examples/own_dataset.py
 
-Each sample is taken once, in an order that run.seed decides; a run that resumes goes on with the next one.
+Each sample is taken once, in an order that run.seed decides; a run that resumes goes on with the
+next one.
 """
 
 import sys

@@ -1,9 +1,11 @@
-"""A loss of one's own: cross entropy plus z-loss, a small penalty on the softmax's denominator (PaLM, arXiv 2204.02311).
+"""A loss of one's own: cross entropy plus z-loss, a small penalty on the softmax's denominator
+(PaLM, arXiv 2204.02311).
 
     torchrun --nproc-per-node 2 examples/z_loss.py
 
-It runs on any layout, such as `… examples/z_loss.py parallel.tp=1 parallel.pp=2`: each tensor parallel rank has the logits of its own part
-of the vocabulary, and the two helpers put the parts together.
+It runs on any layout, such as `… examples/z_loss.py parallel.tp=1 parallel.pp=2`: each tensor
+parallel rank has the logits of its own part of the vocabulary, and the two helpers put the parts
+together.
 """
 
 import sys

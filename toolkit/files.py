@@ -85,7 +85,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_tree(folder: Path, *, token: str) -> None:
-    """Delete a folder so that a crash half-way leaves nothing that looks like one: it loses its name first."""
+    """Delete a folder. It is renamed first, so that a crash half-way leaves nothing under its name."""
     doomed = folder if folder.name.startswith(".") else folder.with_name(f".deleted-{folder.name}-{token}")
     if doomed != folder:
         folder.rename(doomed)
@@ -170,7 +170,7 @@ class Partial:
         return self
 
     def publish(self) -> None:
-        """Give the folder its name."""
+        """Sync the folder and give it its final name."""
         (self.folder / LOCK).unlink(missing_ok=True)
         sync_folder(self.folder)
         self.folder.rename(self.final)
@@ -184,10 +184,10 @@ class Partial:
 
 
 def _abandoned(folder: Path) -> bool:
-    """Whether a folder has the lock of a process that has ended; one without a lock is just being made or published."""
+    """Whether a folder's writer has ended, so that its lock is free; a folder without a lock is just being made or published."""
     try:
         with (folder / LOCK).open("r+b") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # held, or not to be had on this file system
+    except OSError:  # another process has the lock, or this file system has no locks
         return False
     return True

@@ -19,13 +19,16 @@ from toolkit.train.resolve import resolve
 
 
 class Trainer:
-    """A run, in one process or as one rank of those that the deepspeed launcher or torchrun has started: all make the same one.
+    """A run, in one process or as one rank of those that the deepspeed launcher or torchrun has
+    started: all make the same one.
 
-    config: a YAML file, a mapping of its sections or a Config. overrides: {"section.key": value} or ["section.key=value"].
-    loss: see toolkit.engine.loss. dataset, eval_dataset: map-style data sets in the place of data.source, see toolkit.data.given;
-    shuffle: train on `dataset` in an order that run.seed decides. on_step, on_eval, on_save: hooks, see toolkit.train.hooks.
+    config: a YAML file, a mapping of its sections or a Config. overrides: {"section.key": value} or
+    ["section.key=value"]. loss: see toolkit.engine.loss. dataset, eval_dataset: map-style data sets
+    in the place of data.source, see toolkit.data.given; shuffle: train on `dataset` in an order
+    that run.seed decides. on_step, on_eval, on_save: hooks, see toolkit.train.hooks.
 
-    Raises ConfigError for what is wrong with the config. A script that does not catch a ToolkitError ends with its one message.
+    Raises ConfigError for what is wrong with the config. A script that does not catch a
+    ToolkitError ends with its one message.
     """
 
     def __init__(
@@ -49,10 +52,12 @@ class Trainer:
         self.extensions = Extensions.of(loss=loss, on_step=on_step, on_eval=on_eval, on_save=on_save)
 
     def fit(self) -> StepRecord | None:
-        """Train to the last step, and return its record; None where a checkpoint has already reached it.
+        """Train to the last step, and return its record; None where a checkpoint has already
+        reached it.
 
-        Raises ToolkitError on all ranks alike. The model is let go at the end: a checkpoint keeps it, and hooks see it before.
-        The process group stays, so that another Trainer may follow in the same processes.
+        Raises ToolkitError on all ranks alike. The model is let go at the end: a checkpoint keeps
+        it, and hooks see it before. The process group stays, so that another Trainer may follow in
+        the same processes.
         """
         speak(rank=int(os.environ.get("RANK", 0)))
         quiet_libraries()

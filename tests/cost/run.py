@@ -48,4 +48,4 @@ def measure_cell(cell: dict[str, Any]) -> dict[str, dict[str, float]]:
     with StepMeter(engine, follow=cell.get("follow", False)) as meter, observed(meter.around):
         step(1)
     predicted = memory(Workload.of(config, world.size), hardware_here(gpu=None, ranks=world.size), at.pp, dp_rank=at.dp)
-    return {"predicted": predicted, "measured": {**meter.found.parts, "peak": meter.found.peak - left.now}}
+    return {"predicted": predicted, "measured": {**meter.measured.parts, "peak": meter.measured.peak - left.now}}

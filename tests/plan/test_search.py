@@ -142,6 +142,6 @@ def test_offload_is_taken_only_where_it_is_needed() -> None:
 def test_the_work_does_not_grow_with_the_gpus() -> None:
     """A batch of 256 sequences bounds the copies, so that past some size more GPUs add no candidates."""
     model = {"num_layers": 48, "hidden_size": 4096, "num_attention_heads": 32, "num_query_groups": 8}
-    few, many = (tune(question(f"h100-80gb:8x{nodes}", model=model, batch=256), what_if=False).found for nodes in (2**10, 2**17))
+    few, many = (tune(question(f"h100-80gb:8x{nodes}", model=model, batch=256), what_if=False).result for nodes in (2**10, 2**17))
     assert many.candidates <= 1.5 * few.candidates
     assert many.sized + many.timed <= 3 * (few.sized + few.timed)

@@ -8,6 +8,7 @@ import pytest
 
 from tests.parity.cells import BOUNDS, Cell, batches, layers
 from tests.pool import Pool
+from tests.trainer.conftest import Fitted
 
 RUN = "tests.parity.run:run_cell"
 TRAIN = {"train.steps": 5, "train.global_batch_size": 8}
@@ -83,3 +84,31 @@ def test_half_precision(runs: Runs) -> None:
     alone, shared = runs(1, keys, "plain_z_loss"), runs(2, TP | keys, "z_loss")
     loss, norm = BOUNDS["bf16"]
     assert worst(shared, alone, "losses") <= loss and worst(shared, alone, "norms") <= norm
+
+
+def test_a_number_that_its_backward_needs(fitted: Fitted) -> None:
+    """The schedule divides a loss in place."""
+    assert fitted({"config": fitted.config(), "dataset": ["Numbers"], "loss": "root_mean_square"})[0]["errors"] == [None]
+
+
+BAD = {
+    "per_sequence": "the loss per_sequence returned a tensor of shape [1]: a loss is one number for each micro-batch, a tensor of shape []. Return the mean over the tokens.",
+    "a_float": "the loss a_float returned 3.",
+    "detached": "the loss detached returned a number without a gradient: nothing would be learned from it.",
+    "wants_a_mask": "the loss wants_a_mask raised KeyError on rank 0: 'mask'. Look at ",
+    "raises_late_on_one_rank": "the loss raises_late_on_one_rank raised ZeroDivisionError on rank 1: no tokens left. Look at ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", BAD)
+@pytest.mark.parametrize("layout", [{}, {"pp": 2}, {"tp": 2}], ids=str)
+def test_one_message_for_a_loss_that_does_not_work(fitted: Fitted, loss: str, layout: dict[str, int]) -> None:
+    error = fitted.error(loss=loss, config=fitted.config(parallel=layout))
+    expected = BAD[loss].replace("on rank 0", "on rank 1") if layout.get("pp") else BAD[loss]  # the last stage computes it
+    assert error.startswith(f"TrainingError: {expected}"), error
+
+
+def test_an_evaluation_notices_it_as_well(fitted: Fitted) -> None:
+    config = fitted.config(train={"steps": 1, "eval_every": 1, "eval_steps": 2})
+    error = fitted.error(loss="raises_late_on_one_rank", config=config, eval_dataset=["Numbers", 8])
+    assert "raised ZeroDivisionError on rank 1" in error

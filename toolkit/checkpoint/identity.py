@@ -38,10 +38,10 @@ def model_identity(config: RunConfig) -> dict[str, Any]:
 
 
 def _known_now(manifest: Manifest) -> dict[str, Any]:
-    """A checkpoint's config with the keys that its version did not know yet, as that version behaved."""
+    """A checkpoint's config, completed with keys that its version lacked, set as that version behaved."""
     try:
         return RunConfig.model_validate(manifest.config).model_dump(mode="json")
-    except ValueError:  # of a version that knew other keys: compared as it is
+    except ValueError:  # another version's keys: compare the config as it is
         return manifest.config
 
 
@@ -78,7 +78,7 @@ def same_degrees(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def moved(manifest: Manifest, layout: Mapping[str, Any]) -> str:
-    """How a checkpoint is cut that this run is not, in words; "" where they are cut alike."""
+    """How a checkpoint's layout differs from this run's, in words; "" where it does not."""
     here, there = _differences(layout, manifest.layout)
     processes = f"{manifest.processes} process{'' if manifest.processes == 1 else 'es'}"
     return f"it was saved by {processes} with {there}, and this run has {here}" if here else ""

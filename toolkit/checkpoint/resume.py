@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 from toolkit.checkpoint.claim import checkpoint_folder
 from toolkit.checkpoint.identity import changed_keys, check_same_run, identity_of, layout_of, moved
-from toolkit.checkpoint.manifest import Found, Manifest, discover, verify_files
+from toolkit.checkpoint.manifest import CheckpointFolder, Manifest, discover, verify_files
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData
-from toolkit.data.given import GivenData
+from toolkit.data.given import GivenData, Samples
 from toolkit.errors import CheckpointError, ToolkitError
 from toolkit.files import FileRecord
 from toolkit.parallel.agree import everywhere, on_rank_0
@@ -51,7 +51,7 @@ def find(config: RunConfig, layout: Layout, data: PreparedData | GivenData) -> R
     none. Raises CheckpointError; nothing is deleted.
     """
     policy, folder = config.checkpoint.resume, checkpoint_folder(config)
-    candidates: list[Found] = on_rank_0(lambda: discover(folder)) or []
+    candidates: list[CheckpointFolder] = on_rank_0(lambda: discover(folder)) or []
     if policy == "never":
         on_rank_0(lambda: _refuse_existing(candidates, folder))
         return Resume()
@@ -121,6 +121,12 @@ def check_probe(resume: Resume, dataset: Any, config: RunConfig) -> None:
     def check() -> None:
         if probe(dataset, consumed_samples=manifest.consumed_samples) == manifest.probe:
             return
+        if isinstance(dataset, Samples):
+            raise CheckpointError(
+                f"the samples are not those that {resume.path} was trained on",
+                why="going on would repeat some and leave out others: the data set given gives others now, or in another order",
+                fix="Give the data set as it was, or set another run.dir.",
+            )
         steps = manifest.config.get("train", {}).get("steps")
         raise CheckpointError(
             f"the order of the samples is not that of {resume.path}",
@@ -137,7 +143,7 @@ def _versions(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{k} {v}" for k, v in versions.items())
 
 
-def _rounds(candidates: list[Found]) -> Any:
+def _rounds(candidates: list[CheckpointFolder]) -> Any:
     """Rank 0's candidates and then None; on other ranks None for ever, as they hear from rank 0."""
     if dist.get_rank() == 0:
         yield from candidates
@@ -160,7 +166,7 @@ def _check(manifest: Manifest, path: Path, identity: Mapping[str, Any]) -> None:
     check_same_run(manifest, identity, path=path)
 
 
-def _refuse_existing(candidates: list[Found], folder: Path) -> None:
+def _refuse_existing(candidates: list[CheckpointFolder], folder: Path) -> None:
     finished = [c for c in candidates if c.finished]
     if finished:
         raise CheckpointError(

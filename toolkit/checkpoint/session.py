@@ -13,7 +13,7 @@ from toolkit.checkpoint.identity import identity_of, layout_of
 from toolkit.checkpoint.load import load_weights, restore
 from toolkit.checkpoint.manifest import Manifest, verify_files
 from toolkit.checkpoint.resume import Resume, check_probe, find, probe
-from toolkit.checkpoint.save import Saver, Target
+from toolkit.checkpoint.save import Saver, SaveSettings
 from toolkit.checkpoint.start import announce
 from toolkit.config.deepspeed import zero_key
 from toolkit.config.schema import RunConfig
@@ -98,7 +98,7 @@ class Checkpoints:
         if not self.config.checkpoint.every:
             return
         self.train_set = train_set
-        target = Target(
+        settings = SaveSettings(
             folder=checkpoint_folder(self.config),
             token=self.token,
             keep=self.config.checkpoint.keep,
@@ -109,7 +109,7 @@ class Checkpoints:
                 "config": self.config.model_dump(mode="json"),
             },
         )
-        self.saver = Saver(self.config, self.layout, state, target)
+        self.saver = Saver(self.config, self.layout, state, settings)
 
     def save(self, record: StepRecord, *, last: bool) -> bool:
         """Save after a step where it is due, noting the pause in its record; commit() must follow once the record is on disk."""

@@ -104,14 +104,14 @@ def run_local(
     times: list[float] = []
 
     def note(signum: int, frame: FrameType | None) -> None:
-        # schedulers and `timeout` may signal this process and then its group: that is one wish, not two
+        # schedulers and `timeout` may signal this process and then its group: count that as one request
         if not times or time.monotonic() - times[-1] > SECOND_SIGNAL_S:
             received.append(signum)
             times.append(time.monotonic())
 
     previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
     try:
-        # a session of its own, or Ctrl-C in a terminal would reach the launcher too, and it kills
+        # start a new session: otherwise Ctrl-C in a terminal also reaches the launcher, which kills its ranks
         process = subprocess.Popen(
             command, env=env, start_new_session=True, preexec_fn=end_with_parent if sys.platform == "linux" else None
         )
@@ -187,17 +187,17 @@ def _supervise(process: subprocess.Popen[bytes], received: list[int], *, module:
             logger.warning("%s: the ranks end after this step; a second signal kills them", signal.Signals(received[0]).name)
             _terminate(now)
         elif not ranks:
-            process.terminate()  # still importing: there is nothing to end properly
+            process.terminate()  # the launcher is still importing: there is no rank to end properly
 
 
 def _ranks(launcher: int, *, module: str) -> list[psutil.Process]:
-    found = []
+    processes = []
     with suppress(psutil.NoSuchProcess):
         for child in psutil.Process(launcher).children():
-            with suppress(psutil.NoSuchProcess):  # a rank that has just ended is one of these to psutil
+            with suppress(psutil.NoSuchProcess):  # a rank has just ended
                 if module in child.cmdline():  # the launcher also runs small tools while it starts
-                    found.append(child)
-    return found
+                    processes.append(child)
+    return processes
 
 
 def _terminate(ranks: Sequence[psutil.Process]) -> None:
@@ -227,7 +227,7 @@ def _in_main_thread() -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check a hostfile and write the file of exported variables: the part of launch/multi-node.sh that is better in Python."""
+    """Check a hostfile and write the file of exported variables, for launch/multi-node.sh."""
     parser = argparse.ArgumentParser(prog="python -m toolkit.cluster.launch", description=main.__doc__)
     parser.add_argument("--hostfile", type=Path, required=True)
     parser.add_argument("--env-file", type=Path, required=True)

@@ -106,14 +106,14 @@ def _newest_change(lock: Path) -> float | None:
 
 def _builders(folder: Path) -> list[int]:
     """Processes that work in a build folder: ninja and the compilers it starts run there."""
-    at, found = str(folder.resolve()), []
+    at, processes = str(folder.resolve()), []
     for process in psutil.process_iter():
         try:
             if process.pid != os.getpid() and process.cwd() == at:
-                found.append(process.pid)
+                processes.append(process.pid)
         except psutil.Error:
             continue
-    return found
+    return processes
 
 
 def _is_shared(path: Path) -> bool:

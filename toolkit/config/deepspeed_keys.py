@@ -42,7 +42,7 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
 
 
 def copied(data: Mapping[str, Any], *, source: str) -> dict[str, Any]:
-    """A deep copy that is surely JSON; raises ConfigError where it is not."""
+    """A deep copy; raises ConfigError where a value is not JSON."""
     try:
         text = json.dumps(data, allow_nan=False, ensure_ascii=False)
         text.encode("utf-8")

@@ -18,10 +18,11 @@ from toolkit.errors import ConfigError
 
 
 def load_config(path: Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> RunConfig:
-    """Read a run's YAML, apply `section.key=value` overrides (or a mapping of them) and validate the whole.
+    """Read a run's YAML, apply `section.key=value` overrides (or a mapping of them) and validate
+    the whole.
 
-    Relative paths in the file are relative to the working folder; zero.config also to the file's own.
-    Raises ConfigError, and nothing else, for anything wrong with the file or the overrides.
+    Relative paths in the file are relative to the working folder; zero.config also to the file's
+    own. Raises ConfigError, and nothing else, for anything wrong with the file or the overrides.
     """
     raw = read_yaml(read_text(path, kind="config file"), source=show(path))
     if raw is None:
@@ -34,9 +35,11 @@ def load_config(path: Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -
 
 
 def as_config(config: RunConfig | Mapping[str, Any] | str | PathLike[str], overrides: Mapping[str, Any] | Sequence[str] = ()) -> RunConfig:
-    """The config that a program means: a YAML file, a mapping of sections or a config, with overrides; what is given stays as it is.
+    """The config that a program means: a YAML file, a mapping of sections or a config, with
+    overrides; what is given stays as it is.
 
-    overrides: `section.key=value` texts, or a mapping from `section.key` to values. Raises ConfigError.
+    overrides: `section.key=value` texts, or a mapping from `section.key` to values. Raises
+    ConfigError.
     """
     if isinstance(overrides, str):
         raise ConfigError(f"overrides={show(overrides)} is one text", fix='Give a list, ["section.key=value"], or {"section.key": value}.')
@@ -49,14 +52,17 @@ def as_config(config: RunConfig | Mapping[str, Any] | str | PathLike[str], overr
 
 
 def override_config(resolved: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:
-    """A config that was dumped whole, such as a checkpoint's, with `section.key=value` overrides; its DeepSpeed JSON's file is not needed."""
+    """A config that was dumped whole, such as a checkpoint's, with `section.key=value` overrides;
+    its DeepSpeed JSON's file is not needed.
+    """
     raw = {name: dict(section) for name, section in resolved.items()}
     raw["zero"]["config"] = None
     return parse_config(_overridden(raw, overrides))
 
 
 def parse_config(raw: Mapping[str, Any], *, base: Path | None = None) -> RunConfig:
-    """Validate a mapping of sections, with presets and the DeepSpeed JSON merged in; raises ConfigError.
+    """Validate a mapping of sections, with presets and the DeepSpeed JSON merged in; raises
+    ConfigError.
 
     base: the folder that zero.config may be relative to, besides the working folder.
     """

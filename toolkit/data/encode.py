@@ -137,7 +137,7 @@ class Helpers:
 
 
 def _serve() -> None:
-    """A helper's life: read shards from stdin until it closes, write one line of JSON for each."""
+    """Run as a helper: read shards from stdin until it closes, and write one line of JSON for each."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not look like an answer

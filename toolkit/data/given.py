@@ -1,18 +1,20 @@
 """Data sets that a program hands to the Trainer, in the place of data.source.
 
-A data set is map-style: len(dataset) samples, and dataset[i] a dict of arrays (NumPy, or tensors on the CPU) with
-{"tokens": int [seq_length], "labels": int [seq_length]} or {"text": int [seq_length + 1]}, whose labels are the next tokens. Other
-entries, such as a mask, reach the loss with the micro-batch: "mask" of shape [s] is [b, s] there.
+A data set is map-style: len(dataset) samples, and dataset[i] a dict of arrays (NumPy, or tensors on
+the CPU) with {"tokens": int [seq_length], "labels": int [seq_length]} or {"text": int [seq_length +
+1]}, whose labels are the next tokens. Other entries, such as a mask, reach the loss with the
+micro-batch: "mask" of shape [s] is [b, s] there.
 
-Order: a run takes each sample once. Step k takes places kG … (k+1)G - 1 of the order, G being train.global_batch_size: the data set's own
-order, or a permutation of it that run.seed decides. A resumed run goes on with the next place, on any layout.
+Order: a run takes each sample once. Step k takes places kG … (k+1)G - 1 of the order, G being
+train.global_batch_size: the data set's own order, or a permutation of it that run.seed decides. A
+resumed run goes on with the next place, on any layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -24,18 +26,20 @@ _LOOKED_AT = 4  # samples checked before training; each sample is checked again 
 
 @dataclass(frozen=True, kw_only=True)
 class GivenData:
-    """Data sets for training and, where train.eval_every is set, for evaluation, which takes the first samples in their own order.
+    """Data sets for training and, where train.eval_every is set, for evaluation, which takes the
+    first samples in their own order.
 
-    shuffle: train in an order that run.seed decides. The attribute `identity` of a data set, a text, tells a checkpoint which data it
-    belongs to; without it the data set's class and length do.
+    shuffle: train in an order that run.seed decides. The attribute `identity` of a data set, a
+    text, tells a checkpoint which data it belongs to; without it the data set's class and length
+    do.
     """
 
     train: Any
     valid: Any = None
     shuffle: bool = True
 
-    tokenizer_hash: None = None
-    weights: tuple[float, ...] = ()
+    tokenizer_hash: ClassVar[None] = None  # what PreparedData has of a tokenizer and of a blend
+    weights: ClassVar[tuple[float, ...]] = ()
 
     @property
     def identity(self) -> str:
@@ -55,7 +59,18 @@ class GivenData:
         return Samples(self.train, config, order=order), Samples(self.valid, config) if self.valid is not None else None
 
     def check(self, config: RunConfig) -> tuple[str, int, int | None]:
-        """Length, shape and ids before anything is trained; returns what all ranks must find alike. Raises DataError."""
+        """Length, shape and ids before anything is trained; returns what all ranks must find alike.
+        Raises DataError.
+        """
+        try:
+            self._check(config)
+            return self.identity, len(self.train), len(self.valid) if self.valid is not None else None
+        except ToolkitError:
+            raise
+        except Exception as error:  # the length of a data set is the user's code too
+            raise raised_by(f"the data set {name_of(self.train)}", error, kind=DataError) from None
+
+    def _check(self, config: RunConfig) -> None:
         t = config.train
         wanted = [("data set", "train.steps", self.train, t.steps)]
         if t.eval_every:
@@ -83,13 +98,14 @@ class GivenData:
             for i in sorted({(samples - 1) * k // (_LOOKED_AT - 1) for k in range(_LOOKED_AT)} if samples else ()):
                 if isinstance(found := reader[i], ToolkitError):
                     raise found
-        return self.identity, len(self.train), len(self.valid) if self.valid is not None else None
 
 
 class Samples:
-    """A data set as the loader reads it: checked samples of {"tokens", "labels"} and the user's other arrays, by place in the order.
+    """A data set as the loader reads it: checked samples of {"tokens", "labels"} and the user's
+    other arrays, by place in the order.
 
-    A sample that cannot be used is returned as its error: raised in a reading process it would come with a traceback.
+    A sample that cannot be used is returned as its error: raised in a reading process it would come
+    with a traceback.
     """
 
     def __init__(self, dataset: Any, config: RunConfig, *, order: np.ndarray | None = None) -> None:

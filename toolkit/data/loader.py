@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
 import os
 import select
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,7 +20,6 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data._utils import signal_handling
 
-from toolkit.data.workers import end_with_parent
 from toolkit.errors import DataError, MachineError, ToolkitError
 from toolkit.parallel.layout import Layout
 
@@ -28,6 +29,7 @@ _READ_AHEAD = 4  # micro-batches per worker
 _SIGTERM_GRACE = 60  # seconds a worker outlives a SIGTERM
 _START_S = 15.0  # seconds in which forked workers must run Python; they take milliseconds
 _TRIES = 4
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def sample_ids(*, samples: int, layout: Layout, dp_rank: int, global_batch_size: int, consumed_samples: int = 0) -> Iterator[list[int]]:
@@ -68,8 +70,20 @@ def _collate(rows: list[Any]) -> Rows:
         return DataError("samples of one micro-batch differ in their entries or shapes", why=str(error), fix="Give all samples the same.")
 
 
+def _end_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent, of the given process id, is gone (Linux; elsewhere nothing).
+
+    A killed parent cannot tell its helpers, and a helper that holds its sockets keeps other ranks waiting.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # The parent may have died before the line above.
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def _start_worker(_: int, *, parent: int, started: int) -> None:
-    end_with_parent(parent)
+    _end_with_parent(parent)
     # A scheduler's SIGTERM reaches every process, but the rank still needs its data up to the end of its step.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SIGTERM_GRACE))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -152,9 +166,10 @@ def batches(
 ) -> Batches:
     """Micro-batches {"tokens", "labels"} of int64 [micro_batch_size, seq_length] for one data-parallel rank, in step order.
 
-    A data set of the user's own may add entries. dataset: one of build_datasets; consumed_samples: samples of all ranks already trained on; workers: reading processes (0: none);
-    seed: of the loader's own generator, so that torch's global one is left alone. Which samples a step sees depends on the step only.
-    With CUDA the batches lie in pinned memory. Raises DataError when the global batch does not divide.
+    dataset: one of build_datasets, or the user's own, whose other entries come along; consumed_samples: samples of all ranks
+    already trained on; workers: reading processes (0: none); seed: of the loader's own generator, so that torch's global one
+    is left alone. Which samples a step sees depends on the step only. With CUDA the batches lie in pinned memory.
+    Raises DataError when the global batch does not divide.
     """
     slice_size = layout.dp * layout.micro_batch_size
     if global_batch_size % slice_size:

@@ -22,7 +22,7 @@ from toolkit.files import LOCK, Partial, sync_file, write_durably
 from toolkit.parallel.agree import everywhere, on_rank_0
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # megatron-core laments optional packages at import
+    warnings.simplefilter("ignore")  # megatron-core warns about optional packages at import
     from megatron.core import __version__ as mcore_version
     from megatron.core.datasets.blended_dataset import BlendedDataset
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder

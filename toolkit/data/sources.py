@@ -75,11 +75,11 @@ def open_source(spec: str, *, text_key: str = "text") -> Source:
         if not path.name.endswith(SUFFIXES):
             raise DataError(f"data.source={spec}", why=f"the name does not end in {', '.join(SUFFIXES)}", fix=_HOW_TO_SET)
         return _of_files(spec, [path], root=path.parent, kind="files", text_key=text_key)
-    found = [p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file()]
-    found.sort(key=lambda p: p.relative_to(path).as_posix())
-    if not found:
+    files = [p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file()]
+    files.sort(key=lambda p: p.relative_to(path).as_posix())
+    if not files:
         raise DataError(f"data.source={spec}", why=f"the folder holds no file ending in {', '.join(SUFFIXES)}", fix=_HOW_TO_SET)
-    return _of_files(spec, found, root=path, kind="files", text_key=text_key)
+    return _of_files(spec, files, root=path, kind="files", text_key=text_key)
 
 
 _HOW_TO_SET = (
@@ -105,17 +105,17 @@ def _of_files(spec: str, files: list[Path], *, root: Path, kind: Literal["built-
 
 
 def _stdlib_files(root: Path) -> list[Path]:
-    found: list[Path] = []
+    files: list[Path] = []
     for folder, folders, names in os.walk(root):
         folders[:] = [f for f in folders if f not in _SKIP_FOLDERS]
-        found += [Path(folder, n) for n in names if n.endswith(".py") and not n.startswith(_SKIP_FILES)]
-    if not found:
+        files += [Path(folder, n) for n in names if n.endswith(".py") and not n.startswith(_SKIP_FILES)]
+    if not files:
         raise DataError(
             f"data.source={BUILT_IN}",
             why=f"this Python keeps no .py files in {root}",
             fix="Set data.source to a file, a folder or a hub name.",
         )
-    return sorted(found, key=lambda p: p.relative_to(root).as_posix())
+    return sorted(files, key=lambda p: p.relative_to(root).as_posix())
 
 
 def _clean(text: str) -> str:

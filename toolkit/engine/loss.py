@@ -1,14 +1,18 @@
-"""The loss: today's mean, a loss of the user's own, and cross entropy on logits that tensor parallel ranks share.
+"""The loss: today's mean, a loss of the user's own, and cross entropy on logits that tensor
+parallel ranks share.
 
-A loss is a function of (output, batch) that returns one number, a tensor of shape [], for one micro-batch:
+A loss is a function of (output, batch) that returns one number, a tensor of shape [], for one
+micro-batch:
 
-- output: the per-token cross entropy, [b, s] in fp32; or, for a function with the attribute `needs = "logits"`, the logits
-  [s, b, v/tp] in the model's precision, of which each tensor parallel rank holds its own part of the vocabulary. Ids that only
-  pad the vocabulary have the logit -inf.
-- batch: the micro-batch, {"tokens": [b, s], "labels": [b, s]} and whatever else the data set gives, such as a mask.
+- output: the per-token cross entropy, [b, s] in fp32; or, for a function with the attribute `needs
+  = "logits"`, the logits [s, b, v/tp] in the model's precision, of which each tensor parallel rank
+  holds its own part of the vocabulary. Ids that only pad the vocabulary have the logit -inf.
+- batch: the micro-batch, {"tokens": [b, s], "labels": [b, s]} and whatever else the data set gives,
+  such as a mask.
 
-The number is the mean over the tokens that this rank was given (with context parallelism: over its part of the sequence). Micro-batches and
-data parallel ranks then count alike: a loss that divides by the number of unmasked tokens weighs a token by its micro-batch.
+The number is the mean over the tokens that this rank was given (with context parallelism: over its
+part of the sequence). Micro-batches and data parallel ranks then count alike: a loss that divides
+by the number of unmasked tokens weighs a token by its micro-batch.
 """
 
 from __future__ import annotations
@@ -37,8 +41,9 @@ NEEDS = ("losses", "logits")
 class Loss:
     """What the schedule calls on the last stage for each micro-batch.
 
-    An error of the user's function is kept in `error`, and the micro-batch goes on with a loss of 0: other ranks wait for this one in
-    the middle of a step, so that it can be said only once all of them listen.
+    An error of the user's function is kept in `error`, and the micro-batch goes on with a loss of
+    0: other ranks wait for this one in the middle of a step, so that it can be said only once all
+    of them listen.
     """
 
     def __init__(self, function: LossFunction | None = None, *, rank: int = 0) -> None:
@@ -53,7 +58,9 @@ class Loss:
             )
 
     def __call__(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The scalar to differentiate, which the schedule divides in place, and a copy of its value."""
+        """The scalar to differentiate, which the schedule divides in place, and a copy of its
+        value.
+        """
         if self.function is None:
             loss = output.float().mean()
             return loss, loss.detach().clone()
@@ -91,12 +98,16 @@ class Loss:
 
 
 def logits_as_output(chunk: Any) -> None:
-    """Let a chunk with the output layer return its logits [s, b, v/tp] where it would return per-token losses [b, s]."""
+    """Let a chunk with the output layer return its logits [s, b, v/tp] where it would return
+    per-token losses [b, s].
+    """
     chunk.compute_language_model_loss = lambda labels, logits: logits
 
 
 class _LogSumExp(torch.autograd.Function):
-    """log(sum(exp(logits))) over all parts of the vocabulary; the logits themselves stay as they are."""
+    """log(sum(exp(logits))) over all parts of the vocabulary; the logits themselves stay as they
+    are.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
@@ -117,7 +128,8 @@ class _LogSumExp(torch.autograd.Function):
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:
-    """The logarithm of the softmax's denominator for each token, [b, s] in fp32, alike on all tensor parallel ranks.
+    """The logarithm of the softmax's denominator for each token, [b, s] in fp32, alike on all
+    tensor parallel ranks.
 
     logits: [s, b, v/tp]. z-loss is the mean of its square.
     """
@@ -126,7 +138,9 @@ def log_sum_exp(logits: Tensor) -> Tensor:
 
 
 def label_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """The logit of each token's label, [b, s] in fp32, alike on all tensor parallel ranks. logits: [s, b, v/tp]; labels: [b, s]."""
+    """The logit of each token's label, [b, s] in fp32, alike on all tensor parallel ranks. logits:
+    [s, b, v/tp]; labels: [b, s].
+    """
     rows = logits.shape[-1]
     ids = labels.t() - rows * state.get_tensor_model_parallel_rank()  # [s, b], counted from this rank's first row
     elsewhere = (ids < 0) | (ids >= rows)
@@ -136,5 +150,7 @@ def label_logits(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Per-token cross entropy, [b, s] in fp32, alike on all tensor parallel ranks. logits: [s, b, v/tp]; labels: [b, s]."""
+    """Per-token cross entropy, [b, s] in fp32, alike on all tensor parallel ranks. logits: [s, b,
+    v/tp]; labels: [b, s].
+    """
     return log_sum_exp(logits) - label_logits(logits, labels)

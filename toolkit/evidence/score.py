@@ -75,7 +75,7 @@ def report(measured: Path, scorer: Path) -> str:
     rows = fit.load_rows(measured)
     fitted_answers = [predict(row) for row in rows]
     fitted = score(measured, scorer, fitted_answers)
-    held = score(measured, scorer, held_out(rows))
+    without_source = score(measured, scorer, held_out(rows))
     parts = [
         "# The planner against published measurements",
         "",
@@ -90,7 +90,7 @@ def report(measured: Path, scorer: Path) -> str:
         "",
         "| figure | fitted | held out | aim | reached |",
         "|---|---:|---:|---:|---|",
-        *(_target_line(t, fitted, held) for t in TARGETS),
+        *(_target_line(t, fitted, without_source) for t in TARGETS),
         "",
         "## By source",
         "",
@@ -98,7 +98,7 @@ def report(measured: Path, scorer: Path) -> str:
         "",
         "| source | rows | throughput, fitted | signed | held out | memory rows | memory |",
         "|---|---:|---:|---:|---:|---:|---:|",
-        *_source_lines(fitted, held),
+        *_source_lines(fitted, without_source),
         "",
         "## The fitted scalars",
         "",
@@ -178,9 +178,9 @@ def _at(scores: Mapping[str, Any], path: Sequence[str]) -> Any:
     return value
 
 
-def _target_line(target: tuple[tuple[str, ...], str, float, bool], fitted: Mapping[str, Any], held: Mapping[str, Any]) -> str:
+def _target_line(target: tuple[tuple[str, ...], str, float, bool], fitted: Mapping[str, Any], without_source: Mapping[str, Any]) -> str:
     path, text, bound, larger = target
-    ours, other = _at(fitted, path), _at(held, path)
+    ours, other = _at(fitted, path), _at(without_source, path)
     if ours is None:
         return f"| {text} | – | – | {bound} | – |"
     reached = ours >= bound if larger else ours <= bound
@@ -192,10 +192,10 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
 
-def _source_lines(fitted: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
+def _source_lines(fitted: Mapping[str, Any], without_source: Mapping[str, Any]) -> list[str]:
     lines = []
     for source, f in fitted["per_source"].items():
-        h = held["per_source"].get(source, {})
+        h = without_source["per_source"].get(source, {})
         lines.append(
             f"| {source} | {f['n_throughput']} | {_percent(f['throughput_mdape'])} | {_percent(f['throughput_signed_median'])} "
             f"| {_percent(h.get('throughput_mdape'))} | {f['n_memory']} | {_percent(f['memory_mdape'])} |"

@@ -67,12 +67,12 @@ def check(config: RunConfig, world_size: int, *, machine: Machine = NO_GPU) -> L
     return Layout.of(config, world_size)
 
 
-def refuse(found: list[Violation]) -> None:
+def refuse(broken: list[Violation]) -> None:
     """Raise LayoutError naming every violation, its reason and what to set; return where there is none."""
-    if len(found) == 1:
-        raise LayoutError(found[0].what, why=found[0].why, fix=found[0].fix)
-    if found:
-        raise LayoutError(f"{len(found)} rules are broken:" + "".join(f"\n  {v}" for v in found))
+    if len(broken) == 1:
+        raise LayoutError(broken[0].what, why=broken[0].why, fix=broken[0].fix)
+    if broken:
+        raise LayoutError(f"{len(broken)} rules are broken:" + "".join(f"\n  {v}" for v in broken))
 
 
 def fitting_micro_batch(config: RunConfig, world_size: int, *, machine: Machine = NO_GPU) -> int | None:

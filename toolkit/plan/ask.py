@@ -29,9 +29,11 @@ def estimate(
     hardware_file: Path | None = None,
     calibration: Path | None = None,
 ) -> dict[str, Any]:
-    """How much memory a run needs and how long a step takes, without a GPU: what `toolkit estimate --json` prints.
+    """How much memory a run needs and how long a step takes, without a GPU: what `toolkit estimate
+    --json` prints.
 
-    hardware: `GPU:PER_NODExNODES`, such as "h100-80gb:8x4". Raises LayoutError for a layout that could not be trained there.
+    hardware: `GPU:PER_NODExNODES`, such as "h100-80gb:8x4". Raises LayoutError for a layout that
+    could not be trained there.
     """
     return estimate_json(
         with_vocabulary(as_config(config, overrides)), parse_hardware(hardware, extra=hardware_file), calibrated=calibration
@@ -50,10 +52,12 @@ def tune(
     hardware_file: Path | None = None,
     calibration: Path | None = None,
 ) -> Answer:
-    """Choose layout, ZeRO, offload, recompute and micro-batch for a cluster, as `toolkit tune` does.
+    """Choose layout, ZeRO, offload, recompute and micro-batch for a cluster, as `toolkit tune`
+    does.
 
-    fix: axes to hold, such as "parallel.tp=2"; one that an override sets is held too. The answer's config is the run as it is best laid out, for a Trainer on answer.best.gpus
-    ranks; answer.found.plans are the best `top` plans. Raises LayoutError where nothing fits.
+    fix: axes to hold, such as "parallel.tp=2"; one that an override sets is held too. The answer's
+    config is the run as it is best laid out, for a Trainer on answer.best.gpus ranks;
+    answer.result.plans are the best `top` plans. Raises LayoutError where nothing fits.
     """
     held = [f"{key}={value}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else overrides
     question = make_question(
@@ -73,5 +77,5 @@ def make_question(
         hardware=cluster,
         fixed=parse_fixes(fix),
         limits=Limits(steps=config.train.steps),
-        scale=scale_for(cluster.gpu, config.train.precision, own=calibration),
+        scale=scale_for(cluster.gpu, config.train.precision, users_file=calibration),
     )

@@ -80,7 +80,7 @@ def tune(
         from toolkit.plan.trials import run_trials
 
         place = trial_dir or (out / "trials" if out else Path("tune-trials"))
-        measured = run_trials(question, answer.found.plans[:trials], place, steps=trial_steps, deadline_s=trial_deadline)
+        measured = run_trials(question, answer.result.plans[:trials], place, steps=trial_steps, deadline_s=trial_deadline)
         if not as_json:
             typer.echo(trials_text(answer, measured, width=width), nl=False)
         if measured[0].step_s is not None:
@@ -103,8 +103,8 @@ def _question(
     from toolkit.plan.ask import make_question
     from toolkit.plan.space import is_axis
 
-    held = [*filter(is_axis, overrides), *fix]
-    return make_question(load_config(config, overrides), hardware, fix=held, hardware_file=hardware_file, calibration=calibration)
+    fixed = [*filter(is_axis, overrides), *fix]
+    return make_question(load_config(config, overrides), hardware, fix=fixed, hardware_file=hardware_file, calibration=calibration)
 
 
 def log_to_stderr() -> None:

@@ -22,7 +22,7 @@ MOST_TIMES = 1024  # as many GPUs as there are, up to which enough ones are look
 def nearest_fit(config: RunConfig, world_size: int, hardware: Hardware, *, machine: Machine, ran_out: bool = False) -> str:
     """What to set, as a sentence: the fewest and cheapest changes whose estimate fits, or how far the smallest one is off.
 
-    ran_out: the run did run out of memory, so a change that hardly counts is no answer, whatever the estimate says.
+    ran_out: the run has run out of memory. A change that saves hardly anything is then no answer, even where its estimate fits.
     """
     smallest: tuple[float, Option] | None = None
     capacity = hardware.gpu.memory_gib * GIB

@@ -24,7 +24,7 @@ def estimate_json(config: RunConfig, hardware: Hardware, *, calibrated: Path | N
     """
     remark = _check(config, hardware)
     workload = Workload.of(config, hardware.count)
-    scale = calibration.scale_for(hardware.gpu, workload.precision, own=calibrated)
+    scale = calibration.scale_for(hardware.gpu, workload.precision, users_file=calibrated)
     memory, time = estimate(workload, hardware), step_time(workload, hardware, scale=scale)
     worst = memory.worst
     return {
@@ -70,7 +70,7 @@ def estimate_text(config: RunConfig, hardware: Hardware, *, calibrated: Path | N
 
     remark = _check(config, hardware)
     workload = Workload.of(config, hardware.count)
-    scale = calibration.scale_for(hardware.gpu, workload.precision, own=calibrated)
+    scale = calibration.scale_for(hardware.gpu, workload.precision, users_file=calibrated)
     memory, time = estimate(workload, hardware), step_time(workload, hardware, scale=scale)
     out = Console(file=io.StringIO(), width=width, force_terminal=False)
     w = workload
@@ -107,9 +107,9 @@ def fits(config: RunConfig, hardware: Hardware) -> bool:
 
 def _check(config: RunConfig, hardware: Hardware) -> str:
     """Refuse what `toolkit train` refuses; context parallelism, which it does not run yet, is estimated and remarked on."""
-    found = rules.violations(config, hardware.count, machine=hardware.machine)
-    rules.refuse([v for v in found if v.rule != "cp"])
-    return f"toolkit train refuses this layout: {found[0]}" if found else ""
+    broken = rules.violations(config, hardware.count, machine=hardware.machine)
+    rules.refuse([v for v in broken if v.rule != "cp"])
+    return f"toolkit train refuses this layout: {broken[0]}" if broken else ""
 
 
 def _remedy(config: RunConfig, memory: MemoryEstimate, hardware: Hardware) -> str:

@@ -119,11 +119,16 @@ def trial_config(config: RunConfig, plan: Plan, folder: Path, *, steps: int) -> 
 
 
 def read_trial(plan: Plan, place: Path) -> Trial | None:
-    """A trial's kept result; None where there is none that can be read."""
+    """A trial's stored result; None where there is none that can be read."""
     try:
-        kept = json.loads((place / "result.json").read_text(encoding="utf-8"))
+        stored = json.loads((place / "result.json").read_text(encoding="utf-8"))
         return Trial(
-            plan=plan, folder=place, status=kept["status"], step_s=kept["step_s"], memory_gib=kept["memory_gib"], reason=kept["reason"]
+            plan=plan,
+            folder=place,
+            status=stored["status"],
+            step_s=stored["step_s"],
+            memory_gib=stored["memory_gib"],
+            reason=stored["reason"],
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -172,12 +177,12 @@ def judge(plan: Plan, place: Path, code: int | None, *, deadline_s: float) -> Tr
     """A finished trial's result from its exit code (null: ended at the deadline), its log and its metrics."""
     records = read_metrics(place / "run")
     if code == 0 and records:
-        counted = after_warm_up(records)
+        timed_records = after_warm_up(records)
         return Trial(
             plan=plan,
             folder=place,
             status="ran",
-            step_s=median(r["step_s"] for r in counted),
+            step_s=median(r["step_s"] for r in timed_records),
             memory_gib=max(r["memory_gib"] for r in records),
         )
     text = (place / "log.txt").read_text(encoding="utf-8", errors="replace") if (place / "log.txt").exists() else ""

@@ -15,7 +15,7 @@ from toolkit.hardware import calibration
 from toolkit.hardware.catalogue import Gpu, Hardware, catalogue, with_host_gib
 from toolkit.parallel import rules
 from toolkit.plan.reasons import differences, duration, layout_words, share, size
-from toolkit.plan.search import Found, Limits, Objective, Plan, search
+from toolkit.plan.search import Limits, Objective, Plan, SearchResult, search
 from toolkit.plan.show import count
 from toolkit.plan.space import AXES, Space, spec
 
@@ -43,7 +43,7 @@ class Question:
         """The candidates of this question."""
         return Space.of(self.config, self.hardware, max_gpus=self.max_gpus, fixed=self.fixed)
 
-    def ask(self, *, top: int) -> Found:
+    def ask(self, *, top: int) -> SearchResult:
         """Search it."""
         return search(self.space(), objective=self.objective, limits=self.limits, top=top, scale=self.scale)
 
@@ -62,12 +62,12 @@ class Answer:
     """What tune found for a question."""
 
     question: Question
-    found: Found
+    result: SearchResult
     what_if: list[WhatIf] = field(default_factory=list)
 
     @property
     def best(self) -> Plan:
-        return self.found.plans[0]
+        return self.result.plans[0]
 
     @property
     def config(self) -> RunConfig:
@@ -87,12 +87,12 @@ def tune(question: Question, *, top: int = 10, what_if: bool = True) -> Answer:
     ConfigError for constraints that contradict each other.
     """
     _check(question)
-    found = question.ask(top=top)
-    if not found.candidates:
+    result = question.ask(top=top)
+    if not result.candidates:
         raise _nothing_legal(question)
-    if not found.plans:
+    if not result.plans:
         raise _nothing_meets(question) if _fits_without_targets(question) else _nothing_fits(question)
-    answer = Answer(question=question, found=found)
+    answer = Answer(question=question, result=result)
     if what_if:
         answer.what_if = [_what_if(answer, change, other) for change, other in _changes(question)]
     return answer
@@ -128,9 +128,9 @@ def _check(question: Question) -> None:
     for axis in ("tp", "pp", "cp", "dp"):
         least *= min(question.fixed.get(axis, (1,)))
     if least > most:
-        held = " × ".join(f"{a}={min(question.fixed[a])}" for a in ("tp", "pp", "cp", "dp") if a in question.fixed)
+        fixed = " × ".join(f"{a}={min(question.fixed[a])}" for a in ("tp", "pp", "cp", "dp") if a in question.fixed)
         limit = f"--max-gpus {most}" if question.max_gpus is not None and question.max_gpus < hardware.count else str(hardware)
-        raise ConfigError(f"{held} needs {least} GPUs, and {limit} allows {most}", fix="Fix smaller degrees, or allow more GPUs.")
+        raise ConfigError(f"{fixed} needs {least} GPUs, and {limit} allows {most}", fix="Fix smaller degrees, or allow more GPUs.")
 
 
 def _nothing_legal(question: Question) -> LayoutError:
@@ -148,20 +148,20 @@ def _nothing_legal(question: Question) -> LayoutError:
             raw[section][name] = values[0]
     p = raw["parallel"]
     world = p["tp"] * p["pp"] * p["cp"] * question.fixed.get("dp", (max(1, case.hpz),))[0]
-    held = ", ".join(f"{axis}={'|'.join(str(v).lower() for v in values)}" for axis, values in question.fixed.items())
-    where = f"no layout is legal{f' with {held} fixed' if held else ''} on {_gpus(question)}"
+    fixed = ", ".join(f"{axis}={'|'.join(str(v).lower() for v in values)}" for axis, values in question.fixed.items())
+    where = f"no layout is legal{f' with {fixed} fixed' if fixed else ''} on {_gpus(question)}"
     try:
-        found = rules.violations(validate(raw), world, machine=question.hardware.machine)
+        broken = rules.violations(validate(raw), world, machine=question.hardware.machine)
     except ConfigError as error:
         return LayoutError(where, why=str(error))
-    if not found:
+    if not broken:
         return LayoutError(
             where,
             why=f"no number of copies divides train.global_batch_size={question.config.train.global_batch_size} and fills whole nodes",
             fix="Change the batch, the GPUs or what is fixed.",
         )
-    more = f" ({len(found) - 1} more rules are broken)" if len(found) > 1 else ""
-    return LayoutError(where, why=f"{found[0].what}: {found[0].why}{more}", fix="Change that, or leave more free.")
+    more = f" ({len(broken) - 1} more rules are broken)" if len(broken) > 1 else ""
+    return LayoutError(where, why=f"{broken[0].what}: {broken[0].why}{more}", fix="Change that, or leave more free.")
 
 
 def _fits_without_targets(question: Question) -> bool:
@@ -228,19 +228,19 @@ def _gpus(question: Question) -> str:
 def _all_sized(question: Question) -> list[tuple[MemoryEstimate, Workload]]:
     """Every legal candidate of the smallest micro-batch and most recomputation, with its memory."""
     space, recompute = question.space(), question.space().recomputes()[-1]
-    found = []
+    sized = []
     for cut, shardings in space.structures():
         for dp in space.copies(cut):
             for micro in space.micros(dp)[:1]:
                 for sharding in shardings:
                     if space.legal(cut, dp, micro, recompute, sharding):
                         w = space.workload(cut, dp, micro, recompute, sharding)
-                        found.append((estimate(w, question.hardware), w))
-    return found
+                        sized.append((estimate(w, question.hardware), w))
+    return sized
 
 
 def _overfull(question: Question, memory: MemoryEstimate) -> float:
-    """How many times over the fuller of device and RAM would be full."""
+    """Needed over available memory, of the device or of the node's RAM, whichever is fuller."""
     return max((memory.worst.device + question.limits.headroom) / memory.capacity, memory.host / memory.room)
 
 

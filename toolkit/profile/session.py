@@ -66,11 +66,11 @@ def profile(resolved: ResolvedRun, options: Options) -> None:
         everyone: list[Any] = [None] * world.size
         dist.all_gather_object(everyone, mine)
         if world.rank == 0:
-            found = {**header(config, layout, world, steps=options.steps), "ranks": everyone}
-            path = write_profile(run_dir, found)
+            profile = {**header(config, layout, world, steps=options.steps), "ranks": everyone}
+            path = write_profile(run_dir, profile)
             from toolkit.profile.show import profile_text
 
-            log.info(profile_text(found).rstrip())
+            log.info(profile_text(profile).rstrip())
             log.info("wrote %s and a Chrome trace per rank in %s", path, run_dir / "profile")
         run.checkpoints.release()
         run.metrics.close()
@@ -135,7 +135,7 @@ class Session:
         load = clock.timed("data wait", run._next)
         with observed(clock.part), wire.counting(), replaced(run, "_next", load), replaced(engine, "finish", finish):
             dist.barrier()
-            wire.found.clear()
+            wire.rows.clear()
             clock.take()
             started = clock.last
             for _ in range(steps):
@@ -148,7 +148,7 @@ class Session:
             "micro_batch_seconds": passes,
             "traffic": [
                 {**asdict(row), "calls": row.calls / steps, "nbytes": row.nbytes / steps, "seconds": row.seconds / steps}
-                for row in sorted(wire.found.values(), key=lambda r: -r.nbytes)
+                for row in sorted(wire.rows.values(), key=lambda r: -r.nbytes)
             ],
         }
 
@@ -159,11 +159,11 @@ class Session:
             torch.cuda.memory._record_memory_history(max_entries=100_000)
         with StepMeter(self.run.engine) as meter, observed(meter.around):
             self._one()
-        found = meter.found
+        step = meter.measured
         result: dict[str, Any] = {
-            "memory": {**found.parts, "peak": found.peak},
+            "memory": {**step.parts, "peak": step.peak},
             "predicted": self._predicted(),
-            "memory_over_time": [[round(t, 6), n] for t, n in found.samples],
+            "memory_over_time": [[round(t, 6), n] for t, n in step.samples],
             "rss": psutil.Process().memory_info().rss,
         }
         if cuda:

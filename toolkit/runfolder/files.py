@@ -1,4 +1,6 @@
-"""The files of a run folder: their names, and how `toolkit train` writes those that say what ran and on what."""
+"""The files of a run folder: their names, and how `toolkit train` writes those that say what ran
+and on what.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""What a program adds to a run: its own loss, and functions that are called at each step. Needs no torch.
+"""What a program adds to a run: its own loss, and functions that are called at each step. Needs no
+torch.
 
-A hook is a function of one Step. It is called on every rank, at the same steps, with the same loss and norm; each rank's own are the times.
+A hook is a function of one Step. It is called on every rank, at the same steps, with the same loss
+and norm; each rank's own are the times.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ Hook = Callable[["Step"], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Extensions:
-    """Code of the user's own that the loop runs. loss: toolkit.engine.loss says what it is given and returns.
+    """Code of the user's own that the loop runs. loss: toolkit.engine.loss says what it is given
+    and returns.
 
-    on_step: after each optimizer step, and its evaluation where one was due; on_eval: after an evaluation; on_save: once a checkpoint of
-    the step has been taken, which with checkpoint.async_save is still being written.
+    on_step: after each optimizer step, and its evaluation where one was due; on_eval: after an
+    evaluation; on_save: once a checkpoint of the step has been taken, which with
+    checkpoint.async_save is still being written.
     """
 
     loss: Callable[..., Any] | None = None
@@ -32,7 +36,9 @@ class Extensions:
 
     @classmethod
     def of(cls, *, loss: Any = None, **hooks: Any) -> Extensions:
-        """From what a user writes, one hook or several; raises ConfigError for what cannot be called."""
+        """From what a user writes, one hook or several; raises ConfigError for what cannot be
+        called.
+        """
         several = {name: tuple(given) if isinstance(given, Sequence) else (given,) for name, given in hooks.items() if given is not None}
         for name, given in [("loss", loss), *((name, one) for name, these in several.items() for one in these)]:
             if given is not None and not callable(given):
@@ -44,8 +50,9 @@ class Extensions:
 class Step:
     """One optimizer step as a hook sees it.
 
-    record: its loss, norm, learning rate and times; a skipped step has no norm. model: this rank's chunks, whose parameters ZeRO-3 holds in
-    parts. checkpoint: in on_save, the folder that the checkpoint gets.
+    record: its loss, norm, learning rate and times; a skipped step has no norm. model: this rank's
+    chunks, whose parameters ZeRO-3 holds in parts. checkpoint: in on_save, the folder that the
+    checkpoint gets.
     """
 
     record: StepRecord
@@ -55,14 +62,18 @@ class Step:
     stop_reason: str | None = field(default=None, init=False)
 
     def add(self, name: str, value: float) -> None:
-        """Put a number of your own into the step's record; rank 0's goes to metrics.jsonl, the step line and the monitor."""
+        """Put a number of your own into the step's record; rank 0's goes to metrics.jsonl, the step
+        line and the monitor.
+        """
         if not isinstance(name, str) or name in StepRecord.__dataclass_fields__:
             raise ValueError(f"{name!r} is not free to name a number: every record has {', '.join(StepRecord.__dataclass_fields__)}")
         number = float(value)
         self.record.own[name] = number if math.isfinite(number) else None
 
     def stop(self, reason: str = "") -> None:
-        """End the run after the next step, on all ranks: they agree on it there, with a checkpoint where checkpoint.every is set."""
+        """End the run after the next step, on all ranks: they agree on it there, with a checkpoint
+        where checkpoint.every is set.
+        """
         self.stop_reason = reason
 
 
@@ -83,6 +94,6 @@ class Hooks:
             try:
                 hook(step)
             except (Exception, SystemExit) as error:
-                self.error = raised_by(f"the {kind} hook {name_of(hook)}", error, rank=self.rank)
+                self.error = raised_by(f"step {record.step}: the {kind} hook {name_of(hook)}", error, rank=self.rank)
             if step.stop_reason is not None and self.stop_asked is None:
                 self.stop_asked = name_of(hook) + (f": {step.stop_reason}" if step.stop_reason else "")

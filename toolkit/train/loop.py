@@ -1,4 +1,6 @@
-"""The training run: from a config to the last step, the same program on one process and on many hosts."""
+"""The training run: from a config to the last step, the same program on one process and on many
+hosts.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ BY_HOOK, BY_SIGNAL = 1, 2  # who asks for an end of the run; 0: nobody
 
 
 def train(resolved: ResolvedRun, extensions: Extensions = NOTHING) -> StepRecord | None:
-    """Take all steps of a run on this rank; returns the last one's record. Raises ToolkitError on all ranks alike."""
+    """Take all steps of a run on this rank; returns the last one's record. Raises ToolkitError on
+    all ranks alike.
+    """
     config = resolved.config
     world = World.from_environment()
     check_extension_locks(_extensions(config))
@@ -113,7 +117,9 @@ class Run:
             _announce(resolved, device=name, seconds=time.perf_counter() - started)
 
     def steps(self) -> StepRecord | None:
-        """All optimizer steps, with evaluation where it is due, or those until a signal or a hook asks for an end; the last one's record."""
+        """All optimizer steps, with evaluation where it is due, or those until a signal or a hook
+        asks for an end; the last one's record.
+        """
         t = self.config.train
         record = None
         for step in range(self.checkpoints.step + 1, t.steps + 1):
@@ -180,10 +186,12 @@ class Run:
         return record, asked
 
     def _agree(self, loss: Tensor | None, norm: Tensor, waited: float) -> tuple[float, int, float, float, float]:
-        """What every rank must see alike, in one message: mean loss, who asks for an end, grad norm, longest wait, most memory.
+        """What every rank must see alike, in one message: mean loss, who asks for an end, grad
+        norm, longest wait, most memory.
 
-        One vector reduced with max carries it all but the loss, which data-parallel ranks average. An error that the user's code has
-        made on any rank since the last step, or that a save has met, is raised here on all of them.
+        One vector reduced with max carries it all but the loss, which data-parallel ranks average.
+        An error that the user's code has made on any rank since the last step, or that a save has
+        met, is raised here on all of them.
         """
         device = self.world.device
         used = torch.cuda.max_memory_allocated() if device.type == "cuda" else self.process.memory_info().rss
@@ -205,7 +213,9 @@ class Run:
         return self.data_error or self.loss.error or self.hooks.error
 
     def _end_together(self) -> None:
-        """Wait for the save in flight, then raise the first error that any rank has met; all ranks call it."""
+        """Wait for the save in flight, then raise the first error that any rank has met; all ranks
+        call it.
+        """
         self.checkpoints.settle()
 
         def check() -> None:
@@ -239,7 +249,9 @@ class Run:
         )
 
     def _evaluate(self) -> float:
-        """Mean loss over eval_steps global batches of the validation split, the same ones every time."""
+        """Mean loss over eval_steps global batches of the validation split, the same ones every
+        time.
+        """
         t = self.config.train
         reader = self._reader(self.valid_set, workers=0)
         self.engine.evaluation(True)
@@ -261,7 +273,9 @@ class Run:
         return float(losses / (t.eval_steps * self.layout.dp))
 
     def _reader(self, dataset: Any, *, workers: int, consumed: int = 0) -> Any:
-        """Micro-batches for this data-parallel rank; None on stages that neither embed nor compute a loss."""
+        """Micro-batches for this data-parallel rank; None on stages that neither embed nor compute
+        a loss.
+        """
         if not self.reads_data:
             return None
         return batches(
@@ -286,7 +300,9 @@ class Run:
         return batch
 
     def _read(self, reader: Iterator[Batch]) -> Batch | None:
-        """The next micro-batch; None where it cannot be read: the step is then taken with others waiting for it, and ends the run."""
+        """The next micro-batch; None where it cannot be read: the step is then taken with others
+        waiting for it, and ends the run.
+        """
         try:
             return next(reader)
         except ToolkitError as error:
@@ -295,7 +311,9 @@ class Run:
 
 
 def check_together(data: GivenData, config: RunConfig) -> None:
-    """Hold the user's data sets to what the run needs; a DataError on any rank, or ranks that see different data, end all ranks alike."""
+    """Hold the user's data sets to what the run needs; a DataError on any rank, or ranks that see
+    different data, end all ranks alike.
+    """
     found = everywhere(lambda: data.check(config))
     if other := next((rank for rank, facts in enumerate(found) if facts != found[0]), 0):
         raise DataError(

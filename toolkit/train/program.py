@@ -1,4 +1,6 @@
-"""What the programs that the launcher starts share: how a rank speaks, and how it says what a user got wrong."""
+"""What the programs that the launcher starts share: how a rank speaks, and how it says what a user
+got wrong.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 from toolkit.cluster.environment import PLANNED, cuda_defaults, gpu_count
@@ -33,8 +35,10 @@ def mute_if_already_reported() -> Iterator[None]:
     before = log.level
     if PLANNED in os.environ:
         log.setLevel(logging.WARNING)
-    yield
-    log.setLevel(before)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def set_cuda_defaults(config: RunConfig) -> None:
@@ -44,19 +48,25 @@ def set_cuda_defaults(config: RunConfig) -> None:
 
 
 def quiet() -> None:
-    """Leave the step lines alone on the screen: imports that warn of absent options, DeepSpeed's start-up log."""
+    """Leave the step lines alone on the screen: imports that warn of absent options, DeepSpeed's
+    start-up log.
+    """
     warnings.filterwarnings("ignore")
     quiet_libraries()
 
 
 def quiet_libraries() -> None:
-    """The same without Python's warnings, which in a script may be the user's own."""
+    """The same for the libraries alone: other warnings in a script are the user's own."""
+    for name in ("deepspeed", "megatron", r"torch\.distributed"):
+        warnings.filterwarnings("ignore", module=name)
     for name in ("DeepSpeed", "megatron", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def speak(*, rank: int) -> None:
-    """Show the step lines of a script that has set up no logging of its own; ranks other than 0 only warn."""
+    """Show the step lines of a script that has set up no logging of its own; ranks other than 0
+    only warn.
+    """
     log = logging.getLogger("toolkit")
     if logging.getLogger().handlers or log.handlers:
         return
@@ -67,7 +77,9 @@ def speak(*, rank: int) -> None:
 
 
 def say_uncaught_errors() -> None:
-    """Let a script that does not catch a ToolkitError end with its message and exit code, as a command does."""
+    """Let a script that does not catch a ToolkitError end with its message and exit code, as a
+    command does.
+    """
     if isinstance(sys.excepthook, _SayErrors):
         return
     sys.excepthook = _SayErrors(sys.excepthook)
@@ -83,5 +95,6 @@ class _SayErrors:
         if not isinstance(error, ToolkitError):
             self.before(kind, error, traceback)
             return
-        say(error, rank=int(os.environ.get("RANK", 0)), local_rank=int(os.environ.get("LOCAL_RANK", 0)))
+        with redirect_stderr(sys.__stderr__):  # torch.distributed calls this hook with stderr put away, to add the rank to each line
+            say(error, rank=int(os.environ.get("RANK", 0)), local_rank=int(os.environ.get("LOCAL_RANK", 0)))
         raise SystemExit(error.exit_code)  # Python takes the exit code from it

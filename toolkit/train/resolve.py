@@ -1,4 +1,6 @@
-"""All that a run needs to know before torch is imported, found out once: in the starting process, and in every rank."""
+"""All that a run needs to know before torch is imported, found out once: in the starting process,
+and in every rank.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,9 @@ log = logging.getLogger("toolkit.train")
 class ResolvedRun:
     """A run with nothing left open: whoever gets it derives none of this again.
 
-    config: with the vocabulary, the tokenizer and the micro-batch that the run really has; ds_config: what DeepSpeed is given;
-    weights: the checkpoint to start from and its manifest, None where the run resumes or starts from random weights.
+    config: with the vocabulary, the tokenizer and the micro-batch that the run really has;
+    ds_config: what DeepSpeed is given; weights: the checkpoint to start from and its manifest, None
+    where the run resumes or starts from random weights.
     """
 
     config: RunConfig
@@ -46,8 +49,9 @@ def machine() -> Machine:
 def resolve(config: RunConfig, world_size: int, *, given: GivenData | None = None) -> ResolvedRun:
     """Check a config against the rules and its data, preparing the data where it is missing.
 
-    The config itself stays as it is: the result holds a copy. It has model.vocab_size and data.tokenizer from the data, and a lower
-    train.micro_batch_size where a run that resumes needs it. given: data sets in the place of data.source. Raises ToolkitError.
+    The config itself stays as it is: the result holds a copy. It has model.vocab_size and
+    data.tokenizer from the data, and a lower train.micro_batch_size where a run that resumes needs
+    it. given: data sets in the place of data.source. Raises ToolkitError.
     """
     config = config.model_copy(deep=True)
     _fit_micro_batch(config, world_size)
@@ -69,7 +73,9 @@ def _prepared(config: RunConfig) -> PreparedData:
 
 
 def _given(config: RunConfig, given: GivenData) -> GivenData:
-    """Data sets of the user's own; the config then names no source, as it alone does not say what the run reads."""
+    """Data sets of the user's own; the config then names no source, as it alone does not say what
+    the run reads.
+    """
     if config.model.vocab_size is None:
         raise ConfigError(
             "model.vocab_size is null", why="a data set of your own does not say how many ids there are", fix="Set model.vocab_size."
@@ -79,7 +85,9 @@ def _given(config: RunConfig, given: GivenData) -> GivenData:
 
 
 def _fit_micro_batch(config: RunConfig, world_size: int) -> None:
-    """A resumed run keeps its global batch on any number of ranks: take the largest micro-batch up to the configured one that fits."""
+    """A resumed run keeps its global batch on any number of ranks: take the largest micro-batch up
+    to the configured one that fits.
+    """
     configured, whole = config.train.micro_batch_size, config.train.global_batch_size
     micro = fitting_micro_batch(config, world_size, machine=machine())
     if micro is None or micro == configured or not _resumes(config):
