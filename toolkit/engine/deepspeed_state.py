@@ -85,6 +85,10 @@ class DeepSpeedState:
                 found.append(Place(p, low - first, low, high - low))
         return found
 
+    def members(self, i: int) -> list[Any]:
+        """The weights that data-parallel ranks share out in a partition, whether or not this rank has a piece of them."""
+        return list(self.zero.fp16_groups[i] if self.sharded else self.zero.bit16_groups[i])
+
     def offsets(self, i: int) -> list[tuple[Any, int]]:
         """Below ZeRO-3: a group's weights and where each starts in the flat tensor that data-parallel ranks share out."""
         flat = self.zero.bit16_groups_flat[i]

@@ -99,6 +99,10 @@ class EngineState:
         with_parameters = value.dim() > 0 or group.get("fused") or group.get("capturable")
         states[key] = value.to(device=self.held.master(index).device if with_parameters else "cpu", copy=True)
 
+    def members(self, i: int) -> list[str]:
+        """Names of all weights that ranks share out in a partition, of which this rank may have none."""
+        return [self.names[id(p)] for p in self.held.members(i)]
+
     def fragments(self, i: int) -> list[Fragment]:
         """Which elements of which parameters a partition holds, in its order."""
         return [Fragment(self.names[id(p)], start, at, numel) for p, start, at, numel in self.held.places(i)]

@@ -31,6 +31,7 @@ from megatron.core import parallel_state as state
 from toolkit.config.schema import RunConfig
 from toolkit.engine.flat import FlatGradients, Groups, add_within_product
 from toolkit.engine.grads import counts_in_norm, global_norm, hook_sum_over_tp, partial_over_tp, square_sum, sum_over_tp, sum_tied
+from toolkit.engine.optimizers import make_optimizer, parameter_groups
 from toolkit.engine.schedule import ChunkView
 from toolkit.parallel.groups import Mpu
 from toolkit.parallel.layout import Layout
@@ -96,7 +97,7 @@ class Engine:
         offloaded = config.zero.offload_optimizer != "none"
         self.flat_path = self.stage <= 1 and not offloaded
         self.schedule_drives_module = self.stage <= 1
-        optimizer = _optimizer(self.module, config, tied=self.tied)
+        optimizer = _optimizer(self.chunks, config, tied=self.tied)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module,
             optimizer=optimizer,
@@ -318,23 +319,14 @@ def _tied_weight(chunks: Sequence[Any]) -> torch.nn.Parameter | None:
     return None
 
 
-def _optimizer(module: torch.nn.Module, config: RunConfig, *, tied: torch.nn.Parameter | None) -> torch.optim.Optimizer:
-    """AdamW over matrices (decayed), vectors (not decayed) and the tied weight (a group of its own)."""
-    o = config.optimizer
-    parameters = [p for p in module.parameters() if p.requires_grad and p is not tied]
-    rank = {id(p): len(getattr(p, "ds_shape", p.shape)) for p in parameters}
-    sets = [
-        {"params": [p for p in parameters if rank[id(p)] > 1], "weight_decay": o.weight_decay},
-        {"params": [p for p in parameters if rank[id(p)] <= 1], "weight_decay": 0.0},
-        {"params": [tied] if tied is not None else [], "weight_decay": o.weight_decay},
-    ]
-    sets = [s for s in sets if s["params"]]
-    if config.zero.offload_optimizer != "none":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
+def _optimizer(chunks: Sequence[Any], config: RunConfig, *, tied: torch.nn.Parameter | None) -> torch.optim.Optimizer:
+    """What updates this stage's weights, where they live."""
+    o, groups = config.optimizer, parameter_groups(chunks, config, tied=tied)
+    if config.zero.offload_optimizer == "none":
+        return make_optimizer(groups, o)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(sets, lr=o.lr, betas=o.betas, eps=o.eps, adamw_mode=o.name == "adamw", fp32_optimizer_states=True)
-    kind = torch.optim.AdamW if o.name == "adamw" else torch.optim.Adam
-    return kind(sets, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
+    return DeepSpeedCPUAdam(groups, lr=o.lr, betas=o.betas, eps=o.eps, adamw_mode=o.name == "adamw", fp32_optimizer_states=True)
 
 
 def _engine_config(ds_config: dict[str, Any], *, stage: int, schedule_drives_module: bool, flat: bool, precision: str) -> dict[str, Any]:
