@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
+import select
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from queue import Queue
 
 from tests.mutants.mutants import ROOT, Mutant, load
 
 DEADLINE_S = 300.0
 LEFT_OUT = (".git", ".venv*", "build", "runs", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", "*.egg-info")
+# imported once, before a test's process is forked; nothing of the project is among them
+LIBRARIES = ("torch", "deepspeed", "megatron.core.models.gpt.gpt_layer_specs", "megatron.core.pipeline_parallel", "megatron.core.datasets.gpt_dataset", "transformers", "datasets", "hypothesis", "pydantic", "typer", "pytest")  # fmt: skip
 BEGIN, END = "<!-- mutants: begin -->", "<!-- mutants: end -->"
 
 
@@ -51,69 +54,120 @@ def copy_project(to: Path) -> Path:
     return to
 
 
-def pytest(copy: Path, test: str, *, deadline_s: float) -> tuple[int | None, str]:
-    """Exit code (None: it did not end in time) and output of one test in a copy."""
-    env = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", test]
-    process = subprocess.Popen(
-        command, cwd=copy, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=deadline_s)
-        return process.returncode, output
-    except subprocess.TimeoutExpired:
-        return None, "no end in time"
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # workers outlive a test that was killed
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+@dataclass(frozen=True)
+class Started:
+    """A test that runs in a process of its own, a copy's folder its working folder."""
+
+    pid: int
+    pidfd: int
+    copy: Path
+    log: Path
+    started: float
+    ends_at: float
+    finish: Callable[[int | None, str, float], None]
 
 
-def try_mutant(mutant: Mutant, copy: Path) -> Result:
-    """Break the copy, run the test, mend the copy."""
-    path = copy / mutant.file
-    whole = path.read_text()
-    started = time.perf_counter()
-    try:
-        path.write_text(mutant.applied(copy))
-        code, output = pytest(copy, mutant.test, deadline_s=DEADLINE_S)
-    finally:
-        path.write_text(whole)
-    how = {None: "hangs", 0: "survived", 1: "killed"}.get(code, "error")
-    if how == "killed" and "skipped" in output.splitlines()[-1] and "failed" not in output.splitlines()[-1]:
-        how = "error"
-    return Result(mutant, how, time.perf_counter() - started, output)
+def start_test(copy: Path, test: str, finish: Callable[[int | None, str, float], None], *, deadline_s: float) -> Started:
+    """Fork a process that runs one test in a copy. finish: gets its exit code (None: no end in time), output and seconds."""
+    log = copy.with_suffix(".log")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setsid()
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for descriptor in (1, 2):
+                os.dup2(output, descriptor)
+            os._exit(_run_pytest(copy, test))
+        finally:
+            os._exit(70)
+    now = time.monotonic()
+    return Started(pid, os.pidfd_open(pid), copy, log, now, now + deadline_s, finish)
+
+
+def _run_pytest(copy: Path, test: str) -> int:
+    """In the forked process: forget this project, and find the copy under its names."""
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("tests", "toolkit", "__main__")]:
+        del sys.modules[name]
+    os.chdir(copy)
+    sys.path[:] = [str(copy), *(p for p in sys.path if p and Path(p).resolve() != ROOT)]
+    os.environ |= {"PYTHONPATH": str(copy), "TESTS_POOL_START": "fork"}
+    import pytest
+
+    code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", test]))
+    sys.stdout.flush()
+    return code
+
+
+def end_test(running: Started) -> None:
+    """Kill a test and the workers that outlive it, and hand on what came of it."""
+    over = bool(select.select([running.pidfd], [], [], 0)[0])
+    if not over:
+        os.killpg(running.pid, signal.SIGKILL)
+    _, status = os.waitpid(running.pid, 0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(running.pid, signal.SIGKILL)
+    os.close(running.pidfd)
+    code = os.waitstatus_to_exitcode(status) if over else None
+    running.finish(code, running.log.read_text(errors="replace"), time.monotonic() - running.started)
+
+
+def in_turn(tasks: Iterator[Callable[[Path], Started]], copies: Sequence[Path]) -> None:
+    """Run all tasks, one in each copy at a time."""
+    free, running = list(copies), []
+    while True:
+        while free and (task := next(tasks, None)):
+            running.append(task(free.pop()))
+        if not running:
+            return
+        timeout = max(0.0, min(r.ends_at for r in running) - time.monotonic())
+        ready = select.select([r.pidfd for r in running], [], [], timeout)[0]
+        for one in [r for r in running if r.pidfd in ready or r.ends_at <= time.monotonic()]:
+            running.remove(one)
+            end_test(one)
+            free.append(one.copy)
 
 
 def run(mutants: Sequence[Mutant], *, jobs: int) -> list[Result]:
     """All mutants, each in one of `jobs` copies; the tests are first run on the copies as they are, where they must be green."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron-core laments optional packages
+        for name in LIBRARIES:
+            importlib.import_module(name)
+    results: list[Result] = []
+    red: list[str] = []
+
+    def sound(test: str, copy: Path) -> Started:
+        def finish(code: int | None, output: str, seconds: float) -> None:
+            say(f"{'green' if code == 0 else 'RED':<8}  {seconds:5.0f} s  without a fault: {test}")
+            if code != 0:
+                red.append(f"{test} is red without any fault\n{output[-3000:]}")
+
+        return start_test(copy, test, finish, deadline_s=2 * DEADLINE_S)
+
+    def broken(mutant: Mutant, copy: Path) -> Started:
+        path = copy / mutant.file
+        whole = path.read_text()
+        path.write_text(mutant.applied(copy))
+
+        def finish(code: int | None, output: str, seconds: float) -> None:
+            path.write_text(whole)
+            how = {None: "hangs", 0: "survived", 1: "killed"}.get(code, "error")
+            say(f"{how:<8}  {seconds:5.0f} s  {mutant.fault}  [{mutant.file}]")
+            results.append(Result(mutant, how, seconds, output))
+
+        return start_test(copy, mutant.test, finish, deadline_s=DEADLINE_S)
+
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        copies: Queue[Path] = Queue()
-        for i in range(jobs):
-            copies.put(copy_project(Path(folder) / str(i)))
-
-        def sound(test: str) -> str:
-            copy = copies.get()
-            try:
-                code, output = pytest(copy, test, deadline_s=2 * DEADLINE_S)
-            finally:
-                copies.put(copy)
-            say(f"{'green' if code == 0 else 'RED'}  without a fault: {test}")
-            return "" if code == 0 else f"{test} is red without any fault\n{output[-3000:]}"
-
-        def broken(mutant: Mutant) -> Result:
-            copy = copies.get()
-            try:
-                result = try_mutant(mutant, copy)
-            finally:
-                copies.put(copy)
-            say(f"{result.how:<8}  {result.seconds:5.0f} s  {mutant.fault}  [{mutant.file}]")
-            return result
-
-        with ThreadPoolExecutor(jobs) as threads:
-            if problems := [p for p in threads.map(sound, sorted({m.test for m in mutants})) if p]:
-                raise SystemExit("\n\n".join(problems))
-            return list(threads.map(broken, mutants))
+        copies = [copy_project(Path(folder) / str(i)) for i in range(jobs)]
+        in_turn((partial(sound, test) for test in sorted({m.test for m in mutants})), copies)
+        if red:
+            raise SystemExit("\n\n".join(red))
+        in_turn((partial(broken, mutant) for mutant in mutants), copies)
+    return sorted(results, key=lambda r: mutants.index(r.mutant))
 
 
 def say(line: str) -> None:

@@ -167,6 +167,7 @@ def llama() -> list[Cell]:
     return cells
 
 
+@functools.cache
 def extras() -> list[Cell]:
     """torch.compile as far as the rules leave it, ZeRO++'s second partition of parameters (hpZ), biases other than the family's,
     overlap_comm, which many a DeepSpeed JSON has, stages that differ because the layers do not divide, and the other families."""
@@ -267,6 +268,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 }
 
 
+@functools.cache
 def cover(*, candidates: int = 1500, seed: int = 1) -> list[Cell]:
     """A pairwise cover: each legal pair of two factors' values is in some cell, found greedily.
 

@@ -128,11 +128,4 @@ def test_a_hang_is_a_failure_with_stacks(pool: Pool) -> None:
     from tests.pool import CellFailed
 
     with pytest.raises(CellFailed, match=r"(?s)no answer within.*sleep_on_rank_1"):
-        pool.run("tests.parity.test_parity:sleep_on_rank_1", 2, None, deadline_s=15.0)
-
-
-def sleep_on_rank_1(_: Any) -> None:
-    import torch.distributed as dist
-
-    if dist.get_rank() == 1:
-        time.sleep(60)
+        pool.run("tests.parity.run:sleep_on_rank_1", 2, None, deadline_s=15.0)
