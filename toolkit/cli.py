@@ -132,7 +132,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("megatron").setLevel(logging.ERROR)  # it names options that are absent
     try:
-        app()
+        app(prog_name="toolkit")
     except ToolkitError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(error.exit_code) from None

@@ -127,7 +127,7 @@ def test_the_limit_that_binds_is_named(large: Path) -> None:
     assert "does not fit into GPU memory: " in " ".join(run("estimate", str(large), "--hardware", "a100-40gb:8").output.split())
     answer = json.loads(run("estimate", str(large), "--hardware", "a100-40gb:1", "--json", *OFFLOADED).output)
     assert answer["limits"] == ["host"]
-    assert "the RAM of a node, not GPU memory, is the limit" in refused("tune", str(large), "--hardware", "a100-40gb:1")
+    assert "limited by the RAM of a node: " in refused("tune", str(large), "--hardware", "a100-40gb:1")
     assert "which none in the catalogue has" not in refused("tune", str(large), "--hardware", "a100-40gb:1")
 
 

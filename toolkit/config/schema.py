@@ -250,7 +250,7 @@ class DataSection(Section):
         if min(self.split) < 0 or self.split[0] <= 0:
             raise ValueError(f"split={list(self.split)} needs weights >= 0 and a share for train")
         if self.blend and self.source not in (None, BUILT_IN):
-            raise ValueError(f"source={self.source} beside blend: the two name the data twice. Remove one of them")
+            raise ValueError(f"source={self.source} beside blend: the two name the data twice. Remove one of them, or set it to null")
         if self.blend:
             self.source = None  # the default, which files of earlier versions hold beside a blend
         if self.blend is not None and (not self.blend or any(w <= 0 for w in self.blend.values())):

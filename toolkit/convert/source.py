@@ -78,7 +78,7 @@ def open_source(path: Path) -> Source:
             return _gguf(path)
         if path.suffix in (".pt", ".pth"):
             return _nanogpt(path)
-        raise ConvertError(f"{path} is a file", why="its config.json lies beside it", fix=f"Name the folder: {path.parent}.")
+        raise ConvertError(f"{path} is a file", why="its config.json lies beside it", fix=f"Name its folder ({path.parent}).")
     if (path / "config.json").is_file():
         return _folder(path)
     if (path / "ckpt.pt").is_file():

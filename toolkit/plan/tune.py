@@ -212,9 +212,9 @@ def _nothing_fits(question: Question) -> LayoutError:
             f"offloads {size(memory.host)} to a node's RAM, {size(memory.host - memory.room)} more than the {size(memory.room)} that are free there"
         )
     alone = [m.worst.device for m, w in sized if m.host_fits]
-    binding = "GPU memory" if taken + headroom > capacity else "the RAM of a node, not GPU memory,"
+    binds = [name for name, fits in (("GPU memory", taken + headroom <= capacity), ("the RAM of a node", memory.host_fits)) if not fits]
     return LayoutError(
-        f"{count(workload.model.parameters)} parameters fit in no legal layout on {_gpus(question)}, where {binding} is the limit",
+        f"{count(workload.model.parameters)} parameters fit in no legal layout on {_gpus(question)}, limited by {' and '.join(binds)}",
         why=f"the one that comes nearest ({layout_words(workload)}) {' and '.join(misses)}",
         fix=" ".join(_remedies(question, min(alone, default=None))),
     )
