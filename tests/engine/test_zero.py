@@ -10,7 +10,7 @@ from tests.parity.cells import Cell
 from tests.pool import Pool
 
 
-def _engine(raw: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+def _engine(raw: dict[str, Any], *, optimizer: Any = None) -> tuple[Any, Any, Any, Any]:
     from toolkit.config.load import parse_config
     from toolkit.engine.schedule import Schedule
     from toolkit.engine.zero import Engine, partitioner
@@ -24,7 +24,7 @@ def _engine(raw: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     connect(world, layout, seed=1)
     ds_config = deepspeed_config(config, layout)
     chunks = build_chunks(config, layout, device=world.device, partition=partitioner(config, ds_config))
-    engine = Engine(chunks, config, layout, ds_config)
+    engine = Engine(chunks, config, layout, ds_config, optimizer=optimizer)
     t = config.train
     return config, layout, engine, Schedule(engine.views, layout, seq_length=t.seq_length, micro_batch_size=t.micro_batch_size)
 
