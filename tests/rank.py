@@ -34,7 +34,7 @@ class Rank:
     data: (prepared data, training set) of a run that resumes, saves, or starts from weights; None: of one that does none of it.
     """
 
-    def __init__(self, raw: dict[str, Any], *, data: tuple[Any, Any] | None = None) -> None:
+    def __init__(self, raw: dict[str, Any], *, data: tuple[Any, Any] | None = None, optimizer: Any = None) -> None:
         from toolkit.checkpoint.session import Checkpoints
         from toolkit.checkpoint.start import starting_weights
         from toolkit.config.load import parse_config
@@ -56,7 +56,7 @@ class Rank:
         blank = data is not None and self.checkpoints.weights is not None
         partition = partitioner(self.config, ds_config)
         self.chunks = build_chunks(self.config, self.layout, device=self.world.device, partition=partition, blank=blank)
-        self.engine = Engine(self.chunks, self.config, self.layout, ds_config)
+        self.engine = Engine(self.chunks, self.config, self.layout, ds_config, optimizer=optimizer)
         if data is not None:
             self.checkpoints.attach(self.engine, data[1])
         t = self.config.train

@@ -37,6 +37,7 @@ class Cell:
         k = self.keys
         parts = [
             k.get("model.family", "llama"),
+            *([k["optimizer.name"]] if "optimizer.name" in k else []),
             *(f"{d}{k[f'parallel.{d}']}" for d in ("tp", "pp", "vpp") if k.get(f"parallel.{d}", 1) > 1),
         ]
         dp = self.world // (k.get("parallel.tp", 1) * k.get("parallel.pp", 1))
@@ -66,7 +67,7 @@ class Cell:
     @property
     def reference(self) -> Cell:
         """The single-process ZeRO-0 run whose losses and norms this one must have."""
-        same = ("model.", "train.precision", "train.global_batch_size")
+        same = ("model.", "optimizer.", "train.precision", "train.global_batch_size")
         return Cell(1, {k: v for k, v in self.keys.items() if k.startswith(same) and k != "model.compile"} | {"zero.stage": 0})
 
     def uses(self, device: str) -> bool:
@@ -199,7 +200,41 @@ def extras() -> list[Cell]:
         Cell(2, {"model.family": "qwen3", "model.head_dim": 16, "parallel.pp": 2, "zero.stage": 2}),
         Cell(4, sp | {"model.family": "qwen3", "model.head_dim": 16, "parallel.pp": 2, "zero.stage": 3}),
     ]
-    return [Cell(4, hpz), Cell(4, hpz | {"parallel.pp": 2}), *compiled, *biases, *overlapped, *uneven, *families]
+    return [Cell(4, hpz), Cell(4, hpz | {"parallel.pp": 2}), *compiled, *biases, *overlapped, *uneven, *families, *optimizers()]
+
+
+MUON = {"optimizer.name": "muon"}
+# of two data-parallel ranks, whose partitions meet within a matrix: with an even number they meet between layers
+CUT_MATRICES = {"zero.stage": 1, "model.num_layers": 3}
+
+
+def optimizers() -> list[Cell]:
+    """Muon where a matrix is cut in each way it can be, and SGD over the stages of ZeRO."""
+    sgd = {"optimizer.name": "sgd", "optimizer.lr": 0.03}
+    tp, pp, sp = {"parallel.tp": 2}, {"parallel.pp": 2}, {"parallel.tp": 2, "parallel.sequence_parallel": True}
+    muon = [
+        (2, tp | {"zero.stage": 0}),
+        (2, {"zero.stage": 0}),
+        (2, CUT_MATRICES),
+        (3, THREES | {"model.num_layers": 4, "zero.stage": 1}),
+        (4, sp | CUT_MATRICES | {"model.qk_layernorm": True}),
+        (4, tp | pp | {"zero.stage": 1}),
+        (4, pp | {"zero.stage": 1, "model.tie_embeddings": True}),
+        (4, sp | {"zero.stage": 1, "model.family": "gpt", "train.precision": "bf16"}),
+        (2, pp | {"zero.stage": 1, "parallel.vpp": 2, "model.num_layers": 6, "train.precision": "fp16"}),
+    ]
+    plain = [
+        (2, sp | {"zero.stage": 1}),
+        (4, tp | {"zero.stage": 2}),
+        (4, pp | {"zero.stage": 3, "model.tie_embeddings": True}),
+        (2, {"zero.stage": 2, "train.precision": "bf16"}),
+    ]
+    rows = [(world, MUON | keys) for world, keys in muon] + [(world, sgd | keys) for world, keys in plain]
+    return [Cell(world, keys | batches(world // _model_ranks(keys), keys.get("parallel.pp", 1), world)) for world, keys in rows]
+
+
+def _model_ranks(keys: dict[str, Any]) -> int:
+    return int(keys.get("parallel.tp", 1) * keys.get("parallel.pp", 1))
 
 
 def _uneven(world: int, layers: int, keys: dict[str, Any]) -> Cell:

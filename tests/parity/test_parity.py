@@ -113,6 +113,9 @@ MUTATIONS = [
     ("divide_twice", Cell(2, {"parallel.pp": 2, "zero.stage": 1})),
     ("count_replicas_twice", Cell(2, {"parallel.tp": 2, "zero.stage": 1})),
     ("count_replicas_twice", Cell(2, {"parallel.tp": 2, "zero.stage": 3})),
+    ("adamw_for_muon", Cell(2, cells.MUON | {"parallel.tp": 2, "zero.stage": 1})),
+    ("orthogonalise_pieces", Cell(2, cells.MUON | cells.CUT_MATRICES)),
+    ("orthogonalise_shards", Cell(2, cells.MUON | {"parallel.tp": 2, "zero.stage": 1})),
     ("forget_tied_sum", Cell(2, {"parallel.pp": 2, "zero.stage": 1, "model.tie_embeddings": True})),
 ]
 

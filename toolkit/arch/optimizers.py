@@ -23,12 +23,14 @@ class Rule:
     """How a weight is updated.
 
     states: fp32 tensors as long as the weight that are kept from step to step, by torch's names.
-    counts: the number of updates is kept beside them, 4 bytes for each optimizer group.
+    counts: the number of updates is kept beside them, 4 bytes for each optimizer group. whole: an element's
+    update depends on the whole matrix, so a rank must see what others hold of it.
     """
 
     name: str
     states: tuple[str, ...]
     counts: bool = False
+    whole: bool = False
 
     @property
     def state_bytes(self) -> int:
@@ -51,13 +53,28 @@ class OptimizerGroup:
 class OptimizerSpec:
     """An optimizer. title: one line for docs/configuration.md. matrices, others: the rules for the
     matrices of layers, and for embeddings, the output layer, norms and biases. on_cpu: DeepSpeed can
-    update offloaded weights with it."""
+    update offloaded weights with it. momentum, nesterov: defaults of the config's keys, None where it has
+    no such thing. json: what a DeepSpeed JSON calls it in optimizer.type."""
 
     name: str
     title: str
     matrices: Rule
     others: Rule
     on_cpu: bool = False
+    momentum: float | None = None
+    nesterov: bool | None = None
+    json: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether some weight's update depends on the whole weight."""
+        return self.matrices.whole or self.others.whole
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of the config's optimizer section that it goes by, beside the schedule's."""
+        adam = any("exp_avg" in rule.states for rule in (self.matrices, self.others))
+        return ("lr", "weight_decay", *(("betas", "eps") if adam else ()), *(("momentum", "nesterov") if self.momentum is not None else ()))
 
     @cached_property
     def groups(self) -> tuple[OptimizerGroup, ...]:
@@ -97,11 +114,24 @@ class OptimizerSpec:
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 ADAMW = Rule(name="adamw", states=_MOMENTS, counts=True)
 ADAM = Rule(name="adam", states=_MOMENTS, counts=True)
+SGD = Rule(name="sgd", states=("momentum_buffer",))
+PLAIN_SGD = Rule(name="sgd", states=())
+MUON = Rule(name="muon", states=("momentum_buffer",), whole=True)
 
 OPTIMIZERS: Mapping[str, OptimizerSpec] = {
     o.name: o
     for o in (
-        OptimizerSpec(name="adamw", title="decoupled weight decay", matrices=ADAMW, others=ADAMW, on_cpu=True),
+        OptimizerSpec(name="adamw", title="decoupled weight decay", matrices=ADAMW, others=ADAMW, on_cpu=True, json=("AdamW", "Adam")),
         OptimizerSpec(name="adam", title="L2", matrices=ADAM, others=ADAM, on_cpu=True),
+        OptimizerSpec(name="sgd", title="momentum, L2", matrices=SGD, others=SGD, momentum=0.9, nesterov=False, json=("SGD",)),
+        OptimizerSpec(
+            name="muon",
+            title="orthogonal updates of the layers' matrices, adamw for the rest",
+            matrices=MUON,
+            others=ADAMW,
+            momentum=0.95,
+            nesterov=True,
+            json=("Muon",),
+        ),
     )
 }

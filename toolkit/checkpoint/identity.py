@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.checkpoint.manifest import Manifest
-from toolkit.config.schema import RunConfig
+from toolkit.config.schema import OptimizerSection, RunConfig
 from toolkit.data.dataset import PreparedData
 from toolkit.data.given import GivenData
 from toolkit.errors import CheckpointError
@@ -70,6 +70,26 @@ def check_same_run(manifest: Manifest, identity: Mapping[str, Any], *, path: Pat
             why="its weights or its place in the data would mean something else",
             fix="Set these keys as they were, or give this run another run.dir.",
         )
+
+
+def check_same_states(manifest: Manifest, config: RunConfig, *, path: Path) -> None:
+    """Raise CheckpointError where the run's optimizer keeps other states than the checkpoint's, which would mean nothing to it."""
+    there = OptimizerSection.model_validate(_known_now(manifest)["optimizer"])
+    if _states(there) != _states(config.optimizer):
+        raise CheckpointError(
+            f"{path} holds the states of optimizer.name={there.name} ({_states_shown(there)}), "
+            f"and this run's {config.optimizer.name} keeps {_states_shown(config.optimizer)}",
+            why="states of another optimizer mean nothing to it",
+            fix=f"Set optimizer.name={there.name} as it was, or start from the weights alone with checkpoint.init_from and another run.dir.",
+        )
+
+
+def _states(section: OptimizerSection) -> list[Any]:
+    return [(group.weights, group.rule.states, group.rule.counts) for group in section.spec.groups]
+
+
+def _states_shown(section: OptimizerSection) -> str:
+    return ", ".join(dict.fromkeys(state for group in section.spec.groups for state in group.rule.states)) or "none"
 
 
 def same_degrees(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

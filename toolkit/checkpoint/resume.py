@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from toolkit.checkpoint.claim import checkpoint_folder
-from toolkit.checkpoint.identity import changed_keys, check_same_run, identity_of, layout_of, moved
+from toolkit.checkpoint.identity import changed_keys, check_same_run, check_same_states, identity_of, layout_of, moved
 from toolkit.checkpoint.manifest import CheckpointFolder, Manifest, discover, verify_files
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData
@@ -68,7 +68,7 @@ def find(config: RunConfig, layout: Layout, data: PreparedData | GivenData) -> R
         problem = found.problem
         if found.manifest is not None:
             manifest, path = found.manifest, found.path
-            on_rank_0(lambda: _check(manifest, path, identity))  # noqa: B023
+            on_rank_0(lambda: _check(manifest, path, identity, config))  # noqa: B023
             problem = next(filter(None, everywhere(lambda: verify_files(path, _share(manifest.files)))), "")  # noqa: B023
             if not problem:
                 return _announce(Resume(path, manifest, frozenset(distrusted)), config, cut)
@@ -156,7 +156,7 @@ def _share(files: list[FileRecord]) -> list[FileRecord]:
     return files[dist.get_rank() :: dist.get_world_size()]
 
 
-def _check(manifest: Manifest, path: Path, identity: Mapping[str, Any]) -> None:
+def _check(manifest: Manifest, path: Path, identity: Mapping[str, Any], config: RunConfig) -> None:
     if manifest.weights_only:
         raise CheckpointError(
             f"{path} holds weights without optimizer states",
@@ -164,6 +164,7 @@ def _check(manifest: Manifest, path: Path, identity: Mapping[str, Any]) -> None:
             fix="Move it out of the run's folder, and set checkpoint.init_from to it.",
         )
     check_same_run(manifest, identity, path=path)
+    check_same_states(manifest, config, path=path)
 
 
 def _refuse_existing(candidates: list[CheckpointFolder], folder: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from toolkit.arch.optimizers import OPTIMIZERS
 from toolkit.config.deepspeed_keys import check_keys, copied, read_deepspeed_json
 from toolkit.config.deepspeed_table import SAME
 from toolkit.config.describe import show
@@ -15,8 +16,15 @@ from toolkit.errors import ConfigError
 
 GPUS_PER_NODE = 8  # assumed where hpZ's group size is "auto"
 
-_ADAM = {"lr": "optimizer.lr", "betas": "optimizer.betas", "eps": "optimizer.eps", "weight_decay": "optimizer.weight_decay"}
-_ADAM_DEFAULTS = {"torch_adam": (True, False), "bias_correction": (True,), "amsgrad": (False,), "fp32_optimizer_states": (True,)}
+_OPTIMIZER_DEFAULTS = {  # parameters of DeepSpeed's optimizers that have no key here, with the values that change nothing
+    "torch_adam": (True, False),
+    "bias_correction": (True,),
+    "amsgrad": (False,),
+    "fp32_optimizer_states": (True,),
+    "dampening": (0,),
+    "maximize": (False,),
+    "ns_method": ("gram", "standard"),  # two ways to the same matrix
+}
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear"}
 
 
@@ -126,24 +134,31 @@ def _take_optimizer(data: dict[str, Any], settings: _JsonSettings) -> None:
     if section is None:
         return
     kind, params = _type_and_params(section, "optimizer", settings.source)
-    if kind.lower() not in ("adam", "adamw"):
+    known = {name.lower(): (name, spec) for spec in OPTIMIZERS.values() for name in spec.json}
+    if kind.lower() not in known:
+        *most, last = (name for name, _ in known.values())
         raise ConfigError(
             f"optimizer.type={show(kind)} in {settings.source} cannot be used",
-            why="the toolkit trains with Adam and AdamW",
+            why=f"the toolkit trains with {', '.join(most)} and {last}",
             fix='Set it to "AdamW", or leave the section out and set optimizer.name: adamw in the YAML.',
         )
-    decoupled = kind.lower() == "adamw" or params.pop("adam_w_mode", True)  # DeepSpeed's Adam is AdamW unless told otherwise
+    name, place = known[kind.lower()][1].name, f"optimizer.type={show(kind)}"
+    if kind.lower() == "adam":  # DeepSpeed's Adam is AdamW unless told otherwise
+        decoupled = params.pop("adam_w_mode", True)
+        name, place = "adamw" if decoupled else "adam", f"{place} with adam_w_mode={show(decoupled)}"
     params.pop("adam_w_mode", None)
-    place = f"optimizer.type={show(kind)}" + ("" if kind.lower() == "adamw" else f" with adam_w_mode={show(decoupled)}") + ", that is name"
-    settings.add("optimizer.name", "adamw" if decoupled else "adam", place=place)
-    for name, value in params.items():
-        if name in _ADAM:
-            settings.add(_ADAM[name], tuple(value) if isinstance(value, list) else value, place=f"optimizer.params.{name}")
-        elif value not in ("auto", None) and value not in _ADAM_DEFAULTS.get(name, ()):
+    settings.add("optimizer.name", name, place=f"{place}, that is name")
+    if name == "muon":
+        settings.add("optimizer.adjust_lr", "original", place=f"{place} (DeepSpeed's scaling), that is adjust_lr")
+    keys = OPTIMIZERS[name].keys
+    for key, value in params.items():
+        if key in keys:
+            settings.add(f"optimizer.{key}", tuple(value) if isinstance(value, list) else value, place=f"optimizer.params.{key}")
+        elif value not in ("auto", None) and value not in _OPTIMIZER_DEFAULTS.get(key, ()):
             raise ConfigError(
-                f"optimizer.params.{show(name)[1:-1]}={show(value)} in {settings.source} cannot be used",
-                why="the toolkit's Adam has lr, betas, eps and weight_decay",
-                fix="Set train.grad_clip instead." if name == "max_grad_norm" else "Leave it out.",
+                f"optimizer.params.{show(key)[1:-1]}={show(value)} in {settings.source} cannot be used",
+                why=f"the toolkit's {name} has {', '.join(keys[:-1])} and {keys[-1]}",
+                fix="Set train.grad_clip instead." if key == "max_grad_norm" else "Leave it out.",
             )
 
 

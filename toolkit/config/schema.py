@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,7 +10,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationInfo,
 
 from toolkit.arch.families import FAMILIES
 from toolkit.arch.family import Family
-from toolkit.arch.optimizers import OPTIMIZERS, OptimizerSpec
+from toolkit.arch.optimizers import OPTIMIZERS, PLAIN_SGD, OptimizerSpec
 from toolkit.arch.spec import ModelSpec
 
 Offload = Literal["none", "cpu", "nvme"]
@@ -213,6 +214,12 @@ class OptimizerSection(Section):
     min_lr: float = Field(0.0, ge=0, description="learning rate the schedule ends at")
     betas: tuple[float, float] = Field((0.9, 0.95), description="Adam's moment decay rates")
     eps: float = Field(1e-8, gt=0, description="Adam's denominator term")
+    momentum: float | None = Field(None, ge=0, lt=1, description="of sgd and muon; null: 0.9 (sgd), 0.95 (muon)")
+    nesterov: bool | None = Field(None, description="of sgd and muon: step ahead with the momentum; null: false (sgd), true (muon)")
+    adjust_lr: Literal["match_rms_adamw", "original"] = Field(
+        "match_rms_adamw",
+        description="of muon's matrices: lr x 0.2 sqrt(longer side), so that one lr fits all weights; or x sqrt(rows / columns)",
+    )
     weight_decay: float = Field(0.1, ge=0, description="on matrices; norms and biases have none")
     schedule: Literal["constant", "linear", "cosine", "wsd"] = Field("cosine", description="learning rate after warm-up")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
@@ -228,12 +235,25 @@ class OptimizerSection(Section):
             raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr} is larger than lr={self.lr}: the schedule only falls. Set min_lr at most {self.lr}")
+        spec = OPTIMIZERS[self.name]
+        for key in ("momentum", "nesterov"):
+            if getattr(self, key) is not None and getattr(spec, key) is None:
+                raise ValueError(
+                    f"{key}={getattr(self, key)} with name={self.name}, which has none. Set it to null, or name to sgd or muon"
+                )
+        if self.spec.nesterov and not self.spec.momentum:
+            raise ValueError("nesterov=true with momentum=0: there is no momentum to step ahead with. Set nesterov to false")
         return self
 
     @property
     def spec(self) -> OptimizerSpec:
-        """Which weights are updated by which rule, and what is kept for them."""
-        return OPTIMIZERS[self.name]
+        """Which weights are updated by which rule, what is kept for them, and momentum and nesterov as they are used."""
+        spec = OPTIMIZERS[self.name]
+        momentum = spec.momentum if self.momentum is None else self.momentum
+        nesterov = spec.nesterov if self.nesterov is None else self.nesterov
+        if self.name == "sgd" and momentum == 0:
+            spec = replace(spec, matrices=PLAIN_SGD, others=PLAIN_SGD)
+        return replace(spec, momentum=momentum, nesterov=nesterov) if (momentum, nesterov) != (spec.momentum, spec.nesterov) else spec
 
 
 class DataSection(Section):

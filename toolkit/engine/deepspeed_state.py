@@ -65,11 +65,10 @@ class DeepSpeedState:
 
     def places(self, i: int) -> list[Place]:
         """What lies in this rank's partition, in its order."""
-        z = self.zero
-        rank = dist.get_rank(z.dp_process_group)
         found, at = [], 0
         if self.sharded:
-            for p in z.fp16_groups[i]:
+            rank = dist.get_rank(self.zero.dp_process_group)
+            for p in self.zero.fp16_groups[i]:
                 size = p.partition_numel()
                 start = rank * size
                 count = max(0, min(size, p.ds_numel - start))
@@ -77,9 +76,9 @@ class DeepSpeedState:
                     found.append(Place(p, start, at, count))
                 at += size
             return found
-        size = self.master(i).numel()
+        size, start = self.master(i).numel(), self.partition_start(i)
         for p, offset in self.offsets(i):
-            first = offset - rank * size
+            first = offset - start
             low, high = max(0, first), min(size, first + p.numel())
             if low < high:
                 found.append(Place(p, low - first, low, high - low))
@@ -93,6 +92,10 @@ class DeepSpeedState:
         """Below ZeRO-3: a group's weights and where each starts in the flat tensor that data-parallel ranks share out."""
         flat = self.zero.bit16_groups_flat[i]
         return [(p, p.storage_offset() - flat.storage_offset()) for p in self.zero.bit16_groups[i]]
+
+    def partition_start(self, i: int) -> int:
+        """Below ZeRO-3: where this rank's partition starts in that flat tensor."""
+        return dist.get_rank(self.zero.dp_process_group) * self.master(i).numel()
 
     def swap_in(self, i: int) -> bool:
         """Bring a partition from disk where it lives there; returns whether it does."""

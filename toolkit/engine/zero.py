@@ -29,9 +29,11 @@ from deepspeed.utils import logger as deepspeed_logger
 from megatron.core import parallel_state as state
 
 from toolkit.config.schema import RunConfig
+from toolkit.engine.deepspeed_state import DeepSpeedState
 from toolkit.engine.flat import FlatGradients, Groups, add_within_product
 from toolkit.engine.grads import counts_in_norm, global_norm, hook_sum_over_tp, partial_over_tp, square_sum, sum_over_tp, sum_tied
-from toolkit.engine.optimizers import make_optimizer, parameter_groups
+from toolkit.engine.muon import Ranks
+from toolkit.engine.optimizers import OptimizerFactory, ParameterGroup, make_optimizer, note_parts, parameter_groups, plugged_in
 from toolkit.engine.schedule import ChunkView
 from toolkit.parallel.groups import Mpu
 from toolkit.parallel.layout import Layout
@@ -79,9 +81,19 @@ class Engine:
 
     Use: begin(); schedule over self.views; finish() -> global gradient norm (fp32 scalar tensor,
     before clipping; -1 where a gradient was not finite and the step was skipped).
+
+    optimizer: makes the optimizer in the place of optimizer.name's, see toolkit.engine.optimizers.plugged_in.
     """
 
-    def __init__(self, chunks: Sequence[Any], config: RunConfig, layout: Layout, ds_config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[Any],
+        config: RunConfig,
+        layout: Layout,
+        ds_config: dict[str, Any],
+        *,
+        optimizer: OptimizerFactory | None = None,
+    ) -> None:
         self.config, self.layout, self.stage = config, layout, config.zero.stage
         self.chunks = list(chunks)
         self.tp_rank = state.get_tensor_model_parallel_rank()
@@ -97,10 +109,18 @@ class Engine:
         offloaded = config.zero.offload_optimizer != "none"
         self.flat_path = self.stage <= 1 and not offloaded
         self.schedule_drives_module = self.stage <= 1
-        optimizer = _optimizer(self.chunks, config, tied=self.tied)
+        mpu = Mpu(alone=self.stage == 0)
+        ranks = Ranks(tensor=self.groups.tensor, data=mpu.get_data_parallel_group())
+        groups = parameter_groups(self.chunks, config, tied=self.tied)
+        if optimizer is not None:
+            inner = plugged_in(optimizer, groups, config, tp=layout.tp, rank=dist.get_rank())
+        elif offloaded:
+            inner = _cpu_adam(groups, config)
+        else:
+            inner = make_optimizer(groups, config, ranks=ranks)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module,
-            optimizer=optimizer,
+            optimizer=inner,
             config=_engine_config(
                 ds_config,
                 stage=self.stage,
@@ -108,9 +128,11 @@ class Engine:
                 flat=self.flat_path,
                 precision=config.train.precision,
             ),
-            mpu=Mpu(alone=self.stage == 0),
+            mpu=mpu,
             dist_init_required=False,
         )
+        if self.stage < 3:
+            note_parts(DeepSpeedState(self), self.chunks, config.model.spec)
         self.flat: list[FlatGradients] = []
         if self.flat_path:
             self._use_flat_gradients()
@@ -319,13 +341,11 @@ def _tied_weight(chunks: Sequence[Any]) -> torch.nn.Parameter | None:
     return None
 
 
-def _optimizer(chunks: Sequence[Any], config: RunConfig, *, tied: torch.nn.Parameter | None) -> torch.optim.Optimizer:
-    """What updates this stage's weights, where they live."""
-    o, groups = config.optimizer, parameter_groups(chunks, config, tied=tied)
-    if config.zero.offload_optimizer == "none":
-        return make_optimizer(groups, o)
+def _cpu_adam(groups: list[ParameterGroup], config: RunConfig) -> torch.optim.Optimizer:
+    """What updates weights that are offloaded."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+    o = config.optimizer
     return DeepSpeedCPUAdam(groups, lr=o.lr, betas=o.betas, eps=o.eps, adamw_mode=o.name == "adamw", fp32_optimizer_states=True)
 
 

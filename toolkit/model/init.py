@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,14 @@ def cut_out(cut: Cut, whole: Tensor, *, tp: int, rank: int) -> Tensor:
         return whole
     parts = [block.chunk(tp, cut.dim)[rank] for block in whole.chunk(cut.blocks, cut.dim)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, cut.dim)
+
+
+def put_together(cut: Cut, parts: Sequence[Tensor]) -> Tensor:
+    """The whole weight from all tensor-parallel ranks' parts: the inverse of cut_out()."""
+    if cut.dim is None or len(parts) == 1:
+        return parts[0]
+    blocks = zip(*(part.chunk(cut.blocks, cut.dim) for part in parts), strict=True)
+    return torch.cat([piece for block in blocks for piece in block], cut.dim)
 
 
 def global_name(chunk: Any, name: str, spec: ModelSpec) -> str:
