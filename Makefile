@@ -68,6 +68,7 @@ format: $(VENV)/.dev
 docs: $(VENV)/.run  ## the generated tables of docs/
 	$(BIN)/python -m toolkit.parallel.rules > docs/rules.md
 	$(BIN)/python -m toolkit.config.schema_docs > docs/configuration.md
+	$(BIN)/python -m toolkit.config.deepspeed_docs > docs/deepspeed.md
 
 bench-search: $(VENV)/.run  ## how long the planner searches, into docs/tune.md
 	$(BIN)/python -m tests.bench.search --write docs/tune.md

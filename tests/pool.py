@@ -125,6 +125,7 @@ def _work(connection: Connection, stacks: str) -> None:
         try:
             store = dist.FileStore(rendezvous, world_size)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+            dist.barrier()  # a cell that fails at once would leave the world while others still connect to it
             module, name = function.split(":")
             answer = (True, getattr(importlib.import_module(module), name)(argument))
         except BaseException:

@@ -74,6 +74,6 @@ def test_sigterm_saves_and_the_next_run_goes_on(text: Path, tmp_path: Path, undi
             assert all(p.is_alive() for p in run.processes), run.text()
             time.sleep(0.01)
         run.signal(signal.SIGTERM)
-        assert run.wait() == 0, run.text()
+        assert run.wait() == 143, run.text()
     step = newest(tmp_path / "run/checkpoints")
     assert step == metrics(tmp_path / "run")[-1][0] > 0

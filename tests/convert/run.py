@@ -18,6 +18,7 @@ from tests.rank import Rank
 def config_of(folder: Path, keys: dict[str, Any], *, run: Path) -> dict[str, Any]:
     """The YAML that an import wrote, with other keys set."""
     raw = yaml.safe_load((folder / "config.yaml").read_text())
+    raw["checkpoint"]["init_from"] = str(folder)  # the file names its own folder as "."
     raw["run"]["dir"] = str(run)
     raw["train"] |= {"seq_length": TOKENS, "steps": 1, "global_batch_size": 2}
     raw["optimizer"] = {"lr": 0.0, "schedule": "constant"}

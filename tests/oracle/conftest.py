@@ -67,7 +67,9 @@ def configured(folders: Folders, text: Path, tmp_path_factory: pytest.TempPathFa
     numbers = itertools.count()
 
     def make(name: str, keys: dict[str, Any]) -> dict[str, Any]:
-        imported = yaml.safe_load((folders(name)[1] / "config.yaml").read_text())
+        folder = folders(name)[1]
+        imported = yaml.safe_load((folder / "config.yaml").read_text())
+        imported["checkpoint"]["init_from"] = str(folder)  # the file names its own folder as "."
         run = tmp_path_factory.mktemp("oracle") / f"run-{next(numbers)}"
         return loop.config_of(text, run, keys, base=imported)
 

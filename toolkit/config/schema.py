@@ -9,14 +9,18 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationInfo,
 
 from toolkit.arch.families import FAMILIES
 from toolkit.arch.family import Family
+from toolkit.arch.optimizers import OPTIMIZERS, OptimizerSpec
 from toolkit.arch.spec import ModelSpec
 
 Offload = Literal["none", "cpu", "nvme"]
 if TYPE_CHECKING:
     FamilyName = str
+    OptimizerName = str
 else:
     FamilyName = Literal[tuple(FAMILIES)]
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
 
+BUILT_IN = "python-stdlib"  # the data that comes with Python itself
 LARGEST_INT = 2**31 - 1  # sizes beyond this overflow the 32-bit indices of kernels and index files
 
 
@@ -204,7 +208,7 @@ class TrainSection(Section):
 
 
 class OptimizerSection(Section):
-    name: Literal["adamw", "adam"] = Field("adamw", description="adamw: decoupled weight decay; adam: L2")
+    name: OptimizerName = Field("adamw", description="; ".join(f"{o.name}: {o.title}" for o in OPTIMIZERS.values()))
     lr: float = Field(3e-4, ge=0, description="peak learning rate")
     min_lr: float = Field(0.0, ge=0, description="learning rate the schedule ends at")
     betas: tuple[float, float] = Field((0.9, 0.95), description="Adam's moment decay rates")
@@ -226,9 +230,14 @@ class OptimizerSection(Section):
             raise ValueError(f"min_lr={self.min_lr} is larger than lr={self.lr}: the schedule only falls. Set min_lr at most {self.lr}")
         return self
 
+    @property
+    def spec(self) -> OptimizerSpec:
+        """Which weights are updated by which rule, and what is kept for them."""
+        return OPTIMIZERS[self.name]
+
 
 class DataSection(Section):
-    source: str | None = Field("python-stdlib", description="built-in name, text/jsonl/parquet path, hub name, or a prepared prefix")
+    source: str | None = Field(BUILT_IN, description="built-in name, text/jsonl/parquet path, hub name, or a prepared prefix")
     tokenizer: str = Field("bytes", description="bytes, a tokenizer.json, a Hugging Face name, or train:N (BPE of N ids)")
     split: tuple[float, float, float] = Field((98, 1, 1), description="train, valid, test weights")
     blend: dict[str, float] | None = Field(None, description="prepared prefix: weight; instead of source")
@@ -240,6 +249,10 @@ class DataSection(Section):
     def _weights(self) -> DataSection:
         if min(self.split) < 0 or self.split[0] <= 0:
             raise ValueError(f"split={list(self.split)} needs weights >= 0 and a share for train")
+        if self.blend and self.source not in (None, BUILT_IN):
+            raise ValueError(f"source={self.source} beside blend: the two name the data twice. Remove one of them, or set it to null")
+        if self.blend:
+            self.source = None  # the default, which files of earlier versions hold beside a blend
         if self.blend is not None and (not self.blend or any(w <= 0 for w in self.blend.values())):
             raise ValueError("blend needs at least one prefix, and weights > 0")
         return self
