@@ -43,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     If anything raises before that, the temporary file is removed and `path` stays as it was. The folder must exist.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    part = path.with_name(f".{os.getpid()}.tmp.{path.name}")  # libraries choose a format by the suffix
     try:
         yield part
         sync_file(part)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import os
 import platform
 import socket
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from toolkit.config.schema import RunConfig
 from toolkit.cost.workload import Workload
 from toolkit.data.dataset import cache_dir_of
 from toolkit.engine.schedule import observed
+from toolkit.files import replacing
 from toolkit.parallel.deepspeed_json import deepspeed_config
 from toolkit.parallel.layout import Layout
 from toolkit.profile import predict
@@ -191,9 +191,8 @@ class Session:
         name = f"profile/trace-rank{self.world.rank}.json.gz"
         target = self.run_dir / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{os.getpid()}-{target.name}")
-        profiler.export_chrome_trace(str(partial))
-        partial.replace(target)
+        with replacing(target) as part:
+            profiler.export_chrome_trace(str(part))
         return name
 
 

@@ -56,6 +56,7 @@ def resolve(config: RunConfig, world_size: int, *, given: GivenData | None = Non
     it. given: data sets in the place of data.source. Raises ToolkitError.
     """
     config = config.model_copy(deep=True)
+    config.run.dir = config.run.dir.expanduser()
     _fit_micro_batch(config, world_size)
     check(config, world_size, machine=machine())
     if PLANNED not in os.environ:  # a rank whose starter has looked already
