@@ -28,6 +28,7 @@ app.command()(calibrate)
 app.command()(profile)
 app.command()(report)
 
+LOCAL = {"localhost", "127.0.0.1"}  # in a hostfile: no ssh is needed
 NO = 1  # exit code of a question whose answer is no
 
 
@@ -52,17 +53,27 @@ def train(
     config: Annotated[Path, typer.Argument(help="the run's YAML")],
     overrides: Overrides = None,
     num_procs: Annotated[int | None, typer.Option(help="processes on this machine; default: its GPUs, or 1")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="`HOST slots=RANKS` a line: start on these hosts, over ssh")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run, and start nothing")] = False,
 ) -> None:
-    """Train on this machine through the deepspeed launcher."""
+    """Train on this machine, or on the hosts of a hostfile, through the deepspeed launcher."""
     import os
 
     from toolkit.cluster.environment import PLANNED, gpu_count
-    from toolkit.cluster.launch import run_local
+    from toolkit.cluster.launch import read_hostfile, run_local, run_on_hosts
     from toolkit.config.load import load_config
     from toolkit.train.resolve import resolve
 
     at_least_one("--num-procs", num_procs)
+    if hostfile is not None:
+        hosts = read_hostfile(hostfile)
+        if num_procs is not None or dry_run:
+            other = "--num-procs" if num_procs is not None else "--dry-run"
+            raise ConfigError(f"{other} beside --hostfile", why="the hostfile says what runs where", fix="Leave one of the two out.")
+        if not hosts.keys() <= LOCAL:
+            resolve(load_config(config, overrides or []), sum(hosts.values()))
+            raise typer.Exit(run_on_hosts(config, overrides or [], hostfile=hostfile))
+        num_procs = sum(hosts.values())
     processes = num_procs or gpu_count() or 1
     if dry_run:
         from toolkit.train.dry_run import dry_run as say_what_would_run
