@@ -50,7 +50,7 @@ def reshard(source: Path, out: Path, target: Target, *, workers: int, progress: 
     with WholeCheckpoint(source) as whole:
         manifest = whole.manifest
         jobs = [
-            _OutputFile(rank, i, cut.numel * len(whole.keys(whole.names[0])))
+            _OutputFile(rank, i, cut.numel * len(whole.keys(cut.members[0])))
             for rank in target.holders
             for i, cut in enumerate(target.cuts(whole, rank))
         ]
@@ -198,10 +198,10 @@ def _write(context: _Context, job: _OutputFile) -> FileRecord:
         return _write_rank(context, job.rank)
     whole, target = context.whole, context.target
     cut = target.cuts(whole, job.rank)[job.group]
-    keys = whole.keys(cut.fragments[0].name if cut.fragments else whole.names[0])
-    step, numbers = whole.numbers["step"], {}
+    first = whole.parameter(cut.members[0])
+    step, numbers = whole.numbers["step"] if first.counted else None, {}
     entries: dict[str, tuple[torch.dtype, list[int], Iterator[Tensor]]] = {
-        key: (whole.dtype(whole.names[0], key), [cut.numel], _flat(context, cut, key, rank=job.rank)) for key in keys
+        key: (entry.dtype, [cut.numel], _flat(context, cut, key, rank=job.rank)) for key, entry in first.keys.items()
     }
     if step is not None and target.config.zero.offload_optimizer != "none":
         numbers["step"] = step  # DeepSpeed's CPU Adam keeps its step count in Python, torch's Adam in a tensor

@@ -9,13 +9,16 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationInfo,
 
 from toolkit.arch.families import FAMILIES
 from toolkit.arch.family import Family
+from toolkit.arch.optimizers import OPTIMIZERS, OptimizerSpec
 from toolkit.arch.spec import ModelSpec
 
 Offload = Literal["none", "cpu", "nvme"]
 if TYPE_CHECKING:
     FamilyName = str
+    OptimizerName = str
 else:
     FamilyName = Literal[tuple(FAMILIES)]
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
 
 BUILT_IN = "python-stdlib"  # the data that comes with Python itself
 LARGEST_INT = 2**31 - 1  # sizes beyond this overflow the 32-bit indices of kernels and index files
@@ -205,7 +208,7 @@ class TrainSection(Section):
 
 
 class OptimizerSection(Section):
-    name: Literal["adamw", "adam"] = Field("adamw", description="adamw: decoupled weight decay; adam: L2")
+    name: OptimizerName = Field("adamw", description="; ".join(f"{o.name}: {o.title}" for o in OPTIMIZERS.values()))
     lr: float = Field(3e-4, ge=0, description="peak learning rate")
     min_lr: float = Field(0.0, ge=0, description="learning rate the schedule ends at")
     betas: tuple[float, float] = Field((0.9, 0.95), description="Adam's moment decay rates")
@@ -226,6 +229,11 @@ class OptimizerSection(Section):
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr} is larger than lr={self.lr}: the schedule only falls. Set min_lr at most {self.lr}")
         return self
+
+    @property
+    def spec(self) -> OptimizerSpec:
+        """Which weights are updated by which rule, and what is kept for them."""
+        return OPTIMIZERS[self.name]
 
 
 class DataSection(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from toolkit.arch.optimizers import OPTIMIZERS, OptimizerSpec
 from toolkit.arch.spec import ModelSpec
 from toolkit.config.deepspeed import hpz_group, zero_key
 from toolkit.cost.stack import TOOLKIT, TOOLKIT_TE, Stack
@@ -48,6 +49,7 @@ class Workload:
     bucket: float = 5e8  # elements of DeepSpeed's reduce bucket (its default)
     overlap_comm: bool = False  # of the DeepSpeed JSON: ZeRO-2 then fills a second bucket while the first one is sent
     persist: float = 1e5  # elements up to which ZeRO-3 keeps a weight whole (DeepSpeed's default)
+    optimizer: OptimizerSpec = OPTIMIZERS["adamw"]
     hpz: int = 1  # ranks over which ZeRO++ keeps a second partition of the weights
 
     @property
@@ -136,6 +138,7 @@ class Workload:
             bucket=bucket,
             overlap_comm=bool(zero_key(config, "overlap_comm", False)),
             persist=persist,
+            optimizer=config.optimizer.spec,
             hpz=_hpz(config, dp),
         )
 

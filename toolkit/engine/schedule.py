@@ -21,6 +21,9 @@ class ChunkView(torch.nn.Module):
     engine.config is DeepSpeed's dict, so the schedule must not be given the engine itself.
     """
 
+    chunk: Any
+    call: Callable[..., Tensor]
+
     def __init__(self, chunk: Any, forward: Callable[..., Tensor]) -> None:
         super().__init__()
         object.__setattr__(self, "chunk", chunk)  # not a submodule: the engine owns the parameters

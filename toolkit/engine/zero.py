@@ -1,5 +1,7 @@
 """The DeepSpeed engine: the one file that imports deepspeed, and all that it needs to run under a schedule.
 
+What its optimizers hold is read through deepspeed_state.py; no other file knows DeepSpeed's private attributes.
+
 Facts about DeepSpeed 0.19 that the code answers are numbered as in docs/design.md.
 """
 
@@ -28,14 +30,15 @@ from megatron.core import parallel_state as state
 
 from toolkit.config.schema import RunConfig
 from toolkit.engine.flat import FlatGradients, Groups, add_within_product
-from toolkit.engine.grads import counted, global_norm, hook_sum_over_tp, partial_over_tp, square_sum, sum_over_tp, sum_tied
+from toolkit.engine.grads import counts_in_norm, global_norm, hook_sum_over_tp, partial_over_tp, square_sum, sum_over_tp, sum_tied
+from toolkit.engine.optimizers import make_optimizer, parameter_groups
 from toolkit.engine.schedule import ChunkView
 from toolkit.parallel.groups import Mpu
 from toolkit.parallel.layout import Layout
 
 deepspeed_logger.setLevel(logging.WARNING)
 # an operator for inference only; asking for it runs gcc to probe for every extension, and builds it on a CPU
-deepspeed_comm: Any = importlib.import_module("deepspeed.comm.torch")  # as an attribute, that name is torch itself
+deepspeed_comm: Any = importlib.import_module("deepspeed.comm.torch")  # by name: attribute access would return the torch package
 deepspeed_comm.build_shm_op = lambda: None
 if not torch.cuda.is_available():
     # PyTorch computes in fp16 on any CPU; DeepSpeed allows it only where the CPU does so fast
@@ -93,12 +96,18 @@ class Engine:
         )
         offloaded = config.zero.offload_optimizer != "none"
         self.flat_path = self.stage <= 1 and not offloaded
-        self.bare = self.stage <= 1
-        optimizer = _optimizer(self.module, config, tied=self.tied)
+        self.schedule_drives_module = self.stage <= 1
+        optimizer = _optimizer(self.chunks, config, tied=self.tied)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module,
             optimizer=optimizer,
-            config=_engine_config(ds_config, stage=self.stage, bare=self.bare, flat=self.flat_path, precision=config.train.precision),
+            config=_engine_config(
+                ds_config,
+                stage=self.stage,
+                schedule_drives_module=self.schedule_drives_module,
+                flat=self.flat_path,
+                precision=config.train.precision,
+            ),
             mpu=Mpu(alone=self.stage == 0),
             dist_init_required=False,
         )
@@ -112,7 +121,7 @@ class Engine:
             self.optimizer.scaled_global_norm = self._norm
         else:
             self.optimizer._get_norm_groups = lambda: [self._norm()]
-        # a second pass over all gradients for what the norm already tells: it is -1 where one is not finite
+        # skip DeepSpeed's overflow scan: a non-finite norm already marks the step
         self.optimizer.check_overflow = lambda partition_gradients=True: None
         self.views = [ChunkView(chunk, self._caller(i)) for i, chunk in enumerate(self.chunks)]
         for chunk in self.chunks:
@@ -130,8 +139,8 @@ class Engine:
         if self.flat_path:
             for i, flat in enumerate(self.flat):
                 self.optimizer.averaged_gradients[i] = flat.slices(flat.reduce(), self.optimizer.params_in_partition[i])
-        elif self.bare:
-            self._reduce_bare()
+        elif self.schedule_drives_module:
+            self._reduce_gradients()
             self.engine._backward_epilogue()
         self.engine.step()
         if self.layout.vpp > 1:
@@ -189,7 +198,7 @@ class Engine:
         if self.config.train.precision == "fp32" and not self.config.model.compile:
             add_within_product(self.module)
 
-    def _reduce_bare(self) -> None:
+    def _reduce_gradients(self) -> None:
         partial = [p.grad for p in partial_over_tp(self.module.parameters()) if p.grad is not None]
         if partial and self.layout.tp > 1:
             sum_over_tp(partial, self.groups.tensor)
@@ -253,11 +262,12 @@ class Engine:
         if self.tied is None or self.groups.embedding is None:
             return
         partitions = self.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-        sum_tied(partitions[self.tied.ds_id], self.groups.embedding)
+        tied: Any = self.tied
+        sum_tied(partitions[tied.ds_id], self.groups.embedding)
 
     def _caller(self, index: int) -> Callable[..., Tensor]:
         chunk = self.chunks[index]
-        if self.bare:
+        if self.schedule_drives_module:
             return chunk
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
@@ -273,21 +283,21 @@ class Engine:
         groups = o.bit16_groups if self.stage < 3 else o.fp16_groups
         offloaded = o.cpu_offload if self.stage < 3 else o.offload_optimizer
         if offloaded:
-            counted_norms = [
+            norms = [
                 torch.as_tensor(o.norm_for_param_grads[o.get_param_id(p)], dtype=torch.float32, device=self.device)
                 for group in groups
                 for p in group
-                if counted(p, tp_rank=self.tp_rank) and o.get_param_id(p) in o.norm_for_param_grads
+                if counts_in_norm(p, tp_rank=self.tp_rank) and o.get_param_id(p) in o.norm_for_param_grads
             ]
             self.local_square_sum = (
-                torch.stack([n.reshape(()) for n in counted_norms]).square().sum() if counted_norms else torch.zeros((), device=self.device)
+                torch.stack([n.reshape(()) for n in norms]).square().sum() if norms else torch.zeros((), device=self.device)
             )
         else:
             gradients = []
             for i, group in enumerate(groups):
                 owners = o.params_in_partition[i] if self.stage < 3 else group
                 parts = [g for g in o.averaged_gradients[i] if not getattr(g, "_zero_padding", False)]
-                gradients += [g for g, p in zip(parts, owners, strict=True) if counted(p, tp_rank=self.tp_rank)]
+                gradients += [g for g, p in zip(parts, owners, strict=True) if counts_in_norm(p, tp_rank=self.tp_rank)]
             self.local_square_sum = square_sum(gradients, device=self.device)
         if self.stage == 0:
             self.local_square_sum = self.local_square_sum / self.layout.dp  # every rank holds the whole
@@ -309,26 +319,17 @@ def _tied_weight(chunks: Sequence[Any]) -> torch.nn.Parameter | None:
     return None
 
 
-def _optimizer(module: torch.nn.Module, config: RunConfig, *, tied: torch.nn.Parameter | None) -> torch.optim.Optimizer:
-    """AdamW over matrices (decayed), vectors (not decayed) and the tied weight (a group of its own)."""
-    o = config.optimizer
-    parameters = [p for p in module.parameters() if p.requires_grad and p is not tied]
-    rank = {id(p): len(getattr(p, "ds_shape", p.shape)) for p in parameters}
-    sets = [
-        {"params": [p for p in parameters if rank[id(p)] > 1], "weight_decay": o.weight_decay},
-        {"params": [p for p in parameters if rank[id(p)] <= 1], "weight_decay": 0.0},
-        {"params": [tied] if tied is not None else [], "weight_decay": o.weight_decay},
-    ]
-    sets = [s for s in sets if s["params"]]
-    if config.zero.offload_optimizer != "none":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
+def _optimizer(chunks: Sequence[Any], config: RunConfig, *, tied: torch.nn.Parameter | None) -> torch.optim.Optimizer:
+    """What updates this stage's weights, where they live."""
+    o, groups = config.optimizer, parameter_groups(chunks, config, tied=tied)
+    if config.zero.offload_optimizer == "none":
+        return make_optimizer(groups, o)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(sets, lr=o.lr, betas=o.betas, eps=o.eps, adamw_mode=o.name == "adamw", fp32_optimizer_states=True)
-    kind = torch.optim.AdamW if o.name == "adamw" else torch.optim.Adam
-    return kind(sets, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
+    return DeepSpeedCPUAdam(groups, lr=o.lr, betas=o.betas, eps=o.eps, adamw_mode=o.name == "adamw", fp32_optimizer_states=True)
 
 
-def _engine_config(ds_config: dict[str, Any], *, stage: int, bare: bool, flat: bool, precision: str) -> dict[str, Any]:
+def _engine_config(ds_config: dict[str, Any], *, stage: int, schedule_drives_module: bool, flat: bool, precision: str) -> dict[str, Any]:
     """The final JSON plus what only this engine decides: who accumulates, and over whom states are cut.
 
     ZeRO-0 is ZeRO-1 over a group of one. DeepSpeed's own stage 0 returns no norm, drops the other
@@ -338,13 +339,13 @@ def _engine_config(ds_config: dict[str, Any], *, stage: int, bare: bool, flat: b
     if stage == 0:
         final.pop("train_batch_size", None)
         final["zero_optimization"] = {**final.get("zero_optimization", {}), "stage": 1}
-    if bare:
+    if schedule_drives_module:
         # it makes DeepSpeed's hooks reduce within backward, a second time where the schedule runs several micro-batches
         final["zero_optimization"] = {**final.get("zero_optimization", {}), "overlap_comm": False}
     if flat:
         # DeepSpeed's hooks set up a bucket of 5e8 elements that flat gradients never use: 1.9 GiB a rank
         final["zero_optimization"] = {**final.get("zero_optimization", {}), "reduce_bucket_size": 1}
-    if not bare:
+    if not schedule_drives_module:
         final["managed_gradient_accumulation"] = False
         if precision != "fp32":
             final["data_types"] = {"grad_accum_dtype": "fp32", **final.get("data_types", {})}

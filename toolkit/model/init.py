@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def cut_out(cut: Cut, whole: Tensor, *, tp: int, rank: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, cut.dim)
 
 
-def global_name(chunk: torch.nn.Module, name: str, spec: ModelSpec) -> str:
+def global_name(chunk: Any, name: str, spec: ModelSpec) -> str:
     """A parameter's name with layers numbered over the whole model, whatever stage or chunk holds them."""
     if name.startswith("decoder.layers."):
         _, _, local, rest = name.split(".", 3)

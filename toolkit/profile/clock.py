@@ -113,7 +113,8 @@ class Wire:
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Count within this context."""
-        group_class, work_class = dist.ProcessGroup, dist.Work
+        group_class: Any = dist.ProcessGroup
+        work_class: Any = dist.Work
         # keep the raw descriptors: restoring bound methods would bind them twice
         before = {name: vars(group_class)[name] for name in COLLECTIVES if name in vars(group_class)}
         originals = {name: getattr(group_class, name) for name in before}
@@ -143,7 +144,7 @@ class Wire:
         try:
             for name in originals:
                 setattr(group_class, name, counting_call(name))
-            work_class.wait = waited  # type: ignore[method-assign]
+            work_class.wait = waited
             yield
         finally:
             for name, method in before.items():

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from toolkit.engine.deepspeed_state import bucket_tensors, held_tensors
+
 STATIC = ("parameters", "gradients", "optimizer", "zero buffers")
 RECOMPUTED = "recomputed"
 
@@ -38,7 +40,7 @@ def inventory(engine: Any) -> dict[str, dict[str, int]]:
     """
     claimed: set[int] = set()
     parts: dict[str, dict[str, int]] = {}
-    for part, tensors in _parts(engine).items():
+    for part, tensors in held_tensors(engine).items():
         parts[part] = {}
         for tensor in tensors:
             for address, nbytes in storage_bytes([tensor]).items():
@@ -47,51 +49,6 @@ def inventory(engine: Any) -> dict[str, dict[str, int]]:
                     kind = tensor.device.type
                     parts[part][kind] = parts[part].get(kind, 0) + nbytes
     return parts
-
-
-def _parts(engine: Any) -> dict[str, list[Tensor]]:
-    o = engine.optimizer
-    weights = [p for chunk in engine.chunks for p in chunk.parameters()]
-    parameters: list[Tensor] = []
-    for p in weights:
-        for owner in (p, getattr(p, "ds_tensor", None), getattr(p, "ds_secondary_tensor", None)):
-            if isinstance(owner, Tensor):
-                parameters.append(owner.detach())
-    parameters += tensors_in([getattr(o, name, None) for name in ("bit16_groups_flat", "fp16_partitioned_groups_flat")])
-    gradients = [flat.buffer for flat in engine.flat] + [p.grad for p in weights if p.grad is not None]
-    for name, value in vars(o).items():
-        if name.endswith("param_id_to_grad_partition") or name in (
-            "averaged_gradients",
-            "all_grad_tensors",
-            "grad_partitions_flat_buffer",
-            "accumulated_grads_in_cpu",
-        ):
-            gradients += tensors_in(value)
-    masters = tensors_in([getattr(o, n, None) for n in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")])
-    gradients += [m.grad for m in masters if m.grad is not None]
-    states = tensors_in([dict(inner.state) for inner in (o.optimizer, getattr(o, "backup_optimizer", None)) if inner is not None])
-    return {"parameters": parameters, "gradients": gradients, "optimizer": masters + states, "zero buffers": tensors_in(vars(o))}
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor reachable through containers and DeepSpeed's own objects."""
-    tensors: list[Tensor] = []
-    seen: set[int] = set()
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, Tensor):
-            tensors.append(item)
-        elif isinstance(item, dict):
-            waiting += item.values()
-        elif isinstance(item, (list, tuple, set)):
-            waiting += item
-        elif type(item).__module__.startswith("deepspeed.runtime") and hasattr(item, "__dict__") and not isinstance(item, torch.nn.Module):
-            waiting += vars(item).values()
-    return tensors
 
 
 class _SavedTensor:
@@ -240,7 +197,7 @@ class StepMeter:
     def __init__(self, engine: Any, *, follow: bool = True) -> None:
         self.engine = engine
         self.measured = StepMemory()
-        self.saved = Saved(tensor for tensors in _parts(engine).values() for tensor in tensors)
+        self.saved = Saved(tensor for tensors in held_tensors(engine).values() for tensor in tensors)
         self.kind = engine.device.type  # offloaded tensors do not count on the device
         self.live = Live(self.kind) if follow else None
         self.stack = ExitStack()
@@ -287,8 +244,7 @@ class StepMeter:
             parts["working set"] = max(0, self.live.peak - sum(parts.values()))
 
     def _note_buckets(self) -> None:
-        buckets = getattr(self.engine.optimizer, "ipg_buckets", {}).values()
-        nbytes = sum(storage_bytes(tensors_in([bucket.buffer for bucket in buckets])).values())
+        nbytes = sum(storage_bytes(bucket_tensors(self.engine)).values())
         self.measured.parts["zero buffers"] = max(self.measured.parts.get("zero buffers", 0), nbytes)
 
     def _note(self) -> None:
