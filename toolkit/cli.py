@@ -15,6 +15,7 @@ from toolkit.errors import ConfigError, ToolkitError
 from toolkit.evidence.commands import calibrate
 from toolkit.plan.commands import tune
 from toolkit.profile.commands import profile
+from toolkit.rehearse.commands import rehearse
 from toolkit.report.commands import report
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app.add_typer(convert_app, name="convert")
 app.command()(tune)
 app.command()(calibrate)
 app.command()(profile)
+app.command()(rehearse)
 app.command()(report)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, each replacing one key of the YAML")]

@@ -73,7 +73,8 @@ def rehearse(
     stand_ins.open_world(rank, world)
     connect(World(rank, world, 0), layout, seed=config.run.seed)
     play = Play(config, layout, rank, recorder, device)
-    with device.tensors(), recorder, recorder.messages():
+    # one thread: the backward then has the caller's stack, and no two threads take turns
+    with device.tensors(), recorder, recorder.messages(), torch.autograd.set_multithreading_enabled(False):
         progress("model and engine", 0.1)
         play.build()
         built = {"seconds": time.perf_counter() - started, "reserved": recorder.allocator.peak_reserved}

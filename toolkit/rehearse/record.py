@@ -285,7 +285,7 @@ class Recorder(TorchDispatchMode):
 
         for chunk in chunks:
             for name, module in chunk.named_modules():
-                handles.append(module.register_forward_pre_hook(enter(name)))
+                handles.append(module.register_forward_pre_hook(enter(name or "model")))
                 handles.append(module.register_forward_hook(leave))
         try:
             yield
