@@ -83,7 +83,11 @@ def test_megatron_is_imported_where_it_belongs() -> None:
 
 def test_no_production_code_knows_the_stand_ins() -> None:
     """They replace torch.cuda for a whole process, so only the interpreter of a rehearsal may load them."""
-    users = {str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py") if "rehearse.device" in p.read_text() or "rehearse import device" in p.read_text()}
+    users = {
+        str(p.relative_to(ROOT))
+        for p in ROOT.rglob("*.py")
+        if "rehearse.device" in p.read_text() or "rehearse import device" in p.read_text()
+    }
     assert users == {"rehearse/__main__.py", "rehearse/rank.py", "rehearse/record.py"}
 
 

@@ -1,6 +1,6 @@
 """Rehearsals beside the estimate of the same configurations, part by part.
 
-    python -m tests.rehearse.against [--only TEXT] [--most N] [--again] [--results build/rehearsal.json]
+python -m tests.rehearse.against [--only TEXT] [--most N] [--again] [--results build/rehearsal.json]
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ def main() -> None:
     before = json.loads(options.results.read_text()) if options.results.exists() else {}
     points = [p for p in grid() if options.only in p.name and (options.again or p.name not in before)]
     random.Random(0).shuffle(points)  # a grid that is cut short has still seen everything
+    points.sort(key=lambda p: p.config.model.hidden_size > 4096)
     points = points[: options.most]
     started = time.perf_counter()
 
@@ -88,7 +89,9 @@ def show(row: dict[str, Any]) -> str:
     """One row for the terminal."""
     if "error" in row:
         return "\n   ".join(["ERROR", row["name"], row["error"][:200], *row["trace"].strip().splitlines()[-6:]])
-    text = f"{row['name']} { {k: f'{v:+.1%}' for k, v in row['off'].items()} } {row['rehearsed']['peak'] / 2**30:.2f} GiB {row['moment'][:3]}"
+    text = (
+        f"{row['name']} { {k: f'{v:+.1%}' for k, v in row['off'].items()} } {row['rehearsed']['peak'] / 2**30:.2f} GiB {row['moment'][:3]}"
+    )
     if any(abs(v) > 0.01 for v in row["off"].values()):
         for what in ("rehearsed", "peak parts", "estimated"):
             text += f"\n    {what}: { {k: round(v / 2**20, 1) for k, v in row[what].items() if k != 'moment'} }"

@@ -65,17 +65,28 @@ class Point:
 def grid() -> list[Point]:
     """Every ZeRO stage and recompute mode on every layout that the rules allow; precision, SP, VPP and the stage take turns."""
     found = []
-    precisions, splits, chunks, turns = cycle(("bf16", "bf16", "fp16", "fp32", "bf16")), cycle((True, True, False)), cycle((1, 2, 1)), 0
-    for (shape, tp, pp, dp), zero, recompute in product(LAYOUTS, range(4), ("none", "selective", "full")):
+    precisions, splits, chunks = cycle(("bf16", "bf16", "fp16", "fp32", "bf16")), cycle((True, True, False)), cycle((1, 2, 1))
+    every = product(LAYOUTS, range(4), ("none", "selective", "full"))
+    for turns, ((shape, tp, pp, dp), zero, recompute) in enumerate(every, 1):
         precision, sp, vpp = next(precisions), next(splits) and tp > 1, next(chunks) if pp > 1 else 1
-        turns += 1
         stage = (0, pp - 1, pp // 2)[turns % 3]
         found.append(point(shape, tp=tp, pp=pp, dp=dp, zero=zero, recompute=recompute, precision=precision, sp=sp, vpp=vpp, stage=stage))
     return [p for p in found if not violations(p.config, p.world, machine=parse_hardware("h100-80gb:8x1").machine)]
 
 
 def point(
-    shape: str, *, tp: int, pp: int, dp: int, zero: int, recompute: str, precision: str, sp: bool, vpp: int, stage: int, offload: str = "none"
+    shape: str,
+    *,
+    tp: int,
+    pp: int,
+    dp: int,
+    zero: int,
+    recompute: str,
+    precision: str,
+    sp: bool,
+    vpp: int,
+    stage: int,
+    offload: str = "none",
 ) -> Point:
     """A configuration of the grid with few micro-batches: the peak needs no more than fill the pipeline."""
     s = SHAPES[shape]

@@ -73,6 +73,7 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
         # with two stages, batched sends of different chunks between the same two ranks cross
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        batch_p2p_sync=False,  # a device synchronisation after every message, for a bug of older PyTorch
         # gloo still reads an output that is being sent when the schedule frees it; NCCL orders the two
         deallocate_pipeline_outputs=torch.cuda.is_available(),
         gradient_accumulation_fusion=False,

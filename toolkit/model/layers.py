@@ -107,6 +107,10 @@ class SdpaAttention(torch.nn.Module):
         causal = s == key.shape[0]
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, d]
         grouped = heads != k.shape[1]
+        if grouped and q.dtype == torch.float32 and q.device.type == "cuda":
+            # no fused kernel of a GPU takes grouped queries in fp32, and what would run instead keeps scores of s²
+            k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
+            grouped = False
 
         def attend(dropout: float) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, scale=self.scale, enable_gqa=grouped)

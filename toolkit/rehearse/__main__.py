@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
 
     jobs = order["jobs"]
     first = parse_hardware(jobs[0]["hardware"], extra=_path(jobs[0])) if jobs[0].get("hardware") else None
-    known = {"memory": int(first.gpu.memory_gib * 2**30), "gpus": first.gpus_per_node} if first is not None else {}
+    known: dict[str, Any] = {"memory": int(first.gpu.memory_gib * 2**30), "gpus": first.gpus_per_node} if first is not None else {}
     device = stand_ins.install(kind, told, **known)
     import torch
 

@@ -55,9 +55,7 @@ def rehearse(
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
-        answers = session.run(
-            jobs, processes=processes, progress=lambda what, share: bar.update(task, description=what, completed=share)
-        )
+        answers = session.run(jobs, processes=processes, progress=lambda what, share: bar.update(task, description=what, completed=share))
     session.refuse_errors(answers)
     cast = match.cast(layout, answers)
     findings = match.compare({rank: sent for rank, (_, sent) in cast.items()})

@@ -74,7 +74,7 @@ def install(kind: str, listener: Listener, *, gpu: str = "NVIDIA H100 80GB HBM3"
     """Put the stand-ins in place for this process; kind: cuda or cpu."""
     import torch
     import torch.distributed as dist
-    import torch.distributed._tools.fake_collectives  # noqa: F401  registers what collectives return for tensors without data
+    import torch.distributed._tools.fake_collectives
 
     device = Device(kind, listener)
     if kind == "cuda":
@@ -312,11 +312,18 @@ def _cuda(device: Device, *, gpu: str, memory: int, gpus: int) -> None:
     c.is_bf16_supported = lambda *_, **__: True
     c.get_device_properties = lambda *_: Properties
     c.mem_get_info = lambda *_: (memory - listener.memory("reserved"), memory)
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "memory_cached", "max_memory_cached"):
+    for name in (
+        "memory_allocated",
+        "max_memory_allocated",
+        "memory_reserved",
+        "max_memory_reserved",
+        "memory_cached",
+        "max_memory_cached",
+    ):
         what = name.replace("max_memory_", "peak ").replace("memory_", "").replace("cached", "reserved")
         setattr(c, name, lambda *_, what=what: listener.memory(what))
     for name in ("empty_cache", "reset_peak_memory_stats", "reset_max_memory_cached", "reset_max_memory_allocated"):
-        setattr(c, name, (lambda name: lambda *_: listener.memory(name))(name))
+        setattr(c, name, lambda *_, what=name: listener.memory(what))
     c.nvtx.range_push = lambda *_, **__: None
     c.nvtx.range_pop = lambda *_, **__: None
     tensor: Any = torch.Tensor

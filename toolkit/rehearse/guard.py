@@ -1,6 +1,6 @@
 """The small C++ library without which a CPU build of torch refuses tensors of device cuda: compiled once, found without torch.
 
-    python -m toolkit.rehearse.guard        compiles it and prints where it lies
+python -m toolkit.rehearse.guard        compiles it and prints where it lies
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def cast(layout: Layout, answers: Sequence[dict[str, Any]]) -> dict[int, tuple[d
                 before = layout.coordinates(answer["rank"])
                 moved = {g: _moved(layout, g, before, at) for g in {m.group for m in sent}}
                 peers = {m.peer: _moved(layout, (m.peer,), before, at)[0] for m in sent if m.peer is not None}
-                sent = [replace(m, group=moved[m.group], peer=peers.get(m.peer)) for m in sent]
+                sent = [replace(m, group=moved[m.group], peer=peers[m.peer] if m.peer is not None else None) for m in sent]
             found[rank] = (answer, sent)
     return found
 
@@ -112,14 +112,16 @@ def compare(ranks: dict[int, list[Sent]]) -> list[Finding]:
         present = [r for r in group if r in ranks]
         first = present[0]
         for other in present[1:]:
-            findings += _collectives(group, first, members.get(first, []), other, members.get(other, []))
+            findings += _collectives(group, first, members.get(first, []), other, members.get(other, []), ranks)
     for source, target in sorted(sends.keys() | receives.keys()):
         if source in ranks and target in ranks:
             findings += _pair(source, target, sends[source, target], receives[source, target])
     return findings
 
 
-def _collectives(group: tuple[int, ...], first: int, here: list[Sent], other: int, there: list[Sent]) -> list[Finding]:
+def _collectives(
+    group: tuple[int, ...], first: int, here: list[Sent], other: int, there: list[Sent], ranks: dict[int, list[Sent]]
+) -> list[Finding]:
     where = f"the group of {len(group)} ranks from {group[0]} on"
     for i, (a, b) in enumerate(zip(here, there, strict=False)):
         if a.alike != b.alike:
@@ -128,7 +130,9 @@ def _collectives(group: tuple[int, ...], first: int, here: list[Sent], other: in
     if len(here) == len(there):
         return []
     (more, rank), (fewer, short) = ((here, first), (there, other)) if len(here) > len(there) else ((there, other), (here, first))
-    last = f", whose last there is {fewer[-1]}" if fewer else ", which sends nothing there"
+    last = f", whose last one there is {fewer[-1]}" if fewer else ", which has none there"
+    if not fewer and ranks[short]:
+        last += f"; its last anywhere is {ranks[short][-1]}"
     return [Finding("missing", f"{where}: rank {rank} has {more[len(fewer)]}, and it has no partner on rank {short}{last}")]
 
 

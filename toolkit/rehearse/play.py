@@ -116,10 +116,10 @@ def play(ranks: dict[int, tuple[dict[str, Any], list[Sent]]]) -> Played:
             partners = _partners(rank, number, m, all_, waiting)
             if partners is None:
                 continue
-            begun = max(all_[r].start(n) for r, n in partners)
-            for r, n in partners:
-                all_[r].end(n, begun, m.seconds)
-                del waiting[r, n]
+            begun = max(all_[partner].start(n) for partner, n in partners)
+            for partner, n in partners:
+                all_[partner].end(n, begun, m.seconds)
+                del waiting[partner, n]
             moving = True
     played = Played()
     stuck = [r for r in all_.values() if r.at < len(r.program) or r.heads()]

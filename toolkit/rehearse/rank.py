@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -161,6 +162,6 @@ class Play:
 def compressed(ranks: tuple[int, ...]) -> list[int] | dict[str, int]:
     """Ranks at equal distances as {first, step, count}, others as they are: a group may hold ten thousand."""
     step = ranks[1] - ranks[0] if len(ranks) > 1 else 1
-    if len(ranks) > 8 and all(b - a == step for a, b in zip(ranks, ranks[1:], strict=False)):
+    if len(ranks) > 8 and all(b - a == step for a, b in pairwise(ranks)):
         return {"first": ranks[0], "step": step, "count": len(ranks)}
     return list(ranks)

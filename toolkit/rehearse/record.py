@@ -27,7 +27,15 @@ from toolkit.rehearse.device import Listener
 from toolkit.rehearse.price import Price, names_of
 
 SAVED = ("activations", "logits")
-_SKIPPED = ("/torch/", "/toolkit/rehearse/", "/deepspeed/comm/", "/deepspeed/utils/", "contextlib.py", "/toolkit/engine/schedule.py")
+_SKIPPED = (
+    "/torch/",
+    "/toolkit/rehearse/",
+    "/deepspeed/comm/",
+    "/deepspeed/utils/",
+    "contextlib.py",
+    "typing_extensions.py",
+    "/toolkit/engine/schedule.py",
+)
 _VIEWS = {"_unsafe_view", "_reshape_alias", "detach", "alias", "lift_fresh", "detach_", "set_", "resize_"}
 _NO_KERNEL = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "device", "is_pinned", "sym_size", "sym_numel"}
 

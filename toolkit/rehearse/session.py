@@ -85,7 +85,9 @@ def choose_ranks(text: str, layout: Layout, *, worst: Callable[[], int]) -> list
         raise ConfigError(f"--ranks {text!r} names no ranks", fix="Use stages, worst, all, or numbers such as 0,17.") from None
     beyond = [r for r in ranks if not 0 <= r < layout.world_size]
     if beyond:
-        raise ConfigError(f"--ranks names rank {beyond[0]}", why=f"the run has {layout.world_size}", fix="Use numbers from 0 on below that.")
+        raise ConfigError(
+            f"--ranks names rank {beyond[0]}", why=f"the run has {layout.world_size}", fix="Use numbers from 0 on below that."
+        )
     return ranks
 
 

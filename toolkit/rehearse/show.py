@@ -75,9 +75,7 @@ def text(hardware: Hardware, answers: Sequence[dict[str, Any]], played: Played, 
         step, peak = a["step"], a["step"]["peak"]
         waits = sum(n for *_, n in step["syncs"])
         idle = f"{played.idle_s.get(a['rank'], 0):.3f}"
-        table.add_row(
-            str(a["rank"]), peak["phase"], peak["module"], f"{passes(a):.0f}", str(len(step["messages"])), str(waits), idle
-        )
+        table.add_row(str(a["rank"]), peak["phase"], peak["module"], f"{passes(a):.0f}", str(len(step["messages"])), str(waits), idle)
     console.print(table)
     console.print(f"A step takes {played.step_s:.3f} s if kernels and messages take what the cost model says.")
     _wire(console, answers[0])
@@ -109,8 +107,6 @@ def _wire(console: Console, answer: dict[str, Any]) -> None:
     for column in ("operation", "ranks", "type", "calls", "GiB", "place"):
         table.add_column(column, justify="left" if column in ("operation", "place") else "right")
     for row in traffic(answer):
-        table.add_row(
-            row["operation"], str(row["ranks"]), row["dtype"], str(row["calls"]), f"{row['nbytes'] / GIB:.4f}", row["place"]
-        )
+        table.add_row(row["operation"], str(row["ranks"]), row["dtype"], str(row["calls"]), f"{row['nbytes'] / GIB:.4f}", row["place"])
     if table.rows:
         console.print(table)
