@@ -6,7 +6,7 @@ COMPAT_PYTHON ?= $(firstword $(shell for p in python3.12 python3.13 "$$HOME"/.py
 	"$$p" -c 'import ensurepip' >/dev/null 2>&1 && echo "$$p"; done))
 COMPAT_VENV ?= .venv-compat
 
-.PHONY: help quickstart test test-all mutants test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert score-planner report-example clean
+.PHONY: help quickstart test test-all mutants test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert score-planner rehearsal report-example clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -84,6 +84,10 @@ bench-convert: $(VENV)/.run  ## import and export of a 1B model: seconds, GB/s, 
 
 score-planner: $(VENV)/.run  ## docs/planner.md: predictions against published measurements
 	$(BIN)/python -m toolkit.evidence.score ../shared/planner/published_dev.jsonl ../shared/planner/score_planner.py --out docs/planner.md
+
+rehearsal: $(VENV)/.dev  ## docs/rehearsal.md: rehearsals of 124M to 405B, on up to 16,384 GPUs, against the estimate
+	$(BIN)/python -m tests.rehearse.against
+	$(BIN)/python -m tests.rehearse.report --write docs/rehearsal.md
 
 report-example: $(VENV)/.dev  ## docs/report.png: two small runs, trained, profiled and shown
 	$(BIN)/python -m tests.report.example

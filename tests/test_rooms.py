@@ -31,6 +31,9 @@ PURE = [
     "toolkit.plan.remedy",
     "toolkit.profile.show",
     "toolkit.report.page",
+    "toolkit.rehearse.session",
+    "toolkit.rehearse.play",
+    "toolkit.rehearse.show",
 ]
 
 
@@ -100,7 +103,17 @@ def test_deepspeeds_private_attributes_are_named_in_two_files() -> None:
 
 def test_megatron_is_imported_where_it_belongs() -> None:
     rooms = {p.relative_to(ROOT).parts[0] for p in ROOT.rglob("*.py") if "megatron" in _imports(p)}
-    assert rooms <= {"model", "parallel", "engine", "data", "train"}
+    assert rooms <= {"model", "parallel", "engine", "data", "train"}  # rehearse goes through them
+
+
+def test_no_production_code_knows_the_stand_ins() -> None:
+    """They replace torch.cuda for a whole process, so only the interpreter of a rehearsal may load them."""
+    users = {
+        str(p.relative_to(ROOT))
+        for p in ROOT.rglob("*.py")
+        if "rehearse.device" in p.read_text() or "rehearse import device" in p.read_text()
+    }
+    assert users == {"rehearse/__main__.py", "rehearse/rank.py", "rehearse/record.py"}
 
 
 @pytest.mark.parametrize("module", PURE)

@@ -16,6 +16,7 @@ from toolkit.errors import ConfigError, ToolkitError, at_least_one
 from toolkit.evidence.commands import calibrate
 from toolkit.plan.commands import log_to_stderr, tune
 from toolkit.profile.commands import profile
+from toolkit.rehearse.commands import rehearse
 from toolkit.report.commands import report
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train GPT and Llama on megatron-core × DeepSpeed.")
@@ -26,6 +27,7 @@ app.add_typer(convert_app, name="convert")
 app.command()(tune)
 app.command()(calibrate)
 app.command()(profile)
+app.command()(rehearse)
 app.command()(report)
 
 LOCAL = {"localhost", "127.0.0.1"}  # in a hostfile: no ssh is needed

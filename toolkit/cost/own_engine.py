@@ -158,9 +158,13 @@ def layer_saved(w: Workload, *, cpu: bool) -> float:
         return whole * b * s.hidden
     norms = 2 * whole * (norm_saved(w, s.hidden, cpu=cpu) + b * s.hidden)
     copied = b * s.query if s.groups < s.heads and s.groups > w.tp else 0.0  # one group's queries lie together: a view
-    attention = b * (s.query + s.key_value) + (0.0 if s.rotary or s.qk_norm else copied)
-    if s.rotary or s.qk_norm:
-        attention += b * (s.query + s.key_value / 2)
+    if not cpu and b == 4 and s.groups < s.heads:
+        # in fp32 a GPU's attention keeps keys and values expanded to every head, and the product only where a norm needs it
+        attention = 3.0 * b * s.query + (b * (s.query + s.key_value) if s.qk_norm else 0.0)
+    else:
+        attention = b * (s.query + s.key_value) + (0.0 if s.rotary or s.qk_norm else copied)
+        if s.rotary or s.qk_norm:
+            attention += b * (s.query + s.key_value / 2)
     if s.qk_norm:
         kept_in_16_bits = cpu and s.norm == "rms" and b < 4  # upcast copies instead of the input
         each = norm_saved(w, s.head_dim, cpu=cpu) - (0 if kept_in_16_bits else b * s.head_dim)

@@ -89,10 +89,11 @@ def materialise(
             weight = spec.weight(global_name(chunk, local, spec))
             whole = draw(weight, seed=seed, std=std, num_layers=spec.layers, device=device)
             value = cut_out(weight.cut, whole, tp=tp, rank=tp_rank).to(dtype).clone(memory_format=torch.contiguous_format)
-        if parameter.is_meta:  # a meta parameter cannot be given memory in place
+        if parameter.device.type == "meta":  # a meta parameter cannot be given memory in place
             owner, _, leaf = local.rpartition(".")
             real = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
-            real.__dict__.update(parameter.__dict__)
+            # what is there already is the new tensor's own: a rehearsal's tensors keep their device there
+            real.__dict__.update({k: v for k, v in parameter.__dict__.items() if k not in real.__dict__})
             setattr(chunk.get_submodule(owner), leaf, real)
             parameter = real
         else:

@@ -24,9 +24,11 @@ COLLECTIVES = {
     "reduce": 0,
     "allgather": 1,
     "_allgather_base": 1,
+    "all_gather_single": 1,  # what torch 2.13 calls the same
     "allgather_into_tensor_coalesced": 1,
     "reduce_scatter": 1,
     "_reduce_scatter_base": 1,
+    "reduce_scatter_single": 1,
     "reduce_scatter_tensor_coalesced": 1,
     "gather": 1,
     "scatter": 0,
@@ -154,7 +156,7 @@ class Wire:
     def _row(self, group: Any, operation: str) -> Traffic:
         ranks = tuple(dist.get_process_group_ranks(group))
         name = self.names.get(ranks) or f"ranks {', '.join(map(str, ranks))}"
-        plain = operation.strip("_").replace("_base", "")
+        plain = plain_name(operation)
         return self.rows.setdefault((name, plain), Traffic(name, len(ranks), plain))
 
     def _timed(self, row: Traffic, call: Callable[[], Any]) -> Any:
@@ -168,6 +170,11 @@ class Wire:
         finally:
             self.inside = False
             row.seconds += time.perf_counter() - started
+
+
+def plain_name(operation: str) -> str:
+    """One name for an operation whose method in torch's ProcessGroup is called differently by its versions and forms."""
+    return operation.strip("_").replace("_base", "").replace("_single", "").replace("all_gather", "allgather")
 
 
 def _bytes(value: Any) -> int:

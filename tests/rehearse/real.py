@@ -1,0 +1,34 @@
+"""A real run on CPU under the same recorder as a rehearsal: what the pool's workers run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def measure(argument: dict[str, Any]) -> dict[str, Any]:
+    """One rank's second step: parts, peak and messages, from tensors that hold data and a gloo that sends."""
+    import torch
+    import torch.distributed as dist
+
+    from toolkit.config.load import parse_config
+    from toolkit.parallel.layout import Layout
+    from toolkit.rehearse.rank import Play
+    from toolkit.rehearse.record import Recorder
+    from toolkit.train.world import World, connect
+
+    config, rank, size = parse_config(argument["config"]), dist.get_rank(), dist.get_world_size()
+    layout = Layout.of(config, size)
+    connect(World(rank, size, 0), layout, seed=config.run.seed)
+    recorder = Recorder("cpu", rank=rank)
+    play = Play(config, layout, rank, recorder)
+    with recorder, recorder.messages(), torch.autograd.set_multithreading_enabled(False):
+        play.build()
+        for _ in range(2):
+            meter = play.step()
+    groups = list(recorder.groups)
+    return {
+        "parts": dict(meter.found.parts),
+        "peak": recorder.step.peak.nbytes,
+        "at": [recorder.step.peak.phase, recorder.step.peak.module, recorder.step.peak.operator],
+        "messages": [[m.operation, list(groups[m.group]), m.nbytes, m.dtype, m.peer] for m in recorder.step.messages],
+    }
