@@ -262,7 +262,11 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
         }
     buckets = w.zero == 2 and w.offload_optimizer == "none"
     if buckets and w.shards > 1:
-        found |= _reductions(w, stage, held)
+        found |= _reductions(w, stage, held, redone=redone)
+    if s.tied and w.pp == 1 and not (b == 4 and w.zero < 2):
+        # a tied weight's gradient from the output layer waits for the embedding's, which comes last
+        for moment in found.keys() - {"optimizer step"}:
+            found[moment]["working set"] += b * s.rows * s.hidden / w.tp
     if stage == w.pp - 1:
         # the loss overwrites its fp32 logits with the softmax and that with the gradient; in 16 bits the logits as multiplied stay too
         found["loss"] = {**kept, "working set": stream + (t * s.rows / w.tp * b if b < 4 else 0.0)}
@@ -276,15 +280,18 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
     return found
 
 
-def _reductions(w: Workload, stage: int, held: float) -> dict[str, dict[str, float]]:
+def _reductions(w: Workload, stage: int, held: float, *, redone: float) -> dict[str, dict[str, float]]:
     """Moments at which DeepSpeed's ZeRO-2 sends a bucket: it flattens what lies in it once more.
 
     Gradients come from the last weight to the first. A weight that does not fit any more sends the bucket first, one that is larger than
     the bucket is sent by itself. The last bucket goes at the end of a backward; in 16 bits a weight's part for this rank is then copied
-    to fp32 before it is added. held: bytes of activations before the backward.
+    to fp32 before it is added. held: bytes of activations before the backward; redone: of what a layer's
+    backward computes again.
     """
     ahead = min(warmup(stage=stage, pp=w.pp, vpp=w.vpp, microbatches=w.microbatches) + 1, w.microbatches * w.vpp)
     running, part = held / ahead, ceil(w.parameters_on(stage) / w.shards)
+    # gradients are whole from the first backward's end on, when a batch that is all in flight has one micro-batch less
+    first = running if 1 < ahead == w.microbatches * w.vpp else 0.0
     before, after = edge_weights(w, stage)
     found: dict[str, dict[str, float]] = {}
     for chunk in range(w.vpp):
@@ -294,14 +301,14 @@ def _reductions(w: Workload, stage: int, held: float) -> dict[str, dict[str, flo
         ordered += [(x, count) for x in after if chunk == w.vpp - 1]
         filled, inside = 0, 0
         for weight, layer in reversed(ordered):
-            left = held - running * (1 - layer / max(1, count))
+            left = held - running * (1 - layer / max(1, count)) - first
             if weight.count > w.bucket:
                 found[f"gradient of {weight.count} elements at layer {layer}"] = {
                     "activations": left,
                     "working set": 2.0 * w.width * weight.count,
                 }
             elif filled + weight.count > w.bucket:
-                found[f"bucket of chunk {chunk} at layer {layer}"] = {"activations": left, "working set": float(w.width * filled)}
+                found[f"bucket of chunk {chunk} at layer {layer}"] = {"activations": left, "working set": w.width * filled + redone}
                 filled, inside = 0, 0
             if weight.count <= w.bucket:
                 filled += weight.count
