@@ -15,6 +15,7 @@ from toolkit.arch.spec import Group, ModelSpec, WeightSpec
 from toolkit.cost.workload import Workload
 from toolkit.parallel.order import order, warmup
 
+MAX_LIVE = 1e9  # DeepSpeed's default stage3_max_live_parameters
 ALIGN = 2  # DeepSpeed pads each optimizer group of ZeRO-0/1/2 to this many elements per data-parallel rank
 
 
@@ -228,11 +229,25 @@ def known(w: Workload) -> bool:
 
 
 def gathered(w: Workload, stage: int) -> float:
-    """Bytes of weights that ZeRO-3 holds whole for a moment: the largest one that is not kept, and its gradient."""
+    """Bytes of weights that ZeRO-3 holds whole at the end of a forward, and the gradient of the largest one.
+
+    Where every forward is followed by its backward (no pipeline, or its last stage), DeepSpeed sees that weights are needed again soon
+    and keeps up to stage3_max_live_parameters of them; elsewhere each is freed after its use.
+    """
     if w.zero < 3 or w.shards == 1:
         return 0.0
+    before, after = edge_weights(w, stage)
+    largest = _largest(w, stage)
+    if w.vpp > 1 or stage < w.pp - 1 or w.recompute == "full":
+        return 2.0 * w.width * largest
+    every = layer_weights(w) * w.layers_on(stage) + before + after
+    return w.width * (min(MAX_LIVE, sum(x.count for x in every if x.count > w.persist)) + largest)
+
+
+def _largest(w: Workload, stage: int) -> int:
+    """Elements of the largest weight of a stage that ZeRO-3 does not keep whole anyway."""
     every = layer_weights(w) + [x for side in edge_weights(w, stage) for x in side]
-    return 2.0 * w.width * max((x.count for x in every if x.count > w.persist), default=0)
+    return max((x.count for x in every if x.count > w.persist), default=0)
 
 
 def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]]:
@@ -256,9 +271,66 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
         "backward": {"activations": held, "working set": redone + widest + 2 * stream},
         "optimizer step": {"working set": _step_copies(w, stage)},
     }
+    if stage == 0 and w.zero < 2:  # its last gradient is the embedding's, whole
+        found["embedding"] = {
+            "activations": held - held / min(warmup(stage=0, pp=w.pp, vpp=w.vpp, microbatches=w.microbatches) + 1, w.microbatches * w.vpp),
+            "working set": b * s.rows * s.hidden / w.tp + stream,
+        }
+    buckets = w.zero == 2 and w.offload_optimizer == "none"
+    if buckets and w.shards > 1:
+        found |= _reductions(w, stage, held, redone=redone)
+    if s.tied and w.pp == 1 and not (b == 4 and w.zero < 2):
+        # a tied weight's gradient from the output layer waits for the embedding's, which comes last
+        for moment in found.keys() - {"optimizer step"}:
+            found[moment]["working set"] += b * s.rows * s.hidden / w.tp
     if stage == w.pp - 1:
         # the loss overwrites its fp32 logits with the softmax and that with the gradient; in 16 bits the logits as multiplied stay too
         found["loss"] = {**kept, "working set": stream + (t * s.rows / w.tp * b if b < 4 else 0.0)}
+        if w.zero == 3:
+            found["loss"]["working set"] -= w.width * _largest(w, stage) if w.shards > 1 else 0  # its gradient is not there yet
+        if buckets:
+            # they are made when the first gradient comes, which is the output layer's
+            found["loss"]["zero buffers"] = -states(w, stage)["zero buffers"]
+            first = max(t * s.rows, s.rows * s.hidden) / w.tp * b
+            found["output layer"] = {"activations": kept["activations"], "working set": first + 2 * stream}
+    return found
+
+
+def _reductions(w: Workload, stage: int, held: float, *, redone: float) -> dict[str, dict[str, float]]:
+    """Moments at which DeepSpeed's ZeRO-2 sends a bucket: it flattens what lies in it once more.
+
+    Gradients come from the last weight to the first. A weight that does not fit any more sends the bucket first, one that is larger than
+    the bucket is sent by itself. The last bucket goes at the end of a backward; in 16 bits a weight's part for this rank is then copied
+    to fp32 before it is added. held: bytes of activations before the backward; redone: of what a layer's
+    backward computes again.
+    """
+    ahead = min(warmup(stage=stage, pp=w.pp, vpp=w.vpp, microbatches=w.microbatches) + 1, w.microbatches * w.vpp)
+    running, part = held / ahead, ceil(w.parameters_on(stage) / w.shards)
+    # gradients are whole from the first backward's end on, when a batch that is all in flight has one micro-batch less
+    first = running if 1 < ahead == w.microbatches * w.vpp else 0.0
+    before, after = edge_weights(w, stage)
+    found: dict[str, dict[str, float]] = {}
+    for chunk in range(w.vpp):
+        count = w.layers_in(stage, chunk)
+        ordered = [(x, 0) for x in before if chunk == 0]
+        ordered += [(x, layer) for layer in range(count) for x in layer_weights(w)]
+        ordered += [(x, count) for x in after if chunk == w.vpp - 1]
+        filled, inside = 0, 0
+        for weight, layer in reversed(ordered):
+            left = held - running * (1 - layer / max(1, count)) - first
+            if weight.count > w.bucket:
+                found[f"gradient of {weight.count} elements at layer {layer}"] = {
+                    "activations": left,
+                    "working set": 2.0 * w.width * weight.count,
+                }
+            elif filled + weight.count > w.bucket:
+                found[f"bucket of chunk {chunk} at layer {layer}"] = {"activations": left, "working set": w.width * filled + redone}
+                filled, inside = 0, 0
+            if weight.count <= w.bucket:
+                filled += weight.count
+                inside = max(inside, min(weight.count, part) if weight.group != 2 else ceil(weight.count / w.shards))
+        copied = 4.0 * inside if w.width < 4 else 0.0
+        found[f"last bucket of chunk {chunk}"] = {"activations": held - running, "working set": w.width * filled + copied}
     return found
 
 

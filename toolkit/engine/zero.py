@@ -323,7 +323,8 @@ class Engine:
             self.local_square_sum = square_sum(gradients, device=self.device)
         if self.stage == 0:
             self.local_square_sum = self.local_square_sum / self.layout.dp  # every rank holds the whole
-        return global_norm(self.local_square_sum)
+        norm = global_norm(self.local_square_sum)
+        return norm.cpu() if offloaded else norm  # DeepSpeed multiplies gradients in host memory by what follows from it
 
     def _scale(self, loss: Tensor) -> Tensor:
         return loss * self.optimizer.loss_scale

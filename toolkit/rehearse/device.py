@@ -135,6 +135,11 @@ class CpuAdam:
         return lambda *_, **__: 0
 
 
+def install_optimizer(deepspeed: Any) -> None:
+    """In the place of what DeepSpeed compiles for optimizer states on the CPU; call it once deepspeed is imported."""
+    deepspeed.ops.op_builder.CPUAdamBuilder.load = lambda self, *_, **__: CpuAdam()
+
+
 def _operators(device: Device) -> None:
     """The kernels that a GPU runs and that torch would take apart for tensors without data."""
     import torch

@@ -71,6 +71,7 @@ def rehearse(
     recorder = Recorder(device.kind, price=price, capacity=capacity, rank=rank)
     recorder.device = device
     told.recorder = recorder
+    stand_ins.install_optimizer(zero.deepspeed)
     progress("process groups", 0.0)
     stand_ins.open_world(rank, world)
     connect(World(rank, world, 0), layout, seed=config.run.seed)
