@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
+from toolkit.arch.optimizers import OPTIMIZERS
+
 State = Literal["mapped", "honoured", "passed", "refused"]
 
 SIZE, SWITCH, ANY = "a whole number >= 0", "true or false", "a value"
@@ -171,8 +173,8 @@ HALF: dict[str, Key] = {
 }
 
 _OPTIMIZER = {
-    "type": _mapped("optimizer.name", "Adam or AdamW; others are refused"),
-    "params": _mapped("optimizer", "lr, betas, eps and weight_decay"),
+    "type": _mapped("optimizer.name", f"{' or '.join(name for o in OPTIMIZERS.values() for name in o.json)}; others are refused"),
+    "params": _mapped("optimizer", "lr, weight_decay, betas, eps, momentum, nesterov: those that the optimizer has"),
     "legacy_fusion": _refused("the optimizer is made here"),
 }
 _SCHEDULER = {
