@@ -69,8 +69,10 @@ class Pool:
         return [results[r] for r in range(world_size)]
 
     def _start(self) -> None:
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["tests.preload"])  # torch, megatron-core and deepspeed are imported once for all
+        # torch, megatron-core and deepspeed are imported once for all: by a server, or by who runs one test after the other
+        context: Any = mp.get_context(os.environ.get("TESTS_POOL_START", "forkserver"))
+        if context.get_start_method() == "forkserver":
+            context.set_forkserver_preload(["tests.preload"])
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             stacks = Path(self.folder.name) / f"stacks-{rank}"
@@ -123,6 +125,7 @@ def _work(connection: Connection, stacks: str) -> None:
         try:
             store = dist.FileStore(rendezvous, world_size)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+            dist.barrier()  # a cell that fails at once would leave the world while others still connect to it
             module, name = function.split(":")
             answer = (True, getattr(importlib.import_module(module), name)(argument))
         except BaseException:
@@ -138,19 +141,11 @@ def _work(connection: Connection, stacks: str) -> None:
 
 
 def _release_engines() -> None:
-    """Let go of engines' process groups, whose threads would outlive the cell.
-
-    Parameters are held from C++ too, so the cycles through DeepSpeed's hooks are never collected.
-    """
+    """Let go of engines' process groups, whose threads would outlive the cell."""
     from toolkit.engine.zero import Engine
 
     for engine in [o for o in gc.get_objects() if type(o) is Engine and vars(o)]:
-        modules = [m for chunk in engine.chunks for m in chunk.modules()]
-        if "engine" in vars(engine):
-            engine.engine.destroy()
-            modules += [engine.optimizer, engine.engine]
-        for held in (engine, *modules):
-            vars(held).clear()
+        engine.close()
 
 
 def _forget_world() -> None:

@@ -9,18 +9,17 @@ from typing import Annotated
 
 import typer
 
+from toolkit import __version__
 from toolkit.checkpoint.commands import app as checkpoint_app
 from toolkit.convert.commands import app as convert_app
-from toolkit.errors import ConfigError, ToolkitError
+from toolkit.errors import ConfigError, ToolkitError, at_least_one
 from toolkit.evidence.commands import calibrate
-from toolkit.plan.commands import tune
+from toolkit.plan.commands import log_to_stderr, tune
 from toolkit.profile.commands import profile
 from toolkit.rehearse.commands import rehearse
 from toolkit.report.commands import report
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Train GPT and Llama on megatron-core × DeepSpeed."
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train GPT and Llama on megatron-core × DeepSpeed.")
 data_app = typer.Typer(no_args_is_help=True, help="Text to tokens.")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
@@ -31,6 +30,23 @@ app.command()(profile)
 app.command()(rehearse)
 app.command()(report)
 
+LOCAL = {"localhost", "127.0.0.1"}  # in a hostfile: no ssh is needed
+NO = 1  # exit code of a question whose answer is no
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"toolkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def command(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    """Train GPT and Llama on megatron-core × DeepSpeed."""
+
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, each replacing one key of the YAML")]
 
 
@@ -39,18 +55,67 @@ def train(
     config: Annotated[Path, typer.Argument(help="the run's YAML")],
     overrides: Overrides = None,
     num_procs: Annotated[int | None, typer.Option(help="processes on this machine; default: its GPUs, or 1")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="`HOST slots=RANKS` a line: start on these hosts, over ssh")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run, and start nothing")] = False,
 ) -> None:
-    """Train on this machine through the deepspeed launcher."""
+    """Train on this machine, or on the hosts of a hostfile, through the deepspeed launcher."""
     import os
 
     from toolkit.cluster.environment import PLANNED, gpu_count
-    from toolkit.cluster.launch import run_local
+    from toolkit.cluster.launch import read_hostfile, run_local, run_on_hosts
     from toolkit.config.load import load_config
-    from toolkit.train.resolve import plan
+    from toolkit.train.resolve import resolve
 
-    processes = (gpu_count() or 1) if num_procs is None else num_procs
-    plan(load_config(config, overrides or []), max(1, processes))  # what is wrong is said before any process starts
+    at_least_one("--num-procs", num_procs)
+    if hostfile is not None:
+        hosts = read_hostfile(hostfile)
+        if num_procs is not None or dry_run:
+            other = "--num-procs" if num_procs is not None else "--dry-run"
+            raise ConfigError(f"{other} beside --hostfile", why="the hostfile says what runs where", fix="Leave one of the two out.")
+        if not hosts.keys() <= LOCAL:
+            resolve(load_config(config, overrides or []), sum(hosts.values()))
+            raise typer.Exit(run_on_hosts(config, overrides or [], hostfile=hostfile))
+        num_procs = sum(hosts.values())
+    processes = num_procs or gpu_count() or 1
+    if dry_run:
+        from toolkit.train.dry_run import dry_run as say_what_would_run
+
+        typer.echo(say_what_would_run(config, overrides or [], load_config(config, overrides or []), processes=processes), nl=False)
+        return
+    resolve(load_config(config, overrides or []), processes)  # what is wrong is said before any process starts
     raise typer.Exit(run_local(config, overrides or [], num_procs=processes, environ={**os.environ, PLANNED: "1"}))
+
+
+@app.command()
+def init(
+    out: Annotated[Path, typer.Argument(help="YAML to write")] = Path("run.yaml"),
+    model: Annotated[str | None, typer.Option(help="a preset such as llama3.2-1b, or small")] = None,
+    data: Annotated[str | None, typer.Option(help="text, a prepared prefix, a hub name or python-stdlib")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="bytes, a tokenizer.json, a Hugging Face name, or train:N")] = None,
+    hardware: Annotated[str | None, typer.Option(help="GPU:PER_NODExNODES; default: this machine")] = None,
+    steps: Annotated[int, typer.Option(help="optimizer steps")] = 200,
+) -> None:
+    """Write a run's YAML that fits the hardware; what is not given is asked for in a terminal."""
+    from toolkit.cluster.environment import gpu_count
+    from toolkit.hardware.catalogue import parse_hardware
+    from toolkit.plan.here import hardware_here
+    from toolkit.plan.init import SMALL, run_sections, write_config
+
+    def ask(given: str | None, question: str, default: str) -> str:
+        if given is not None or not sys.stdin.isatty():
+            return given or default
+        return str(typer.prompt(question, default=default))
+
+    at_least_one("--steps", steps)
+    cluster = parse_hardware(hardware) if hardware else hardware_here(gpu_count() or 1)
+    if cluster is None:
+        raise ConfigError("this machine's GPU is not in the catalogue", fix="Name a similar one: --hardware GPU:N.")
+    model = ask(model, "model: small, or a preset such as llama3.2-1b", SMALL)
+    data = ask(data, "data: text file or folder, prepared prefix, hub name", "python-stdlib")
+    accelerator = cluster.gpu.accelerator
+    raw = run_sections(model=model, source=data, tokenizer=tokenizer, name=out.stem, steps=steps, accelerator=accelerator)
+    plan, start = write_config(out, raw, cluster)
+    typer.echo(f"{out}: {plan.gpus} of {cluster}, {plan.worst.device / 2**30:.1f} GiB a rank; start it with: {start}")
 
 
 @app.command()
@@ -65,7 +130,7 @@ def estimate(
     out: Annotated[Path | None, typer.Option(help="where --jsonl writes its predictions")] = None,
     calibration: Annotated[Path | None, typer.Option(help="scalars of your own, from toolkit calibrate")] = None,
 ) -> None:
-    """Say how much memory a run needs and how long a step takes, without a GPU."""
+    """Say how much memory a run needs and how long a step takes, without a GPU; exit code 1 where it does not fit."""
     if jsonl is not None:
         from toolkit.evidence.published import predict_file
 
@@ -79,16 +144,20 @@ def estimate(
     import json
 
     from toolkit.config.load import load_config
+    from toolkit.data.vocabulary import with_vocabulary
     from toolkit.hardware.catalogue import parse_hardware, with_host_gib
-    from toolkit.plan.show import estimate_json, estimate_text
+    from toolkit.plan.show import estimate_json, estimate_text, fits
 
-    loaded, cluster = load_config(config, overrides or []), parse_hardware(hardware, extra=hardware_file)
+    if as_json:
+        log_to_stderr()
+    loaded, cluster = with_vocabulary(load_config(config, overrides or [])), parse_hardware(hardware, extra=hardware_file)
     if host_gib is not None:
         cluster = with_host_gib(cluster, host_gib)
     if as_json:
         typer.echo(json.dumps(estimate_json(loaded, cluster, calibrated=calibration), indent=1))
     else:
         typer.echo(estimate_text(loaded, cluster, calibrated=calibration), nl=False)
+    raise typer.Exit(0 if fits(loaded, cluster) else NO)
 
 
 @data_app.command("prepare")
@@ -104,6 +173,7 @@ def prepare_data(
     from toolkit.cluster.environment import usable_cores
     from toolkit.data.prepare import prepare
 
+    at_least_one("--workers", workers)
     manifest = prepare(source, tokenizer=tokenizer, out=out, text_key=text_key, workers=workers or usable_cores(), overwrite=overwrite)
     typer.echo(f"{out}: {manifest.documents:,} documents, {manifest.tokens:,} tokens of {manifest.tokenizer.vocab_size:,} ids")
 
@@ -113,7 +183,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("megatron").setLevel(logging.ERROR)  # it names options that are absent
     try:
-        app()
+        app(prog_name="toolkit")
     except ToolkitError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(error.exit_code) from None

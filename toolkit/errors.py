@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
+from typing import Any
+
 
 class ToolkitError(Exception):
     """Refuse something the user asked for; shown as one message, without a traceback.
@@ -49,7 +52,37 @@ class TrainingError(ToolkitError):
     exit_code = 3
 
 
+class Stopped(ToolkitError):
+    """A signal has ended the run after a whole step and before its last one; what was to be saved is saved."""
+
+    exit_code = 143  # 128 + SIGTERM, which is what the launcher sends to the ranks whatever it has received
+
+
 class OutOfMemory(ToolkitError):
     """A rank's memory ended: which part asked for it, on which rank, stage and layer, and what would fit."""
 
     exit_code = 4
+
+
+def name_of(function: Any) -> str:
+    """What a person calls a function that was handed in: its name, or the class of a callable object."""
+    function = getattr(function, "func", function)  # of a functools.partial
+    return str(getattr(function, "__qualname__", type(function).__qualname__)).split("<locals>.")[-1]
+
+
+def raised_by(what: str, error: BaseException, *, rank: int | None = None, kind: type[ToolkitError] = TrainingError) -> ToolkitError:
+    """The error to show for an exception in code that the user handed in; names the innermost line that is neither ours nor a library's."""
+    own = str(__file__).removesuffix("errors.py")
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not f.filename.startswith(own) and "site-packages" not in f.filename] or list(frames)
+    return kind(
+        f"{what} raised {type(error).__name__}" + (f" on rank {rank}" if rank is not None else ""),
+        why=next(iter(str(error).strip().splitlines()), ""),
+        fix=f"Look at {theirs[-1].filename}, line {theirs[-1].lineno}." if theirs else "",
+    )
+
+
+def at_least_one(option: str, value: int | None) -> None:
+    """Refuse a number below 1 for an option that counts something; None leaves it open."""
+    if value is not None and value < 1:
+        raise ConfigError(f"{option} {value} is less than 1", fix=f"Set {option} to 1 or more.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -11,6 +12,8 @@ import secrets
 import shutil
 import socket
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -21,10 +24,11 @@ from toolkit.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+_CHUNK = 1 << 19  # small enough to stay in the processor's cache between reading and hashing
 
 
 class FileRecord(BaseModel):
-    """One file of a checkpoint: name inside its folder, size in bytes, sha256 in hex."""
+    """One file that a manifest lists: name inside its folder, size in bytes, sha256 in hex."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -33,14 +37,42 @@ class FileRecord(BaseModel):
     sha256: str
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Put a whole small file in place or none: temporary name, fsync, rename."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with part.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    part.replace(path)
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; the file written there takes the name when the block ends, after an fsync.
+
+    If anything raises before that, the temporary file is removed and `path` stays as it was. The folder must exist.
+    """
+    part = path.with_name(f".{os.getpid()}.tmp.{path.name}")  # libraries choose a format by the suffix
+    try:
+        yield part
+        sync_file(part)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_durably(path: Path, data: bytes | str) -> None:
+    """Replace a small file in one step, once its new content is on disk; text is written as UTF-8. OSError leaves the old file."""
+    with replacing(path) as part:
+        part.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's content survive a power cut."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def file_sha256(path: Path, *, progress: Callable[[int], None] = lambda _: None) -> str:
+    """Return the sha256 of a file in hex; progress is called with the number of bytes read since its last call."""
+    digest, piece = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while n := file.readinto(piece):
+            digest.update(piece[:n])
+            progress(n)
+    return digest.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
@@ -53,7 +85,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_tree(folder: Path, *, token: str) -> None:
-    """Delete a folder so that a crash half-way leaves nothing that looks like one: it loses its name first."""
+    """Delete a folder. It is renamed first, so that a crash half-way leaves nothing under its name."""
     doomed = folder if folder.name.startswith(".") else folder.with_name(f".deleted-{folder.name}-{token}")
     if doomed != folder:
         folder.rename(doomed)
@@ -138,7 +170,7 @@ class Partial:
         return self
 
     def publish(self) -> None:
-        """Give the folder its name."""
+        """Sync the folder and give it its final name."""
         (self.folder / LOCK).unlink(missing_ok=True)
         sync_folder(self.folder)
         self.folder.rename(self.final)
@@ -152,10 +184,10 @@ class Partial:
 
 
 def _abandoned(folder: Path) -> bool:
-    """Whether a folder has the lock of a process that has ended; one without a lock is just being made or published."""
+    """Whether a folder's writer has ended, so that its lock is free; a folder without a lock is just being made or published."""
     try:
         with (folder / LOCK).open("r+b") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # held, or not to be had on this file system
+    except OSError:  # another process has the lock, or this file system has no locks
         return False
     return True

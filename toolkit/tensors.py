@@ -27,11 +27,11 @@ DTYPES = {
     torch.int32: "I32",
     torch.uint8: "U8",
 }
-_CHUNK = 1 << 19  # small enough to be hashed and then written out of the processor's cache: with 4 MiB it takes twice the time
+_CHUNK = 1 << 19  # hashed and written at a time: small enough to stay in the processor's cache; 4 MiB takes twice the time
 
 
 class Rows:
-    """Tensors one above the other that pass for one, without the copy that putting them together would be."""
+    """A lazy concatenation of tensors along dimension 0: they are written one after the other and never copied together."""
 
     def __init__(self, pieces: Sequence[Tensor]) -> None:
         self.pieces = list(pieces)
@@ -40,12 +40,12 @@ class Rows:
         self.nbytes = sum(p.nbytes for p in pieces)
 
     def whole(self) -> Tensor:
-        """The one tensor."""
+        """The concatenated tensor."""
         return torch.cat(self.pieces) if len(self.pieces) > 1 else self.pieces[0]
 
 
 def mapped(path: Path, *, dtype: torch.dtype, shape: Sequence[int], offset: int) -> Tensor:
-    """A tensor in a file as a mapping of its own: nothing is copied, and its pages leave this process with the tensor."""
+    """A tensor of a file through a memory map of its own: nothing is copied, and the pages are released with the tensor."""
     size = torch.Size(shape).numel() * dtype.itemsize
     if not size:
         return torch.empty(tuple(shape), dtype=dtype)
@@ -58,7 +58,7 @@ def mapped(path: Path, *, dtype: torch.dtype, shape: Sequence[int], offset: int)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor | Rows], *, metadata: Mapping[str, str]) -> FileRecord:
-    """Write a new file and sync it. The library's own writer neither syncs nor tells the checksum of what it wrote."""
+    """Write a new safetensors file and sync it. The library's own writer neither syncs nor returns a checksum."""
     entries = {n: (t.dtype, list(t.shape), iter(t.pieces if isinstance(t, Rows) else (t,))) for n, t in tensors.items()}
     return write_stream(path, entries, metadata=metadata)
 
@@ -66,9 +66,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | Rows], *, metadata:
 def write_stream(
     path: Path, entries: Mapping[str, tuple[torch.dtype, list[int], Iterator[Tensor]]], *, metadata: Mapping[str, str]
 ) -> FileRecord:
-    """The same with tensors given as dtype, shape and the pieces that they are made of, in order; only one piece need exist at a time.
+    """Like write_tensors, with each tensor given as dtype, shape and its pieces in order; only one piece need exist at a time.
 
-    Raises ValueError where the pieces do not make up the shape.
+    Raises ValueError where the pieces do not add up to the shape.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -86,7 +86,7 @@ def write_stream(
                 piece = view[start : start + _CHUNK]
                 digest.update(piece)
                 total += len(piece)
-                while len(piece):  # a raw file may take less than it is given
+                while len(piece):  # an unbuffered file may write less than it is given
                     piece = piece[f.write(piece) :]
         os.fsync(f.fileno())
     if total != 8 + len(text) + offset:

@@ -19,11 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.bench.overhead import machine, write
+from tests.bench.overhead import fill, machine, write
 from tests.checkpoint import synthetic
 from tests.checkpoint.run import Sequences, prepared
 from tests.checkpoint.watched import watched
 from tests.pool import Pool
+from tests.rank import Rank
 
 log = logging.getLogger("bench")
 
@@ -45,34 +46,14 @@ def model_of(gib: float) -> dict[str, Any]:
 
 def run(argument: dict[str, Any]) -> dict[str, list[float]]:
     """On every rank: train STEPS steps and save after each; then let DeepSpeed save, too."""
-    from tests.parity.run import micro_batches
-    from toolkit.checkpoint.session import Checkpoints
-    from toolkit.config.load import parse_config
-    from toolkit.engine.schedule import Schedule
-    from toolkit.engine.zero import Engine, partitioner
-    from toolkit.model.build import build_chunks
-    from toolkit.parallel.deepspeed_json import deepspeed_config
-    from toolkit.parallel.rules import check
     from toolkit.runfolder.metrics import StepRecord
-    from toolkit.train.world import World, connect
 
-    config = parse_config(argument["config"])
-    world = World.from_environment()
-    layout = check(config, world.size)
-    connect(world, layout, seed=config.run.seed)
-    checkpoints = Checkpoints(config, layout, prepared(config.run.dir))
-    ds_config = deepspeed_config(config, layout)
-    chunks = build_chunks(config, layout, device=world.device, partition=partitioner(config, ds_config))
-    engine = Engine(chunks, config, layout, ds_config)
-    checkpoints.attach(engine, Sequences())
-    t = config.train
-    schedule = Schedule(engine.views, layout, seq_length=t.seq_length, micro_batch_size=t.micro_batch_size)
-    micro = list(micro_batches(config, layout, layout.coordinates(world.rank).dp, 1))
+    rank = Rank(argument["config"], data=(prepared(Path(argument["config"]["run"]["dir"])), Sequences()))
+    engine, checkpoints, micro = rank.engine, rank.checkpoints, rank.micro(1)
     found: dict[str, list[float]] = {"pause": [], "write": [], "deepspeed": []}
     assert checkpoints.saver is not None
     for step in range(1, STEPS + 1):
-        engine.begin()
-        schedule(lambda: iter(micro), num_microbatches=layout.num_microbatches)
+        rank.forward_backward(micro)
         engine.finish()
         record = StepRecord(step, 0.0, 0.0, 0.0, 0, 0.0, 0.0, None, 0.0, 0.0, 0.0)
         checkpoints.save(record, last=False)
@@ -162,9 +143,11 @@ def measure(folder: Path, *, gib: float, reshard_gib: float, rounds: int) -> str
     disk = statistics.median(sequential_write(folder / "disk", size) for _ in range(3))
     digest = hashing()
     lines = [
-        f"Llama of {model['num_layers']} layers x {model['hidden_size']}, fp32, ZeRO-3 on 2 processes, a checkpoint of {size / GIB:.2f} GiB; "
-        f"medians of {STEPS - 1} saves after the first. One file of that size written in one go and synced: {disk:.2f} s, "
-        f"{size / disk / 1e9:.2f} GB/s (median of 3); sha256 on one core: {(1 << 28) / digest / 1e9:.2f} GB/s.",
+        fill(
+            f"Llama of {model['num_layers']} layers x {model['hidden_size']}, fp32, ZeRO-3 on 2 processes, a checkpoint of {size / GIB:.2f} GiB; "
+            f"medians of {STEPS - 1} saves after the first. One file of that size written in one go and synced: {disk:.2f} s, "
+            f"{size / disk / 1e9:.2f} GB/s (median of 3); sha256 on one core: {(1 << 28) / digest / 1e9:.2f} GB/s."
+        ),
         "",
         "| Save | training stands still | until the checkpoint counts | GB/s | of the sequential write |",
         "|---|---|---|---|---|",
@@ -215,10 +198,12 @@ def large(folder: Path, gib: float) -> list[str]:
     source = synthetic.write(folder / "large", model, dp=2)
     seconds, peak = watched("-m", "toolkit.cli", "checkpoint", "reshard", source, folder / "larger", *TO)
     return [
-        f"`toolkit checkpoint reshard`, DP=2 x ZeRO-1 to TP=2 x PP=2 x ZeRO-2, {states / 12e9:.2f}B parameters ({states / GIB:.1f} GiB of states, made of "
-        f"random numbers): {seconds:.0f} s, {states / seconds / 1e9:.3f} GB/s with every byte of the source held to its checksum and every "
-        f"byte of the new one hashed and synced; peak {peak / GIB:.2f} GiB a process, where 2 x the largest tensor + 1 GiB are "
-        f"{(2 * largest + GIB) / GIB:.2f} GiB."
+        fill(
+            f"`toolkit checkpoint reshard`, DP=2 x ZeRO-1 to TP=2 x PP=2 x ZeRO-2, {states / 12e9:.2f}B parameters ({states / GIB:.1f} GiB of states, made of "
+            f"random numbers): {seconds:.0f} s, {states / seconds / 1e9:.3f} GB/s with every byte of the source held to its checksum and every "
+            f"byte of the new one hashed and synced; peak {peak / GIB:.2f} GiB a process, where 2 x the largest tensor + 1 GiB are "
+            f"{(2 * largest + GIB) / GIB:.2f} GiB."
+        )
     ]
 
 

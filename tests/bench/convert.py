@@ -127,10 +127,14 @@ def measure(folder: Path, *, shape: dict[str, Any], rounds: int) -> dict[str, An
 
 
 def table(places: dict[str, dict[str, Any]], rounds: int) -> str:
+    from tests.bench.overhead import fill  # after the measurements: it imports torch
+
     size = next(iter(places.values()))["bytes"]
     lines = [
-        f"A folder of the shape of Llama 3.2 1B with random weights: {size / 1e9:.2f} GB of bf16, the largest tensor "
-        f"{2 * SHAPE['vocab_size'] * SHAPE['hidden_size'] / 1e9:.2f} GB. Medians of {rounds} rounds, each a plain write, an import and an export.",
+        fill(
+            f"A folder of the shape of Llama 3.2 1B with random weights: {size / 1e9:.2f} GB of bf16, the largest tensor "
+            f"{2 * SHAPE['vocab_size'] * SHAPE['hidden_size'] / 1e9:.2f} GB. Medians of {rounds} rounds, each a plain write, an import and an export."
+        ),
         "",
         "| Where | What | Seconds | GB/s | CPU seconds | Peak memory, GiB | Whole command, s |",
         "|---|---|---|---|---|---|---|",
@@ -158,8 +162,10 @@ def table(places: dict[str, dict[str, Any]], rounds: int) -> str:
     )
     lines += [
         "",
-        f"Memory may reach 2 x the largest tensor + 1 GiB = {bound:.2f} GiB. {os.cpu_count()} cores ({cpu}), Python {platform.python_version()}, "
-        f"torch {torch.__version__}; load average over the last 5 minutes {os.getloadavg()[1]:.1f}.",
+        fill(
+            f"Memory may reach 2 x the largest tensor + 1 GiB = {bound:.2f} GiB. {os.cpu_count()} cores ({cpu}), Python {platform.python_version()}, "
+            f"torch {torch.__version__}; load average over the last 5 minutes {os.getloadavg()[1]:.1f}."
+        ),
     ]
     return "\n".join(lines)
 

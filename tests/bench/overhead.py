@@ -12,6 +12,7 @@ import platform
 import statistics
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,9 +101,11 @@ def _spread(values: list[float]) -> tuple[float, float, float]:
 def table(figures: list[Figure], shape: Shape, *, rounds: int, steps: int, threads: int) -> str:
     """The figures as a Markdown table with all that is needed to read them."""
     lines = [
-        f"Llama of {shape.num_layers} layers x {shape.hidden_size} (MLP {shape.ffn}, {shape.heads} heads, {shape.vocab} ids), fp32, SDPA, "
-        f"{shape.micro_batches} micro-batches of {shape.micro_batch_size} sequences of {shape.seq_length} tokens a step; "
-        f"1 process, {threads} threads; {rounds} rounds of {steps} timed steps a turn; gradient norm clipped at {shape.clip:g}.",
+        fill(
+            f"Llama of {shape.num_layers} layers x {shape.hidden_size} (MLP {shape.ffn}, {shape.heads} heads, {shape.vocab} ids), fp32, SDPA, "
+            f"{shape.micro_batches} micro-batches of {shape.micro_batch_size} sequences of {shape.seq_length} tokens a step; "
+            f"1 process, {threads} threads; gradient norm clipped at {shape.clip:g}; {rounds} rounds of {steps} timed steps a turn."
+        ),
         "",
         "| Loop | s/step (clock) | s/step (CPU) | over bare: clock, median [quartiles] | over bare: CPU time |",
         "|---|---|---|---|---|",
@@ -114,7 +117,7 @@ def table(figures: list[Figure], shape: Shape, *, rounds: int, steps: int, threa
 
 
 def machine(*, packages: bool = True) -> str:
-    """Versions (of the training libraries only if asked for) and processor, in one line."""
+    """Versions (of the training libraries only if asked for) and processor, as a paragraph."""
     import psutil
 
     model = platform.processor() or platform.machine()
@@ -123,9 +126,14 @@ def machine(*, packages: bool = True) -> str:
         model = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), model)
     names = "".join(f", {name} {version}" for name, version in versions().items()) if packages else ""
     load = psutil.getloadavg()[1]
-    return (
+    return fill(
         f"Python {platform.python_version()}{names}; {psutil.cpu_count()} cores ({model}); load average over the last 5 minutes {load:.1f}."
     )
+
+
+def fill(text: str) -> str:
+    """Wrap a paragraph of a page at 100 columns."""
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def start_up(*, num_procs: int = 2) -> str:
@@ -138,9 +146,11 @@ def start_up(*, num_procs: int = 2) -> str:
         again = [startup.command_to_first_step(config, common, num_procs=num_procs) for _ in range(3)]
         parts = startup.parts(config, [*common, "parallel.tp=1", "parallel.sequence_parallel=false"])
     lines = [
-        f"`toolkit train launch/recipes/quickstart.yaml --num-procs {num_procs}`: {first:.1f} s from the command to the first step line "
-        f"where the data is prepared on the way, {statistics.median(again):.1f} s (median of {len(again)}) once it is there. "
-        "Where a rank's time goes (one process, data prepared; before it come the command line and DeepSpeed's launcher):",
+        fill(
+            f"`toolkit train launch/recipes/quickstart.yaml --num-procs {num_procs}`: {first:.1f} s from the command to the first step line "
+            f"where the data is prepared on the way, {statistics.median(again):.1f} s (median of {len(again)}) once it is there. "
+            "Where a rank's time goes (one process, data prepared; before it come the command line and DeepSpeed's launcher):"
+        ),
         "",
         "| Part | s (clock) | s (CPU) |",
         "|---|---|---|",

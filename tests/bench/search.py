@@ -77,8 +77,8 @@ def table() -> str:
     from tests.bench import overhead  # last: it imports torch, and a child's peak memory counts from its parent's
 
     verbs = ", ".join(f"`toolkit {verb}` {clock:.2f} s (clock), {cpu:.2f} s (CPU)" for verb, (clock, cpu) in whole().items())
-    note = f"Fastest of {ROUNDS} fresh processes. From start to answer for Llama-3 8B on 8 GPUs: {verbs}. "
-    return "\n".join([*lines, "", note + overhead.machine(packages=False)])
+    note = f"Fastest of {ROUNDS} fresh processes. From start to answer for Llama-3 8B on 8 GPUs: {verbs}."
+    return "\n".join([*lines, "", overhead.fill(note), "", overhead.machine(packages=False)])
 
 
 def whole() -> dict[str, tuple[float, float]]:

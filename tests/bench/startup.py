@@ -25,17 +25,17 @@ config = load_config(Path(sys.argv[1]), sys.argv[2:]); lap("config: import pydan
 import torch; lap("import torch")
 import toolkit.model.cpu, deepspeed; lap("import deepspeed")
 import megatron.core; from megatron.core.models.gpt import GPTModel; lap("import megatron-core (most of it torch's compiler)")
-from toolkit.train import loop; from toolkit.train.resolve import plan; from toolkit.train.world import World, connect; import toolkit.engine.zero, toolkit.model.build; lap("import toolkit")
+from toolkit.train import loop; from toolkit.train.resolve import resolve; from toolkit.train.world import World, connect; import toolkit.engine.zero, toolkit.model.build; lap("import toolkit")
 world = World.from_environment()
-layout, data = plan(config, world.size); lap("rules, opening the prepared data")
-connect(world, layout, seed=config.run.seed); lap("process groups")
+resolved = resolve(config, world.size); lap("rules, opening the prepared data")
+connect(world, resolved.layout, seed=config.run.seed); lap("process groups")
 from toolkit.engine.zero import Engine
 init = Engine.__init__
 def timed(*args, **kwargs):
     lap("data sets, readers, model")
     init(*args, **kwargs); lap("DeepSpeed engine")
 Engine.__init__ = timed
-run = loop.Run(config, layout, data, world); lap("run folder, metrics")
+run = loop.Run(resolved, world); lap("run folder, metrics")
 run._step(1); lap("first step")
 print("PARTS " + json.dumps(parts), flush=True)
 import os; os._exit(0)

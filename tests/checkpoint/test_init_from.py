@@ -67,7 +67,7 @@ def test_not_a_fresh_run_nor_a_resumed_one(trained: tuple[Path, list[float]], po
         ({"model.num_layers": 2}, "it has model.num_layers=4, and this run has model.num_layers=2: every tensor"),
         ({"model.vocab_size": 300}, "it has model.vocab_size=250, and this run has model.vocab_size=300"),
         ({"model.family": "gpt"}, "it has model.family=llama, .* and this run has model.family=gpt"),
-        ({"model.hidden_size": 64, "model.attention_bias": True}, "model.hidden_size=32, .*model.attention_bias=false, and this run"),
+        ({"model.hidden_size": 64, "model.attention_bias": True}, "model.hidden_size=32, .*model.attention_bias=false, .*and this run"),
     ],
 )
 def test_another_model(keys: dict[str, Any], message: str, trained: tuple[Path, list[float]], tmp_path: Path) -> None:

@@ -12,23 +12,28 @@ import numpy as np
 import pytest
 import torch
 
+from tests.checkpoint import synthetic
 from tests.checkpoint.run import config_of
 from tests.checkpoint.runs import Run, metrics, write_config
 from tests.parity.cells import BOUNDS
 from tests.pool import Pool
+from toolkit.arch.optimizers import OPTIMIZERS
 from toolkit.arch.spec import Cut
+from toolkit.checkpoint.identity import check_same_states
 from toolkit.checkpoint.manifest import discover, read_manifest, verify_files
 from toolkit.checkpoint.reshard import reshard
 from toolkit.checkpoint.target import Target
 from toolkit.checkpoint.whole import MASTER, WholeCheckpoint, layout_of_manifest, model_spec
 from toolkit.config.load import load_config, override_config
 from toolkit.data.loader import batches
+from toolkit.errors import CheckpointError
 from toolkit.model.init import cut_out
 from toolkit.parallel.layout import Layout
 from toolkit.tensors import read_tensors
-from toolkit.train.resolve import plan
+from toolkit.train.resolve import resolve
 
 TRAIN = "tests.checkpoint.run:train"
+SYNTHETIC = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 32, "vocab_size": 100}
 LEG = 2  # steps in each layout: the second one's loss has seen the optimizer states, too
 
 
@@ -69,6 +74,9 @@ CHAINS: dict[str, tuple[dict[str, Any], list[tuple[int, dict[str, Any]]]]] = {
         [leg(2, 2), leg(2, 1, **TP)],
     ),
     "uneven": ({"model.num_layers": 6}, [leg(4, 1, parallel__pp=4), leg(2, 3, **PP, parallel__vpp=2), leg(1, 0)]),
+    # three layers: data-parallel ranks' partitions then meet within a matrix
+    "muon": ({"optimizer.name": "muon", "model.num_layers": 3}, [leg(2, 1, **TP), leg(4, 1), leg(2, 0, **PP), leg(4, 1, **TP), leg(1, 1)]),
+    "sgd": ({"optimizer.name": "sgd"}, [leg(2, 1, **TP), leg(2, 3), leg(2, 2, **PP)]),
     "nvme": ({}, [leg(2, 1, **TP), leg(2, 3, zero__offload_optimizer="nvme", zero__offload_param="nvme"), leg(1, 1)]),
 }
 
@@ -126,6 +134,16 @@ def test_the_same_layout_cut_otherwise(stage: int, key: dict[str, Any], pool: Po
     assert files[0] != files[1]
 
 
+def test_states_of_another_optimizer_are_refused(tmp_path: Path) -> None:
+    manifest = read_manifest(synthetic.write(tmp_path / "run", SYNTHETIC))
+    config = override_config(manifest.config, ["optimizer.name=adam"])
+    check_same_states(manifest, config, path=tmp_path)
+    config = override_config(manifest.config, ["optimizer.name=muon"])
+    text = r"optimizer\.name=adamw \(exp_avg, exp_avg_sq\), and this run's muon keeps momentum_buffer, exp_avg, exp_avg_sq"
+    with pytest.raises(CheckpointError, match=text):
+        check_same_states(manifest, config, path=tmp_path)
+
+
 def check_cut(one: Path, other: Path) -> set[str]:
     """Files that one run's last checkpoint and another's first do not share by name."""
     return {p.name for p in (one / f"checkpoints/step-{2 * LEG:08d}").iterdir()} ^ {
@@ -137,7 +155,9 @@ def check_whole(folder: Path) -> None:
     """Every fragment in every file is that part of the whole tensor."""
     with WholeCheckpoint(folder) as whole:
         layout, steps, spec = layout_of_manifest(whole.manifest), whole.manifest.step, model_spec(whole.manifest)
-        assert whole.numbers["step"] == whole.numbers["counters"]["global_steps"] == steps
+        optimizer = OPTIMIZERS[whole.manifest.config["optimizer"]["name"]]
+        counts = any(group.rule.counts for group in optimizer.groups)
+        assert whole.numbers["step"] == (steps if counts else None) and whole.numbers["counters"]["global_steps"] == steps
         assert whole.names[0] == "embedding.word_embeddings.weight" and len(whole.names) == len(set(whole.names))
         layers = [int(n.split(".")[2]) for n in whole.names if ".layers." in n]
         assert layers == sorted(layers) and set(layers) == set(range(whole.manifest.config["model"]["num_layers"]))
@@ -148,7 +168,8 @@ def check_whole(folder: Path) -> None:
             for name, start, at, count in json.loads(metadata["fragments"]):
                 cut = Cut(parameters[name]["dim"], parameters[name]["blocks"])
                 assert cut == spec.weight(name).cut, name
-                assert set(whole.keys(name)) == {MASTER, "exp_avg", "exp_avg_sq"} and whole.dtype(name) == torch.float32
+                rule = optimizer.groups[optimizer.group_of(spec.weight(name).group)].rule
+                assert set(whole.keys(name)) == {MASTER, *rule.states} and whole.dtype(name) == torch.float32
                 for key in whole.keys(name):
                     part = cut_out(cut, whole.read(name, key), tp=layout.tp, rank=tp)
                     assert list(part.shape) == parameters[name]["shape"]
@@ -198,7 +219,7 @@ def test_the_same_samples_in_every_step(text: Path, tmp_path: Path) -> None:
     assert (one := Run(config, *same, "train.steps=6", f"run.dir={tmp_path / 'one'}")).wait() == 0, one.text()
     seen = []
     for ranks, steps in ((1, 2), (4, 4), (2, 6)):
-        layout, _ = plan(load_config(config, [*same, f"train.steps={steps}"]), ranks)
+        layout = resolve(load_config(config, [*same, f"train.steps={steps}"]), ranks).layout
         consumed = sum(f.step == steps - 2 and f.manifest.consumed_samples for f in discover(tmp_path / "run/checkpoints") if f.manifest)
         seen += step_ids(layout, consumed=consumed, steps=2)
         assert (moved := Run(config, *same, f"train.steps={steps}", ranks=ranks)).wait() == 0, moved.text()

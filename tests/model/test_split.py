@@ -8,9 +8,9 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from toolkit.config.load import parse_config
 from toolkit.model.build import transformer_config
-from toolkit.parallel.layout import Layout, seats
+from toolkit.parallel.layout import Layout, split_layers
 
-CASES = [(layers, pp, vpp) for layers in range(1, 19) for pp in (2, 3, 4) for vpp in (1, 2, 3) if seats(layers, pp * vpp)]
+CASES = [(layers, pp, vpp) for layers in range(1, 19) for pp in (2, 3, 4) for vpp in (1, 2, 3) if split_layers(layers, pp * vpp)]
 
 
 @pytest.mark.parametrize(("layers", "pp", "vpp"), [*CASES, (126, 16, 4)])

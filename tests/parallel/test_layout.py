@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from toolkit.config.load import parse_config
-from toolkit.parallel.layout import Coordinates, Layout, seats
+from toolkit.parallel.layout import Coordinates, Layout, split_layers
 
 degree = st.integers(1, 4)
 layouts = st.builds(Layout, tp=degree, pp=degree, vpp=st.integers(1, 3), cp=st.integers(1, 3), dp=degree)
@@ -32,7 +32,7 @@ def test_order_is_tp_cp_dp_pp() -> None:
 
 @given(layouts, st.integers(1, 40))
 def test_every_layer_lies_in_one_chunk(layout: Layout, count: int) -> None:
-    assume(seats(count, layout.pp * layout.vpp))
+    assume(split_layers(count, layout.pp * layout.vpp))
     chunks = [layout.layers_of(count, stage=s, chunk=c) for c in range(layout.vpp) for s in range(layout.pp)]
     assert [layer for chunk in chunks for layer in chunk] == list(range(count))
     sizes = [len(chunk) for chunk in chunks]
@@ -55,7 +55,7 @@ def test_every_layer_lies_in_one_chunk(layout: Layout, count: int) -> None:
     ],
 )
 def test_the_ends_count_as_layers_where_layers_alone_do_not_divide(layers: int, chunks: int, split: tuple[int, int] | None) -> None:
-    assert seats(layers, chunks) == split
+    assert split_layers(layers, chunks) == split
 
 
 def test_of_derives_dp_and_micro_batches() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.parallel.order import Pass, order, timeline, warmup
+from toolkit.parallel.order import ScheduledPass, order, timeline, warmup
 
 
 @st.composite
@@ -21,7 +21,7 @@ def pipelines(draw: st.DrawFn) -> dict[str, int]:
 @settings(max_examples=60, deadline=None)
 @given(p=pipelines())
 def test_every_stage_runs_every_pass_once(p: dict[str, int]) -> None:
-    expected = {Pass(kind, m, c) for kind in ("forward", "backward") for m in range(p["microbatches"]) for c in range(p["vpp"])}  # type: ignore[arg-type]
+    expected = {ScheduledPass(kind, m, c) for kind in ("forward", "backward") for m in range(p["microbatches"]) for c in range(p["vpp"])}  # type: ignore[arg-type]
     for stage in range(p["pp"]):
         passes = order(stage=stage, **p)
         assert len(passes) == len(expected) and set(passes) == expected

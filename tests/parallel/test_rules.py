@@ -14,7 +14,7 @@ from toolkit.config.load import dump_config, load_config, parse_config
 from toolkit.config.schema import RunConfig
 from toolkit.errors import LayoutError
 from toolkit.parallel.case import Case, Machine
-from toolkit.parallel.layout import Layout, seats
+from toolkit.parallel.layout import Layout, split_layers
 from toolkit.parallel.rules import RULES, check, legal, rules_markdown, violations
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +88,21 @@ BROKEN: list[tuple[str, dict[str, Any], int, Machine, list[str]]] = [
     ("rope-scaling", {"model.family": "gpt", "model.rope_scaling": {"factor": 2}}, 1, GPU, ["model.family=gpt"]),
     ("compile-stage", {"model.compile": True, "zero.stage": 2}, 1, GPU, ["zero.stage=2"]),
     ("offload-optimizer-stage", {"zero.offload_optimizer": "cpu", "zero.stage": 0}, 1, GPU, ["zero.offload_optimizer=cpu", "zero.stage=1"]),
+    (
+        "optimizer-offload",
+        {"optimizer.name": "sgd", "zero.offload_optimizer": "cpu"},
+        1,
+        GPU,
+        ["zero.offload_optimizer=cpu with optimizer.name=sgd", "zero.offload_optimizer=none or optimizer.name=adamw"],
+    ),
+    ("muon-stage", {"optimizer.name": "muon", "zero.stage": 2}, 2, GPU, ["optimizer.name=muon with zero.stage=2", "Set zero.stage=1"]),
+    (
+        "muon-stage",
+        {"optimizer.name": "muon", "zero.stage": 3, "zero.offload_param": "cpu"},
+        2,
+        GPU,
+        ["zero.stage=1 and zero.offload_param=none"],
+    ),
     ("offload-param-stage", {"zero.offload_param": "cpu", "zero.stage": 2}, 1, GPU, ["zero.offload_param=cpu", "zero.stage=3"]),
     ("nvme-optimizer-stage", {"zero.offload_optimizer": "nvme", "zero.nvme_path": "/d", "zero.stage": 2}, 1, GPU, ["zero.stage=3"]),
     (
@@ -240,7 +255,7 @@ def test_a_legal_layout_or_suggestions_that_mend(picked: list[tuple[str, int]], 
         layout = check(config, world_size, machine=machine)
         assert layout.world_size == world_size
         assert layout.num_microbatches * layout.micro_batch_size * layout.dp == config.train.global_batch_size
-        assert seats(config.model.num_layers, layout.pp * layout.vpp)
+        assert split_layers(config.model.num_layers, layout.pp * layout.vpp)
     for violation in found:
         assert violation.what and violation.why and violation.fix.endswith(".")
         assert violation.suggest, violation

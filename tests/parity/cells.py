@@ -37,6 +37,7 @@ class Cell:
         k = self.keys
         parts = [
             k.get("model.family", "llama"),
+            *([k["optimizer.name"]] if "optimizer.name" in k else []),
             *(f"{d}{k[f'parallel.{d}']}" for d in ("tp", "pp", "vpp") if k.get(f"parallel.{d}", 1) > 1),
         ]
         dp = self.world // (k.get("parallel.tp", 1) * k.get("parallel.pp", 1))
@@ -66,7 +67,7 @@ class Cell:
     @property
     def reference(self) -> Cell:
         """The single-process ZeRO-0 run whose losses and norms this one must have."""
-        same = ("model.", "train.precision", "train.global_batch_size")
+        same = ("model.", "optimizer.", "train.precision", "train.global_batch_size")
         return Cell(1, {k: v for k, v in self.keys.items() if k.startswith(same) and k != "model.compile"} | {"zero.stage": 0})
 
     def uses(self, device: str) -> bool:
@@ -75,6 +76,25 @@ class Cell:
     @property
     def uses_param_nvme(self) -> bool:
         return self.keys.get("zero.offload_param") == "nvme"
+
+    @property
+    def features(self) -> frozenset[tuple[str, Any]]:
+        """What a run consists of, one value of each dimension; `test_the_default_cells_cover` holds them to the cells that always run."""
+        k = self.keys
+        degrees = {d: k.get(f"parallel.{d}", 1) for d in ("tp", "pp", "vpp")}
+        found = degrees | {
+            "dp": self.world // (degrees["tp"] * degrees["pp"]),
+            "world": self.world,
+            "sequence parallel": bool(k.get("parallel.sequence_parallel")),
+            "stage": k.get("zero.stage", 0),
+            "optimizer": k.get("zero.offload_optimizer", "none"),
+            "param": k.get("zero.offload_param", "none"),
+            "family": k.get("model.family", "llama"),
+            "tied": bool(k.get("model.tie_embeddings")),
+            "precision": self.precision,
+            "recompute": k.get("train.recompute", "none"),
+        }
+        return frozenset(found.items())
 
     @property
     def rare(self) -> bool:
@@ -148,6 +168,7 @@ def llama() -> list[Cell]:
     return cells
 
 
+@functools.cache
 def extras() -> list[Cell]:
     """torch.compile as far as the rules leave it, ZeRO++'s second partition of parameters (hpZ), biases other than the family's,
     overlap_comm, which many a DeepSpeed JSON has, stages that differ because the layers do not divide, and the other families."""
@@ -179,12 +200,90 @@ def extras() -> list[Cell]:
         Cell(2, {"model.family": "qwen3", "model.head_dim": 16, "parallel.pp": 2, "zero.stage": 2}),
         Cell(4, sp | {"model.family": "qwen3", "model.head_dim": 16, "parallel.pp": 2, "zero.stage": 3}),
     ]
-    return [Cell(4, hpz), Cell(4, hpz | {"parallel.pp": 2}), *compiled, *biases, *overlapped, *uneven, *families]
+    return [Cell(4, hpz), Cell(4, hpz | {"parallel.pp": 2}), *compiled, *biases, *overlapped, *uneven, *families, *optimizers()]
+
+
+MUON = {"optimizer.name": "muon"}
+# of two data-parallel ranks, whose partitions meet within a matrix: with an even number they meet between layers
+CUT_MATRICES = {"zero.stage": 1, "model.num_layers": 3}
+
+
+def optimizers() -> list[Cell]:
+    """Muon where a matrix is cut in each way it can be, and SGD over the stages of ZeRO."""
+    sgd = {"optimizer.name": "sgd", "optimizer.lr": 0.03}
+    tp, pp, sp = {"parallel.tp": 2}, {"parallel.pp": 2}, {"parallel.tp": 2, "parallel.sequence_parallel": True}
+    muon = [
+        (2, tp | {"zero.stage": 0}),
+        (2, {"zero.stage": 0}),
+        (2, CUT_MATRICES),
+        (3, THREES | {"model.num_layers": 4, "zero.stage": 1}),
+        (4, sp | CUT_MATRICES | {"model.qk_layernorm": True}),
+        (4, tp | pp | {"zero.stage": 1}),
+        (4, pp | {"zero.stage": 1, "model.tie_embeddings": True}),
+        (4, sp | {"zero.stage": 1, "model.family": "gpt", "train.precision": "bf16"}),
+        (2, pp | {"zero.stage": 1, "parallel.vpp": 2, "model.num_layers": 6, "train.precision": "fp16"}),
+    ]
+    plain = [
+        (2, sp | {"zero.stage": 1}),
+        (4, tp | {"zero.stage": 2}),
+        (4, pp | {"zero.stage": 3, "model.tie_embeddings": True}),
+        (2, {"zero.stage": 2, "train.precision": "bf16"}),
+    ]
+    rows = [(world, MUON | keys) for world, keys in muon] + [(world, sgd | keys) for world, keys in plain]
+    return [Cell(world, keys | batches(world // _model_ranks(keys), keys.get("parallel.pp", 1), world)) for world, keys in rows]
+
+
+def _model_ranks(keys: dict[str, Any]) -> int:
+    return int(keys.get("parallel.tp", 1) * keys.get("parallel.pp", 1))
 
 
 def _uneven(world: int, layers: int, keys: dict[str, Any]) -> Cell:
     dp = world // (keys.get("parallel.tp", 1) * keys["parallel.pp"])
     return Cell(world, keys | {"model.num_layers": layers} | batches(dp, keys["parallel.pp"], world))
+
+
+def families() -> list[Cell]:
+    """Every family at every ZeRO stage; those that extras() and cover() have already are left out."""
+    shapes: dict[str, dict[str, Any]] = {"mistral": {"model.sliding_window": 32}, "qwen2": {}, "qwen3": {"model.head_dim": 16}}
+    there = {(c.keys["model.family"], c.keys["zero.stage"]) for c in extras() if "model.family" in c.keys}
+    missing = [(f, stage) for f in shapes for stage in range(4) if (f, stage) not in there]
+    # by turns on two data-parallel and two tensor-parallel ranks
+    layouts: tuple[dict[str, Any], ...] = ({}, {"parallel.tp": 2})
+    return [Cell(2, {"model.family": f, "zero.stage": stage} | shapes[f] | layouts[i % 2]) for i, (f, stage) in enumerate(missing)]
+
+
+def pairs(cell: Cell) -> set[Any]:
+    """What a cell covers: each of its features, and each together with its ZeRO stage."""
+    stage = next(f for f in cell.features if f[0] == "stage")
+    return set(cell.features) | {(stage, f) for f in cell.features}
+
+
+@functools.cache
+def always() -> list[Cell]:
+    """The cells of every test run: special() cells, the pairwise cover, and as few of the whole space as its features need.
+
+    The rest of the space runs with `make parity`.
+    """
+    chosen = [*extras(), *families(), *special(), *cover()]
+    candidates = [c for c in llama() if not c.rare]
+    wanted = set().union(*(pairs(c) for c in candidates)) - set().union(*(pairs(c) for c in chosen))
+    while wanted:
+        best = max(candidates, key=lambda c: len(pairs(c) & wanted))
+        wanted -= pairs(best)
+        chosen.append(best)
+    return chosen
+
+
+def special() -> list[Cell]:
+    """What pairs of features do not name: a tied embedding whose copies ZeRO-2 and 3 hold on two stages, with and without offload, and
+    interleaved chunks whose gradients ZeRO-3 would carry over to the next step."""
+    tied = {"parallel.pp": 2, "model.tie_embeddings": True}
+    return [
+        *(Cell(2, tied | {"zero.stage": stage} | batches(1, 2, 2)) for stage in (2, 3)),
+        Cell(4, tied | {"parallel.tp": 2, "zero.stage": 3, "parallel.sequence_parallel": True} | batches(1, 2, 4)),
+        Cell(2, tied | {"zero.stage": 2, "zero.offload_optimizer": "cpu"} | batches(1, 2, 2)),
+        Cell(2, {"parallel.pp": 2, "parallel.vpp": 2, "zero.stage": 3} | layers(4) | batches(1, 2, 2)),
+    ]
 
 
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -204,6 +303,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 }
 
 
+@functools.cache
 def cover(*, candidates: int = 1500, seed: int = 1) -> list[Cell]:
     """A pairwise cover: each legal pair of two factors' values is in some cell, found greedily.
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.plan.questions import GPUS, identity, one_by_one, question, smaller_memory
-from toolkit.cost.memory import GIB
+from toolkit.cost.memory import GIB, HEADROOM
 from toolkit.hardware.catalogue import parse_hardware
 from toolkit.parallel import rules
 from toolkit.parallel.options import divisors
@@ -102,6 +102,8 @@ def test_memory_and_time_and_price_limits_hold() -> None:
     best = asked.ask(top=1).plans[0]
     roomy = replace(asked, limits=Limits(headroom=60 * GIB)).ask(top=3).plans
     assert roomy and all(plan.worst.device + 60 * GIB <= plan.memory.capacity for plan in roomy)
+    tight = smaller_memory(asked, best.worst.device / GIB + 0.5).ask(top=3).plans
+    assert tight and all(plan.worst.device + HEADROOM <= plan.memory.capacity for plan in tight)
     slow = replace(asked, objective="fewest-gpus", limits=Limits(max_step_s=2 * best.time.step)).ask(top=1).plans[0]
     assert slow.gpus < best.gpus and slow.time.step <= 2 * best.time.step
     budget = Limits(price=2.0, max_cost=1.0, steps=100)
@@ -142,6 +144,6 @@ def test_offload_is_taken_only_where_it_is_needed() -> None:
 def test_the_work_does_not_grow_with_the_gpus() -> None:
     """A batch of 256 sequences bounds the copies, so that past some size more GPUs add no candidates."""
     model = {"num_layers": 48, "hidden_size": 4096, "num_attention_heads": 32, "num_query_groups": 8}
-    few, many = (tune(question(f"h100-80gb:8x{nodes}", model=model, batch=256), what_if=False).found for nodes in (2**10, 2**17))
+    few, many = (tune(question(f"h100-80gb:8x{nodes}", model=model, batch=256), what_if=False).result for nodes in (2**10, 2**17))
     assert many.candidates <= 1.5 * few.candidates
     assert many.sized + many.timed <= 3 * (few.sized + few.timed)

@@ -147,8 +147,8 @@ def test_calibrating_meets_the_median_run_and_the_planner_takes_it(tried: Tried,
     assert (entry["gpu"], entry["precision"], entry["rows"], entry["steps"]) == ("cpu", "fp32", 2, 4)
     assert entry["sources"] == sorted(map(str, folders)) and entry["fitted"]
     assert prod(1 + bias for bias in entry["bias_left"].values()) == pytest.approx(1, rel=0.05), "as far above one as below the other"
-    assert calibration.scale_for(find_gpu("cpu"), "fp32", own=out) == entry["scale"]
-    assert calibration.scale_for(find_gpu("h100"), "bf16", own=out) == calibration.scale_for(find_gpu("h100"), "bf16")
+    assert calibration.scale_for(find_gpu("cpu"), "fp32", users_file=out) == entry["scale"]
+    assert calibration.scale_for(find_gpu("h100"), "bf16", users_file=out) == calibration.scale_for(find_gpu("h100"), "bf16")
     one = runs.calibrate([runs.read_run(folders[0])])[0]
     assert abs(one["bias_left"][str(folders[0])]) < 0.02, "one run is met exactly"
     shown = CliRunner().invoke(

@@ -64,8 +64,8 @@ def test_reasons_name_the_part_that_is_longer() -> None:
     plans = tune(asked, top=2, what_if=False)
     answer = replace(
         plans,
-        found=replace(
-            plans.found, plans=[plans.best, *replace(asked, fixed={"tp": (2,), "recompute": ("full",), "micro": (1,)}).ask(top=1).plans]
+        result=replace(
+            plans.result, plans=[plans.best, *replace(asked, fixed={"tp": (2,), "recompute": ("full",), "micro": (1,)}).ask(top=1).plans]
         ),
     )
     assert "recomputation +" in tune_json(answer)["plans"][1]["why_not"]
@@ -136,9 +136,9 @@ def test_a_model_that_fits_nowhere_says_by_how_much_and_what_would_help() -> Non
     text = str(refused.value)
     assert "fit in no legal layout on 1 GPU of" in text and "GiB more than the 230.4 GiB that are free there" in text
     ram = float(re.search(r"([0-9.]+) GiB of RAM a node makes it fit", text)[1])  # type: ignore[index]
-    assert tune(asked.with_host_gib(1.01 * ram), what_if=False).found.plans
+    assert tune(asked.with_host_gib(1.01 * ram), what_if=False).result.plans
     spec_named = text.split("It fits on ")[1].split(" ")[0]
-    assert tune(question(spec_named, model=large, seq=2048), what_if=False).found.plans
+    assert tune(question(spec_named, model=large, seq=2048), what_if=False).result.plans
     with pytest.raises(LayoutError, match=r"GiB more than the 64\.0 GiB there"):
         tune(question("cpu:1", model=large, seq=2048))
     fixed = replace(question("h100-80gb:1", model=large, seq=8192), fixed={"recompute": ("none",), "offload_optimizer": ("none",)})
@@ -217,7 +217,7 @@ def test_verbs_start_without_training_libraries(verb: str, config: Path) -> None
 
 
 def test_deepspeed_json_of_the_user_stays(tmp_path: Path) -> None:
-    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": "auto", "overlap_comm": true}, "wall_clock_breakdown": true}')
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": "auto", "overlap_comm": true}, "memory_breakdown": true}')
     path = tmp_path / "run.yaml"
     model = ", ".join(f"{key}: {value}" for key, value in SHAPE.items())
     path.write_text(f"model: {{{model}}}\nzero: {{config: {tmp_path}/ds.json}}\ntrain: {{global_batch_size: 8, seq_length: 1024}}\n")
@@ -226,4 +226,4 @@ def test_deepspeed_json_of_the_user_stays(tmp_path: Path) -> None:
     )
     assert code == 0, text
     ds_config = json.loads((tmp_path / "plan" / "ds_config.json").read_text())
-    assert ds_config["wall_clock_breakdown"] is True and ds_config["zero_optimization"]["overlap_comm"] is True
+    assert ds_config["memory_breakdown"] is True and ds_config["zero_optimization"]["overlap_comm"] is True

@@ -66,7 +66,7 @@ def all_kinds(_: Any) -> dict[str, tuple[int, int]]:
             work.wait()
         dist.all_reduce(torch.ones(1000), group=own)  # of one rank: nothing moves
     dist.all_reduce(torch.ones(7))  # no longer counted
-    return {row.operation: (row.calls, row.nbytes) for row in wire.found.values()}
+    return {row.operation: (row.calls, row.nbytes) for row in wire.rows.values()}
 
 
 @pytest.mark.parametrize(("world", "keys"), [(2, {"parallel.pp": 2}), (2, {"parallel.pp": 2, "parallel.vpp": 2, "model.num_layers": 4})])

@@ -27,7 +27,7 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
             meter = play.step()
     groups = list(recorder.groups)
     return {
-        "parts": dict(meter.found.parts),
+        "parts": dict(meter.measured.parts),
         "peak": recorder.step.peak.nbytes,
         "at": [recorder.step.peak.phase, recorder.step.peak.module, recorder.step.peak.operator],
         "messages": [[m.operation, list(groups[m.group]), m.nbytes, m.dtype, m.peer] for m in recorder.step.messages],

@@ -12,11 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from toolkit.checkpoint.claim import FolderLock
-from toolkit.checkpoint.manifest import NAME, Found, Manifest, discover, is_folder_name, look_at, read_manifest, verify_files
-from toolkit.checkpoint.prune import prune
+from toolkit.checkpoint.folders import prune
+from toolkit.checkpoint.manifest import NAME, CheckpointFolder, Manifest, discover, is_folder_name, look_at, read_manifest, verify_files
 from toolkit.errors import CheckpointError
-from toolkit.files import remove_leftovers, remove_tree
+from toolkit.files import FolderLock, remove_leftovers, remove_tree
 
 app = typer.Typer(no_args_is_help=True, help="Look at, check and thin out a run's checkpoints.")
 
@@ -29,7 +28,7 @@ def list_checkpoints(folder: Folder) -> None:
     table = Table("step", "state", box=None)
     for column in ("size", "saved (UTC)", "ranks", "layout", "samples"):
         table.add_column(column, no_wrap=True)
-    for f in _found(folder):
+    for f in _checkpoints_in(folder):
         m = f.manifest
         if m is None:
             table.add_row(str(f.step), f"{'damaged' if f.finished else 'unfinished'}: {f.problem}", "", "", "", "", "")
@@ -51,11 +50,11 @@ def list_checkpoints(folder: Folder) -> None:
 
 @app.command("verify")
 def verify(folder: Folder) -> None:
-    """Read every file of every checkpoint and hold it to its checksum; exit code 2 when one is damaged."""
-    found = _found(folder)
-    problems = _verified(found)
+    """Read every file of every checkpoint and compare its checksum; exit code 2 when one is damaged."""
+    checkpoints = _checkpoints_in(folder)
+    problems = _verified(checkpoints)
     console = _console()
-    for f in found:
+    for f in checkpoints:
         if f.path.name in problems:
             console.print(f"{f.path.name}: DAMAGED: {problems[f.path.name]}", soft_wrap=True)
         elif not f.finished:
@@ -64,7 +63,7 @@ def verify(folder: Folder) -> None:
             console.print(f"{f.path.name}: good")
     if problems:
         raise CheckpointError(
-            f"{len(problems)} of {len(found)} checkpoints in {folder} are damaged",
+            f"{len(problems)} of {len(checkpoints)} checkpoints in {folder} are damaged",
             fix="Nothing was deleted; a run resumes from the newest good one with checkpoint.resume=auto.",
         )
 
@@ -80,16 +79,16 @@ def prune_checkpoints(
     folder = _folder(folder)
     lock = FolderLock(folder)
     try:
-        found = discover(folder)
+        checkpoints = discover(folder)
         good, distrusted = 0, dict[str, str]()
-        for f in found:  # newest first, until enough are known to be good
+        for f in checkpoints:  # newest first, until enough are known to be good
             if good < keep and f.finished:
                 problems = _verified([f])
                 distrusted |= problems
                 good += not problems
         token = secrets.token_hex(4)
         gone = [p.name for p in prune(folder, keep=keep, token=token, distrusted=distrusted)]
-        for f in found:
+        for f in checkpoints:
             if not f.finished:
                 remove_tree(f.path, token=token)
                 gone.append(f.path.name)
@@ -138,7 +137,7 @@ def reshard_checkpoint(
 def _complete(source: Path) -> tuple[Path, Manifest]:
     """A complete checkpoint: the folder itself, or the newest one in it."""
     if not (source / NAME).exists():
-        newest = next((f for f in _found(source) if f.finished), None)
+        newest = next((f for f in _checkpoints_in(source) if f.finished), None)
         if newest is None:
             raise CheckpointError(f"{source} holds no complete checkpoint", fix="Name a folder that does.")
         source = newest.path
@@ -156,22 +155,22 @@ def _folder(folder: Path) -> Path:
     return folder
 
 
-def _found(folder: Path) -> list[Found]:
+def _checkpoints_in(folder: Path) -> list[CheckpointFolder]:
     if (folder / NAME).exists():  # one checkpoint, or what `toolkit convert import` wrote
         return [look_at(folder)]
     folder = _folder(folder)
-    found = discover(folder)
-    if not found:
+    checkpoints = discover(folder)
+    if not checkpoints:
         raise CheckpointError(f"{folder} holds no checkpoint", fix="Name a run folder, or the folder its checkpoints are in.")
-    return found
+    return checkpoints
 
 
-def _verified(found: list[Found]) -> dict[str, str]:
+def _verified(checkpoints: list[CheckpointFolder]) -> dict[str, str]:
     """Folder name -> what is wrong, of the damaged ones."""
-    problems = {f.path.name: f.problem for f in found if f.finished and f.manifest is None}
+    problems = {f.path.name: f.problem for f in checkpoints if f.finished and f.manifest is None}
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        for f in found:
+        for f in checkpoints:
             if f.manifest is not None:
                 task = progress.add_task(f.path.name, total=f.bytes)
                 if problem := verify_files(f.path, f.manifest.files, progress=partial(progress.advance, task)):

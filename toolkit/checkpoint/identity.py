@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.checkpoint.manifest import Manifest
-from toolkit.config.schema import RunConfig
+from toolkit.config.schema import OptimizerSection, RunConfig
 from toolkit.data.dataset import PreparedData
+from toolkit.data.given import GivenData
 from toolkit.errors import CheckpointError
 from toolkit.parallel.layout import Layout
 
@@ -18,7 +19,7 @@ _FREE_MODEL_KEYS = frozenset(
 _QUIET = ("run.dir", "checkpoint.", "log.", "data.workers", "data.cache_dir", "zero.config", "zero.nvme_path")
 
 
-def identity_of(config: RunConfig, data: PreparedData) -> dict[str, Any]:
+def identity_of(config: RunConfig, data: PreparedData | GivenData) -> dict[str, Any]:
     """What decides the meaning of the weights and the order of the samples: equal, or the run is another one."""
     return model_identity(config) | {
         "run.seed": config.run.seed,
@@ -37,10 +38,10 @@ def model_identity(config: RunConfig) -> dict[str, Any]:
 
 
 def _known_now(manifest: Manifest) -> dict[str, Any]:
-    """A checkpoint's config with the keys that its version did not know yet, as that version behaved."""
+    """A checkpoint's config, completed with keys that its version lacked, set as that version behaved."""
     try:
         return RunConfig.model_validate(manifest.config).model_dump(mode="json")
-    except ValueError:  # of a version that knew other keys: compared as it is
+    except ValueError:  # another version's keys: compare the config as it is
         return manifest.config
 
 
@@ -71,13 +72,33 @@ def check_same_run(manifest: Manifest, identity: Mapping[str, Any], *, path: Pat
         )
 
 
+def check_same_states(manifest: Manifest, config: RunConfig, *, path: Path) -> None:
+    """Raise CheckpointError where the run's optimizer keeps other states than the checkpoint's, which would mean nothing to it."""
+    there = OptimizerSection.model_validate(_known_now(manifest)["optimizer"])
+    if _states(there) != _states(config.optimizer):
+        raise CheckpointError(
+            f"{path} holds the states of optimizer.name={there.name} ({_states_shown(there)}), "
+            f"and this run's {config.optimizer.name} keeps {_states_shown(config.optimizer)}",
+            why="states of another optimizer mean nothing to it",
+            fix=f"Set optimizer.name={there.name} as it was, or start from the weights alone with checkpoint.init_from and another run.dir.",
+        )
+
+
+def _states(section: OptimizerSection) -> list[Any]:
+    return [(group.weights, group.rule.states, group.rule.counts) for group in section.spec.groups]
+
+
+def _states_shown(section: OptimizerSection) -> str:
+    return ", ".join(dict.fromkeys(state for group in section.spec.groups for state in group.rule.states)) or "none"
+
+
 def same_degrees(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether every rank has the same place in both layouts, whatever the ZeRO stage, offload and precision."""
     return all(one[k] == other[k] for k in one if k.startswith("parallel.") or k == "dp")
 
 
 def moved(manifest: Manifest, layout: Mapping[str, Any]) -> str:
-    """How a checkpoint is cut that this run is not, in words; "" where they are cut alike."""
+    """How a checkpoint's layout differs from this run's, in words; "" where it does not."""
     here, there = _differences(layout, manifest.layout)
     processes = f"{manifest.processes} process{'' if manifest.processes == 1 else 'es'}"
     return f"it was saved by {processes} with {there}, and this run has {here}" if here else ""

@@ -1,4 +1,4 @@
-"""Putting a checkpoint's state back into an engine: as it was where each rank finds its own part, else cut anew on the fly."""
+"""Restore a checkpoint into an engine: as it was where each rank finds its own part, else resharded on the fly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import TypeVar
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from toolkit.checkpoint.agree import everywhere
 from toolkit.checkpoint.identity import layout_of, same_degrees
 from toolkit.checkpoint.move import fill
 from toolkit.checkpoint.names import group_file, holder, rank_file
@@ -22,6 +21,7 @@ from toolkit.checkpoint.whole import WholeCheckpoint
 from toolkit.config.schema import RunConfig
 from toolkit.engine.state import EngineState, set_generators
 from toolkit.errors import CheckpointError
+from toolkit.parallel.agree import everywhere
 from toolkit.parallel.groups import seed_generators
 from toolkit.parallel.layout import Layout
 from toolkit.tensors import read_metadata, read_tensors
@@ -54,7 +54,7 @@ def restore(resume: Resume, state: EngineState, config: RunConfig, layout: Layou
         everywhere(lambda: opened.append(WholeCheckpoint(folder)))
         fill(state, opened[0], tp=layout.tp, tp_rank=layout.coordinates(rank).tp)
         state.set_numbers(opened[0].numbers, same_precision=here["train.precision"] == there["train.precision"])
-    # a checkpoint that was cut for these degrees offline has no generators to give
+    # a checkpoint that was resharded offline may hold no generator states
     if not all(everywhere(lambda: same_degrees(here, there) and _guarded(folder, lambda: _read_generators(folder, rank)))):
         digest = hashlib.sha256(f"{config.run.seed}:{resume.step}".encode()).digest()
         seed_generators(layout.coordinates(rank), seed=int.from_bytes(digest[:4], "little"))

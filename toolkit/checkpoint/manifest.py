@@ -7,18 +7,18 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from toolkit.files import FileRecord, sync_folder, write_durably
+from toolkit.files import FileRecord, file_sha256, sync_folder, write_durably
 
 FORMAT = 1
 NAME = "manifest.json"
 LATEST = "latest"
 _STEP = re.compile(r"step-(\d{8,})")
-_CHUNK = 1 << 19
 
 
 class Manifest(BaseModel):
@@ -61,7 +61,7 @@ def _digest(fields: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Found:
+class CheckpointFolder:
     """A folder named like a checkpoint. manifest: None where it cannot be used; problem: why; finished: whether saving it had ended."""
 
     path: Path
@@ -75,6 +75,11 @@ class Found:
         return sum(f.bytes for f in self.manifest.files) if self.manifest else 0
 
 
+def versions() -> dict[str, str]:
+    """Versions of the libraries that compute with the weights, by name."""
+    return {name: version(name) for name in ("torch", "megatron-core", "deepspeed")}
+
+
 def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
@@ -86,7 +91,7 @@ def is_folder_name(name: str) -> bool:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """The last act of saving: from here on the checkpoint counts."""
     manifest = manifest.model_copy(update={"checksum": manifest.digest()})
-    write_durably(folder / NAME, (json.dumps(manifest.fields(), indent=1) + "\n").encode())
+    write_durably(folder / NAME, json.dumps(manifest.fields(), indent=1) + "\n")
     sync_folder(folder)
 
 
@@ -102,7 +107,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(raw, dict):
         raise ValueError(f"{path} is damaged: it holds no fields")
     if raw.get("format") != FORMAT:
-        # before the checksum: another version may compute another one
+        # checked before the checksum, which another version may compute in another way
         raise ValueError(f"{path} has format {raw.get('format')!r}, and this version reads format {FORMAT}")
     if raw.get("checksum") != _digest(raw):
         raise ValueError(f"{path} is damaged: its content does not match its checksum")
@@ -112,31 +117,31 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{path} is damaged: {e.errors()[0]['msg']}") from None
 
 
-def discover(folder: Path) -> list[Found]:
+def discover(folder: Path) -> list[CheckpointFolder]:
     """Every checkpoint in a folder, newest first, whole or not; found by looking, not by the file `latest`.
 
-    Sizes are held to the manifest here, checksums in verify_files().
+    Sizes are checked here, checksums in verify_files().
     """
-    found = []
+    folders = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if not (match := _STEP.fullmatch(path.name)) or not path.is_dir():
             continue
-        found.append(look_at(path, step=int(match[1])))
-    return sorted(found, key=lambda f: f.step, reverse=True)
+        folders.append(look_at(path, step=int(match[1])))
+    return sorted(folders, key=lambda f: f.step, reverse=True)
 
 
-def look_at(path: Path, *, step: int | None = None) -> Found:
-    """One checkpoint folder, whole or not, sizes held to its manifest; step: the one it must be of."""
+def look_at(path: Path, *, step: int | None = None) -> CheckpointFolder:
+    """One checkpoint folder, whole or not, its files' sizes checked; step: the step it must be of."""
     if not (path / NAME).exists():
-        return Found(path, step or 0, None, f"{path / NAME} is missing: saving was cut off", finished=False)
+        return CheckpointFolder(path, step or 0, None, f"{path / NAME} is missing: saving was cut off", finished=False)
     try:
         manifest = read_manifest(path)
     except ValueError as e:
-        return Found(path, step or 0, None, str(e))
+        return CheckpointFolder(path, step or 0, None, str(e))
     if step is not None and manifest.step != step:
-        return Found(path, step, None, f"{path / NAME} is of step {manifest.step}")
+        return CheckpointFolder(path, step, None, f"{path / NAME} is of step {manifest.step}")
     problem = next((p for f in manifest.files if (p := _wrong_size(path, f))), "")
-    return Found(path, manifest.step, None if problem else manifest, problem)
+    return CheckpointFolder(path, manifest.step, None if problem else manifest, problem)
 
 
 def _wrong_size(folder: Path, record: FileRecord) -> str:
@@ -149,23 +154,18 @@ def _wrong_size(folder: Path, record: FileRecord) -> str:
 
 
 def verify_files(folder: Path, records: Iterable[FileRecord], *, progress: Callable[[int], None] = lambda _: None) -> str:
-    """Read files through and hold them to their checksums; the first problem as text, "" where there is none.
+    """Read files and compare their checksums; return the first problem as text, "" where there is none.
 
     progress: called with the number of bytes read since its last call.
     """
-    piece = memoryview(bytearray(_CHUNK))
     for record in records:
         path = folder / record.name
         if problem := _wrong_size(folder, record):
             return problem
-        digest = hashlib.sha256()
         try:
-            with path.open("rb", buffering=0) as f:
-                while n := f.readinto(piece):  # into memory that stays in the processor's cache
-                    digest.update(piece[:n])
-                    progress(n)
+            damaged = file_sha256(path, progress=progress) != record.sha256
         except OSError as e:
             return f"{path} cannot be read ({e.strerror})"
-        if digest.hexdigest() != record.sha256:
+        if damaged:
             return f"{path} is damaged: it does not match its checksum"
     return ""

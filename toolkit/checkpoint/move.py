@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from toolkit.arch.spec import Cut
-from toolkit.checkpoint.agree import everywhere
 from toolkit.checkpoint.whole import MASTER, WholeCheckpoint
 from toolkit.engine.state import EngineState
 from toolkit.errors import CheckpointError
+from toolkit.parallel.agree import everywhere
 
 _BUFFER = 1 << 24  # elements at a time where values go to a device or change their type
 
@@ -22,7 +20,6 @@ def fill(state: EngineState, whole: WholeCheckpoint, *, tp: int, tp_rank: int, w
     weights_only: leave the optimizer as new. CheckpointError on all ranks, before anything is changed, where a parameter is missing or
     of another shape. Memory: a buffer; values go straight to where the optimizer has them.
     """
-    step = None if weights_only else whole.numbers.get("step")
 
     def read(out: Tensor, name: str, key: str, start: int) -> None:
         stored = whole.dtype(name, key)
@@ -37,7 +34,9 @@ def fill(state: EngineState, whole: WholeCheckpoint, *, tp: int, tp_rank: int, w
 
     def fill_all() -> None:
         for i in range(len(state)):
-            state.fill(i, read, keys=_keys(state, i, whole, weights_only=weights_only), step=step)
+            there = whole.parameter(state.members(i)[0])  # weights of one optimizer group have the same states
+            step = whole.numbers.get("step") if there.counted and not weights_only else None
+            state.fill(i, read, keys=(MASTER,) if weights_only else tuple(there.keys), step=step)
 
     everywhere(lambda: check_fits(state, whole, tp=tp))
     state.before_set()
@@ -59,9 +58,3 @@ def check_fits(state: EngineState, whole: WholeCheckpoint, *, tp: int) -> None:
                 why="the checkpoint is of another model",
                 fix="Set the model section as it was when the checkpoint was saved.",
             )
-
-
-def _keys(state: EngineState, index: int, whole: WholeCheckpoint, *, weights_only: bool) -> Sequence[str]:
-    """What one partition takes: "master", and the states that its parameters have in the checkpoint."""
-    fragments = state.fragments(index)
-    return (MASTER,) if weights_only or not fragments else whole.keys(fragments[0].name)

@@ -1,4 +1,4 @@
-"""A checkpoint in another layout, made offline: no model, no process groups, every worker a buffer of memory."""
+"""Reshard a checkpoint offline: no model, no process groups, and a few buffers of memory per worker."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _BUFFER = 1 << 22  # elements read, hashed and written at a time
 Progress = Callable[[int], None]
 
 
-class _Job(NamedTuple):
-    """One file to write: a rank's partition, or with group None what is beside them."""
+class _OutputFile(NamedTuple):
+    """One file to write: partition `group` of a rank; with group None, the rank's generators and counters."""
 
     rank: int
     group: int | None
@@ -43,18 +43,18 @@ class _Job(NamedTuple):
 def reshard(source: Path, out: Path, target: Target, *, workers: int, progress: Progress = lambda _: None) -> Path:
     """Write the checkpoint `source` as one that `target`'s processes would have saved; returns its folder, out/step-….
 
-    The source is held to its checksums first. Half of the work in bytes is verifying, half writing; progress is told of it. Raises
-    CheckpointError naming the file where the source is damaged or the disk fails, and then leaves nothing behind. Memory of each of the
-    `workers` processes: buffers, whatever the size of the model.
+    The source's checksums are compared first. progress is called with bytes done: half of them verifying, half writing.
+    Each of the `workers` processes takes a few buffers of memory, whatever the size of the model. Raises CheckpointError
+    naming the file where the source is damaged or the disk fails, and then leaves nothing behind.
     """
     with WholeCheckpoint(source) as whole:
         manifest = whole.manifest
         jobs = [
-            _Job(rank, i, cut.numel * len(whole.keys(whole.names[0])))
+            _OutputFile(rank, i, cut.numel * len(whole.keys(cut.members[0])))
             for rank in target.holders
             for i, cut in enumerate(target.cuts(whole, rank))
         ]
-    jobs = sorted(jobs, key=lambda j: -j.elements) + [_Job(rank, None, 0) for rank in range(target.layout.world_size)]
+    jobs = sorted(jobs, key=lambda j: -j.elements) + [_OutputFile(rank, None, 0) for rank in range(target.layout.world_size)]
     made = _missing_parents(out)
     final = out / folder_name(manifest.step)
     if final.exists():
@@ -177,7 +177,7 @@ def _start(done: Any, source: Path, partial: Path, target: Target) -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed command cannot tell its workers."""
+    """End this worker when the command is gone: a killed command cannot tell its workers."""
     parent = mp.parent_process()
     if parent is not None:
         parent.join()
@@ -193,18 +193,18 @@ def _verify(context: _Context, record: FileRecord) -> None:
         raise CheckpointError(problem, why="a damaged checkpoint is not resharded", fix="Restore the file, or name another checkpoint.")
 
 
-def _write(context: _Context, job: _Job) -> FileRecord:
+def _write(context: _Context, job: _OutputFile) -> FileRecord:
     if job.group is None:
         return _write_rank(context, job.rank)
     whole, target = context.whole, context.target
     cut = target.cuts(whole, job.rank)[job.group]
-    keys = whole.keys(cut.fragments[0].name if cut.fragments else whole.names[0])
-    step, numbers = whole.numbers["step"], {}
+    first = whole.parameter(cut.members[0])
+    step, numbers = whole.numbers["step"] if first.counted else None, {}
     entries: dict[str, tuple[torch.dtype, list[int], Iterator[Tensor]]] = {
-        key: (whole.dtype(whole.names[0], key), [cut.numel], _flat(context, cut, key, rank=job.rank)) for key in keys
+        key: (entry.dtype, [cut.numel], _flat(context, cut, key, rank=job.rank)) for key, entry in first.keys.items()
     }
     if step is not None and target.config.zero.offload_optimizer != "none":
-        numbers["step"] = step  # DeepSpeed's Adam for the CPU counts in Python, torch's in a tensor
+        numbers["step"] = step  # DeepSpeed's CPU Adam keeps its step count in Python, torch's Adam in a tensor
     elif step is not None:
         entries["step"] = (torch.float32, [], iter([torch.tensor(float(step))]))
     named = {f.name for f in cut.fragments}
@@ -241,8 +241,8 @@ def _flat(context: _Context, cut: Cut, key: str, *, rank: int) -> Iterator[Tenso
 
 def _write_rank(context: _Context, rank: int) -> FileRecord:
     whole, target, source = context.whole, context.target, context.whole.manifest.layout
-    # where every rank keeps its place it keeps its generators too; else the run seeds them anew
-    kept = read_tensors(context.source / rank_file(rank))[0] if same_degrees(target.cut, source) else {}
+    # ranks that keep their place keep their generators; otherwise the run seeds them anew
+    generators = read_tensors(context.source / rank_file(rank))[0] if same_degrees(target.cut, source) else {}
     same_precision = source["train.precision"] == target.config.train.precision
     numbers = {"counters": whole.numbers["counters"], "loss_scaler": whole.numbers["loss_scaler"] if same_precision else {}}
-    return write_tensors(context.partial / rank_file(rank), kept, metadata={"numbers": json.dumps(numbers)})
+    return write_tensors(context.partial / rank_file(rank), generators, metadata={"numbers": json.dumps(numbers)})

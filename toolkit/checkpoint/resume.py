@@ -11,14 +11,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from toolkit.checkpoint.agree import everywhere, on_rank_0
 from toolkit.checkpoint.claim import checkpoint_folder
-from toolkit.checkpoint.identity import changed_keys, check_same_run, identity_of, layout_of, moved
-from toolkit.checkpoint.manifest import Found, Manifest, discover, verify_files
+from toolkit.checkpoint.identity import changed_keys, check_same_run, check_same_states, identity_of, layout_of, moved
+from toolkit.checkpoint.manifest import CheckpointFolder, Manifest, discover, verify_files
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData
-from toolkit.errors import CheckpointError
+from toolkit.data.given import GivenData, Samples
+from toolkit.errors import CheckpointError, ToolkitError
 from toolkit.files import FileRecord
+from toolkit.parallel.agree import everywhere, on_rank_0
 from toolkit.parallel.layout import Layout
 
 log = logging.getLogger("toolkit.train")
@@ -43,14 +44,14 @@ class Resume:
         return self.manifest.consumed_samples if self.manifest else 0
 
 
-def find(config: RunConfig, layout: Layout, data: PreparedData) -> Resume:
+def find(config: RunConfig, layout: Layout, data: PreparedData | GivenData) -> Resume:
     """The newest checkpoint whose every byte is as it was written; all ranks call it and get the same.
 
     auto: damaged ones are named and passed over, none at all is a fresh start; must: the newest must be good; never: there must be
     none. Raises CheckpointError; nothing is deleted.
     """
     policy, folder = config.checkpoint.resume, checkpoint_folder(config)
-    candidates: list[Found] = on_rank_0(lambda: discover(folder)) or []
+    candidates: list[CheckpointFolder] = on_rank_0(lambda: discover(folder)) or []
     if policy == "never":
         on_rank_0(lambda: _refuse_existing(candidates, folder))
         return Resume()
@@ -67,7 +68,7 @@ def find(config: RunConfig, layout: Layout, data: PreparedData) -> Resume:
         problem = found.problem
         if found.manifest is not None:
             manifest, path = found.manifest, found.path
-            on_rank_0(lambda: _check(manifest, path, identity))  # noqa: B023
+            on_rank_0(lambda: _check(manifest, path, identity, config))  # noqa: B023
             problem = next(filter(None, everywhere(lambda: verify_files(path, _share(manifest.files)))), "")  # noqa: B023
             if not problem:
                 return _announce(Resume(path, manifest, frozenset(distrusted)), config, cut)
@@ -103,7 +104,11 @@ def probe(dataset: Any, *, consumed_samples: int) -> dict[str, Any]:
     ids = sorted({last * i // (_PROBES - 1) for i in range(_PROBES)})
     digest = hashlib.sha256()
     for i in ids:
-        digest.update(dataset[i]["text"].astype("int64").tobytes())
+        sample = dataset[i]
+        if isinstance(sample, ToolkitError):
+            raise sample
+        for name in ("text",) if "text" in sample else ("tokens", "labels"):
+            digest.update(sample[name].astype("int64").tobytes())
     return {"samples": ids, "sha256": digest.hexdigest()}
 
 
@@ -116,6 +121,12 @@ def check_probe(resume: Resume, dataset: Any, config: RunConfig) -> None:
     def check() -> None:
         if probe(dataset, consumed_samples=manifest.consumed_samples) == manifest.probe:
             return
+        if isinstance(dataset, Samples):
+            raise CheckpointError(
+                f"the samples are not those that {resume.path} was trained on",
+                why="going on would repeat some and leave out others: the data set given gives others now, or in another order",
+                fix="Give the data set as it was, or set another run.dir.",
+            )
         steps = manifest.config.get("train", {}).get("steps")
         raise CheckpointError(
             f"the order of the samples is not that of {resume.path}",
@@ -132,7 +143,7 @@ def _versions(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{k} {v}" for k, v in versions.items())
 
 
-def _rounds(candidates: list[Found]) -> Any:
+def _rounds(candidates: list[CheckpointFolder]) -> Any:
     """Rank 0's candidates and then None; on other ranks None for ever, as they hear from rank 0."""
     if dist.get_rank() == 0:
         yield from candidates
@@ -145,7 +156,7 @@ def _share(files: list[FileRecord]) -> list[FileRecord]:
     return files[dist.get_rank() :: dist.get_world_size()]
 
 
-def _check(manifest: Manifest, path: Path, identity: Mapping[str, Any]) -> None:
+def _check(manifest: Manifest, path: Path, identity: Mapping[str, Any], config: RunConfig) -> None:
     if manifest.weights_only:
         raise CheckpointError(
             f"{path} holds weights without optimizer states",
@@ -153,9 +164,10 @@ def _check(manifest: Manifest, path: Path, identity: Mapping[str, Any]) -> None:
             fix="Move it out of the run's folder, and set checkpoint.init_from to it.",
         )
     check_same_run(manifest, identity, path=path)
+    check_same_states(manifest, config, path=path)
 
 
-def _refuse_existing(candidates: list[Found], folder: Path) -> None:
+def _refuse_existing(candidates: list[CheckpointFolder], folder: Path) -> None:
     finished = [c for c in candidates if c.finished]
     if finished:
         raise CheckpointError(

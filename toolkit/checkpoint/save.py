@@ -16,15 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from toolkit.checkpoint.agree import everywhere
-from toolkit.checkpoint.manifest import LATEST, Manifest, folder_name, write_manifest
+from toolkit.checkpoint.folders import prune, set_aside
+from toolkit.checkpoint.manifest import LATEST, Manifest, folder_name, versions, write_manifest
 from toolkit.checkpoint.names import group_file, holder, rank_file
-from toolkit.checkpoint.prune import prune, set_aside
-from toolkit.checkpoint.versions import versions
 from toolkit.config.schema import RunConfig
 from toolkit.engine.state import EngineState, generators
 from toolkit.errors import CheckpointError
 from toolkit.files import FileRecord, sync_folder, write_durably
+from toolkit.parallel.agree import everywhere
 from toolkit.parallel.layout import Layout
 from toolkit.tensors import write_tensors
 
@@ -34,8 +33,12 @@ _POLL_S = 0.05
 
 
 @dataclass(frozen=True)
-class Target:
-    """Where and under which facts a run saves; the same on every rank. facts: the manifest's fields that stay the same."""
+class SaveSettings:
+    """Where a run saves, and what every manifest of it says; the same on every rank.
+
+    folder: the run's checkpoints; token: tells this run's temporary folders from others'; keep: complete checkpoints that
+    pruning leaves; distrusted: names of folders found damaged; facts: the manifest's fields that never change.
+    """
 
     folder: Path
     token: str
@@ -47,14 +50,14 @@ class Target:
 class Saver:
     """One rank's part in a run's saves; all ranks call its methods at the same steps."""
 
-    def __init__(self, config: RunConfig, layout: Layout, state: EngineState, target: Target) -> None:
-        self.config, self.layout, self.state, self.target = config, layout, state, target
+    def __init__(self, config: RunConfig, layout: Layout, state: EngineState, settings: SaveSettings) -> None:
+        self.config, self.layout, self.state, self.settings = config, layout, state, settings
         self.rank = dist.get_rank()
         self.owns = holder(layout, self.rank, stage=config.zero.stage) == self.rank
         # what offload to NVMe keeps out of memory must not be copied into it
         self.copying = config.checkpoint.async_save and not state.swapping
         self.copies: dict[tuple[str, str], Tensor] = {}
-        self.job: _Job | None = None
+        self.job: _SaveThread | None = None
         self.last_step = 0
 
     def save(self, step: int, *, probe: dict[str, Any]) -> float:
@@ -64,7 +67,7 @@ class Saver:
         """
         started = time.perf_counter()
         self.settle()
-        partial = self.target.folder / f".partial-{folder_name(step)}-{self.target.token}"
+        partial = self.settings.folder / f".partial-{folder_name(step)}-{self.settings.token}"
         everywhere(lambda: partial.mkdir(exist_ok=True) if self.rank == 0 else None)
         manifest = Manifest(
             step=step,
@@ -74,9 +77,9 @@ class Saver:
             versions=versions(),
             saved_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             files=[],
-            **self.target.facts,
+            **self.settings.facts,
         )
-        self.job = _Job(self.target, partial, manifest, rank=self.rank, world=self.layout.world_size)
+        self.job = _SaveThread(self.settings, partial, manifest, rank=self.rank, world=self.layout.world_size)
         if self.copying:
             self.job.files = [self._copied(*one) for one in self._files()]
             if torch.cuda.is_available():
@@ -137,23 +140,23 @@ class Saver:
             yield group_file(self.rank, i), part.tensors, metadata
 
     def _copied(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[str, dict[str, Tensor], dict[str, str]]:
-        """The same with tensors in host memory of the saver's own, kept for the next save."""
+        """Copy a file's tensors into host buffers, which the saver keeps for the next save."""
         copies = {}
         for key, tensor in tensors.items():
-            kept = self.copies.get((name, key))
-            if kept is None or kept.shape != tensor.shape:
-                kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-                self.copies[name, key] = kept
-            copies[key] = kept.copy_(tensor, non_blocking=True)
+            buffer = self.copies.get((name, key))
+            if buffer is None or buffer.shape != tensor.shape:
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+                self.copies[name, key] = buffer
+            copies[key] = buffer.copy_(tensor, non_blocking=True)
         return name, copies, metadata
 
 
-class _Job(threading.Thread):
-    """One save on one rank: its files, its receipt, and on rank 0 the rest."""
+class _SaveThread(threading.Thread):
+    """One save on one rank: its files and its receipt, and on rank 0 the manifest."""
 
-    def __init__(self, target: Target, partial: Path, manifest: Manifest, *, rank: int, world: int) -> None:
+    def __init__(self, settings: SaveSettings, partial: Path, manifest: Manifest, *, rank: int, world: int) -> None:
         super().__init__(name=f"save-{manifest.step}", daemon=True)
-        self.target, self.partial, self.manifest, self.rank, self.world = target, partial, manifest, rank, world
+        self.settings, self.partial, self.manifest, self.rank, self.world = settings, partial, manifest, rank, world
         self.files: list[tuple[str, dict[str, Tensor], dict[str, str]]] = []
         self.error: CheckpointError | None = None
         self.written, self.committed = threading.Event(), threading.Event()
@@ -168,7 +171,7 @@ class _Job(threading.Thread):
             try:
                 self._publish()
                 self.seconds = time.perf_counter() - self.started
-            except Exception as e:  # whatever it is, nobody else would see it in this thread
+            except Exception as e:  # whatever it is: nobody would see it raised in this thread
                 self.error = _failure(e, self.partial)
 
     def write(self, files: Iterator[tuple[str, dict[str, Tensor], dict[str, str]]]) -> None:
@@ -176,7 +179,7 @@ class _Job(threading.Thread):
         try:
             records = [write_tensors(self.partial / name, tensors, metadata=metadata) for name, tensors, metadata in files]
             receipt = json.dumps([r.model_dump() for r in records])
-            write_durably(self._receipt(self.rank), receipt.encode())
+            write_durably(self._receipt(self.rank), receipt)
         except Exception as e:  # the other ranks wait for this one's receipt or its error
             self.error = _failure(e, self.partial)
         finally:
@@ -191,7 +194,7 @@ class _Job(threading.Thread):
 
     def _publish(self) -> None:
         """Wait for all ranks' receipts, give the folder its name, and write the manifest last."""
-        target, receipts = self.target, [self._receipt(r) for r in range(self.world)]
+        settings, receipts = self.settings, [self._receipt(r) for r in range(self.world)]
         # a rank that fails writes none; the training threads notice that together and end the run
         while not (all(r.exists() for r in receipts) and self.committed.is_set()):
             if self.abandoned:
@@ -201,14 +204,14 @@ class _Job(threading.Thread):
         for receipt in receipts:
             receipt.unlink()
         sync_folder(self.partial)
-        final = target.folder / folder_name(self.manifest.step)
+        final = settings.folder / folder_name(self.manifest.step)
         if final.exists():
-            set_aside(final, token=target.token)
+            set_aside(final, token=settings.token)
         self.partial.rename(final)
-        sync_folder(target.folder)
+        sync_folder(settings.folder)
         write_manifest(final, self.manifest.model_copy(update={"files": files}))
-        write_durably(target.folder / LATEST, f"{final.name}\n".encode())
-        prune(target.folder, keep=target.keep, token=target.token, distrusted=target.distrusted - {final.name})
+        write_durably(settings.folder / LATEST, f"{final.name}\n")
+        prune(settings.folder, keep=settings.keep, token=settings.token, distrusted=settings.distrusted - {final.name})
 
 
 def _failure(error: Exception, folder: Path) -> CheckpointError:

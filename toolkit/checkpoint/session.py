@@ -8,19 +8,20 @@ from typing import Any
 
 import torch.distributed as dist
 
-from toolkit.checkpoint.agree import everywhere, on_rank_0
 from toolkit.checkpoint.claim import check_shared, checkpoint_folder, claim
 from toolkit.checkpoint.identity import identity_of, layout_of
 from toolkit.checkpoint.load import load_weights, restore
-from toolkit.checkpoint.manifest import verify_files
+from toolkit.checkpoint.manifest import Manifest, verify_files
 from toolkit.checkpoint.resume import Resume, check_probe, find, probe
-from toolkit.checkpoint.save import Saver, Target
-from toolkit.checkpoint.start import announce, starting_weights
+from toolkit.checkpoint.save import Saver, SaveSettings
+from toolkit.checkpoint.start import announce
 from toolkit.config.deepspeed import zero_key
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData
+from toolkit.data.given import GivenData
 from toolkit.engine.state import EngineState
 from toolkit.errors import CheckpointError, ConfigError
+from toolkit.parallel.agree import everywhere, on_rank_0
 from toolkit.parallel.layout import Layout
 from toolkit.runfolder.metrics import StepRecord
 
@@ -28,9 +29,14 @@ log = logging.getLogger("toolkit.train")
 
 
 class Checkpoints:
-    """Locks the run's folders, finds where to go on, and saves at step boundaries. Every rank makes one and calls it alike."""
+    """Locks the run's folders, finds where to go on, and saves at step boundaries. Every rank makes one and calls it alike.
 
-    def __init__(self, config: RunConfig, layout: Layout, data: PreparedData) -> None:
+    weights: what starting_weights() found for this config.
+    """
+
+    def __init__(
+        self, config: RunConfig, layout: Layout, data: PreparedData | GivenData, *, weights: tuple[Path, Manifest] | None = None
+    ) -> None:
         self.config, self.layout, self.data = config, layout, data
         c = config.checkpoint
         if c.every and zero_key(config, "offload_optimizer", {}).get("super_offload"):
@@ -47,19 +53,19 @@ class Checkpoints:
             everywhere(lambda: check_shared(proof) if proof and self.claim is None else None)
         try:
             self.resume: Resume = find(config, layout, data)
-            self.weights = self._starting_weights()
+            self.weights = self._verified(weights)
         except BaseException:
             self.release()
             raise
 
-    def _starting_weights(self) -> Path | None:
+    def _verified(self, weights: tuple[Path, Manifest] | None) -> Path | None:
         """Where checkpoint.init_from's weights lie, each of its files held to its checksum by some rank; None where there is nothing to read."""
         init_from = self.config.checkpoint.init_from
         if init_from is None or self.resume.path is not None:
             if init_from is not None and dist.get_rank() == 0:
                 log.info("checkpoint.init_from=%s is not read: this run goes on from its own checkpoint", init_from)
             return None
-        found = everywhere(lambda: starting_weights(self.config))[0]
+        found = everywhere(lambda: weights)[0]  # hosts may see the folder differently; rank 0's answer counts
         assert found is not None, "the run has nothing to resume from"
         path, manifest = found
         share = manifest.files[dist.get_rank() :: dist.get_world_size()]
@@ -92,7 +98,7 @@ class Checkpoints:
         if not self.config.checkpoint.every:
             return
         self.train_set = train_set
-        target = Target(
+        settings = SaveSettings(
             folder=checkpoint_folder(self.config),
             token=self.token,
             keep=self.config.checkpoint.keep,
@@ -103,7 +109,7 @@ class Checkpoints:
                 "config": self.config.model_dump(mode="json"),
             },
         )
-        self.saver = Saver(self.config, self.layout, state, target)
+        self.saver = Saver(self.config, self.layout, state, settings)
 
     def save(self, record: StepRecord, *, last: bool) -> bool:
         """Save after a step where it is due, noting the pause in its record; commit() must follow once the record is on disk."""
@@ -112,7 +118,10 @@ class Checkpoints:
         due = last or record.step % self.config.checkpoint.every == 0
         if due:
             samples = record.step * self.config.train.global_batch_size
-            facts = probe(self.train_set, consumed_samples=samples) if dist.get_rank() == 0 else {}
+            if isinstance(self.data, GivenData):  # the user's code reads the samples, and may fail on rank 0 alone
+                facts = on_rank_0(lambda: probe(self.train_set, consumed_samples=samples)) or {}
+            else:
+                facts = probe(self.train_set, consumed_samples=samples) if dist.get_rank() == 0 else {}
             record.save_pause_s = self.saver.save(record.step, probe=facts)
         record.save_write_s = self.saver.write_seconds()
         return due

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from toolkit.checkpoint.claim import checkpoint_folder
-from toolkit.checkpoint.find import checkpoint_in
+from toolkit.checkpoint.folders import checkpoint_in
 from toolkit.checkpoint.manifest import Manifest, discover, read_manifest
 from toolkit.config.schema import ModelSection, RunConfig
 from toolkit.errors import CheckpointError

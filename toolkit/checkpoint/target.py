@@ -85,14 +85,14 @@ class Target:
         stage = self.layout.coordinates(rank).pp
         names = stage_parameters(spec, self.layout, stage=stage)
         size = zero.get("sub_group_size", "auto")
+        groups = self.config.optimizer.spec.split([spec.weight(n) for n in names], tied=tied)
         return partitions(
-            names,
+            [[weight.name for weight in group] for group in groups],
             {n: whole.parameter(n).shard_shape(self.layout.tp) for n in names},
             self.layout,
             rank=rank,
             zero_stage=self.config.zero.stage,
             sub_group_size=_SUB_GROUP_SIZE if size == "auto" else int(size),
-            tied=tied,
         )
 
     def parameters(self, whole: WholeCheckpoint, names: set[str]) -> dict[str, Any]:

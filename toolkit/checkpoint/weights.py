@@ -12,9 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from toolkit.checkpoint.identity import layout_of, model_identity
-from toolkit.checkpoint.manifest import Manifest, write_manifest
+from toolkit.checkpoint.manifest import Manifest, versions, write_manifest
 from toolkit.checkpoint.names import weights_file
-from toolkit.checkpoint.versions import versions
 from toolkit.config.schema import RunConfig
 from toolkit.errors import CheckpointError
 from toolkit.files import FileRecord, Partial, write_durably
@@ -95,7 +94,7 @@ class WeightsWriter:
             self._write()
 
     def add_file(self, name: str, data: bytes) -> None:
-        """Take a small file along, under the manifest's checksums like the rest."""
+        """Add a small file; the manifest lists it like the others."""
         self.files[name] = data
 
     def __exit__(self, kind: Any, *_: object) -> None:

@@ -66,7 +66,8 @@ class Parameter:
     """One parameter as saved: whole shape, the cut over `tp` ranks, the flat tensors that have it, and where its pieces lie.
 
     Cut as toolkit.arch.spec.Cut says: along dim, in each of `blocks` equal parts by itself. Flattened, every rank's part is `rows`
-    rows, and the whole has those rows `tp` times as wide: rank r's part of a row is its r-th piece.
+    rows, and the whole has those rows `tp` times as wide: rank r's part of a row is its r-th piece. counted: its optimizer keeps the
+    number of updates.
     """
 
     shape: list[int]
@@ -75,6 +76,7 @@ class Parameter:
     tp: int
     keys: dict[str, _Entry]
     pieces: list[list[_Piece]] = field(default_factory=list)
+    counted: bool = False
 
     @property
     def rows(self) -> int:
@@ -207,7 +209,7 @@ class WholeCheckpoint:
     def _read_flat(self, out: Tensor, p: Parameter, key: str, rank: int, start: int) -> None:
         """A run of a saved part, from as many pieces as it takes."""
         pieces = p.pieces[rank]
-        target = memoryview(out.view(torch.uint8).numpy())
+        target = out.view(torch.uint8).numpy().data
         size, done = out.element_size(), 0
         i = bisect_right(pieces, start, key=lambda piece: piece.start) - 1
         while done < out.numel():
@@ -252,13 +254,14 @@ class WholeCheckpoint:
             parameters = json.loads(header.metadata["parameters"])
             flat = {k: e for k, e in header.entries.items() if e.shape == header.entries[MASTER].shape}
             self._flats.append(_Flat(header.path, flat))
+            counted = "step" in header.entries or "step" in json.loads(header.metadata["numbers"])
             for name, start, offset, count in json.loads(header.metadata["fragments"]):
                 cut = parameters[name]
                 whole = list(cut["shape"])
                 tp = layout.tp if cut["dim"] is not None else 1
                 if cut["dim"] is not None:
                     whole[cut["dim"]] *= layout.tp
-                p = found.setdefault(name, Parameter(whole, cut["dim"], cut["blocks"], tp, flat, [[] for _ in range(tp)]))
+                p = found.setdefault(name, Parameter(whole, cut["dim"], cut["blocks"], tp, flat, [[] for _ in range(tp)], counted))
                 # a tied weight is on two stages, a parameter that is not cut on every TP rank: the first one's will do
                 if stage_of.setdefault(name, at.pp) != at.pp or at.tp >= tp:
                     continue

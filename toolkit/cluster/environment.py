@@ -11,13 +11,13 @@ from pathlib import Path
 
 from toolkit.errors import ConfigError, MachineError
 
-# DeepSpeed's launcher exports only PYTHON*, NCCL* and a few more by itself (DESIGN.md, fact 23)
+# DeepSpeed's launcher exports only PYTHON*, NCCL* and a few more by itself
 EXPORTED_PREFIXES: tuple[str, ...] = ("FI_", "GLOO_", "NCCL_", "TP_SOCKET_", "UCX_")  # network
 EXPORTED_PREFIXES += ("KMP_", "MKL_", "OMP_", "OPENBLAS_")  # threads
 EXPORTED_PREFIXES += ("CUDA_DEVICE_", "CUDNN_", "DS_", "HF_", "NVTE_", "PYTORCH_", "TENSORBOARD_", "TOKENIZERS_")  # libraries
 EXPORTED_PREFIXES += ("TORCHINDUCTOR_", "TORCH_", "TRITON_", "WANDB_")
 EXPORTED_NAMES = ("CC", "CXX", "CUDA_HOME", "LD_LIBRARY_PATH", "MAX_JOBS", "PATH", "TMPDIR", "XDG_CACHE_HOME")
-# of this process or this host alone
+# meant for this process or this host alone, so not exported
 KEPT_NAMES = ("DS_ENV_FILE",)
 SECRET_WORDS = {"TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "CREDENTIALS"}
 # what a shell inside double quotes, or pdsh (%h, %n, %u), would replace
@@ -63,7 +63,7 @@ def device_ids(num_procs: int, *, environ: Mapping[str, str] | None = None) -> l
     return (_device_ids(visible) if visible is not None else [str(i) for i in range(gpus)])[:num_procs]
 
 
-PLANNED = "TOOLKIT_PLANNED"  # set for ranks whose starter has already said what planning says
+PLANNED = "TOOLKIT_PLANNED"  # set for ranks whose starting process has already logged what planning logs
 
 
 def rank_environment(num_procs: int, *, environ: Mapping[str, str] | None = None, python: str = sys.executable) -> dict[str, str]:
@@ -72,7 +72,7 @@ def rank_environment(num_procs: int, *, environ: Mapping[str, str] | None = None
     env.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // max(1, num_procs))))
     tools = str(Path(python).parent)
     if tools not in env.get("PATH", "").split(os.pathsep):
-        # DeepSpeed looks for ninja on the PATH; an interpreter called by its full name leaves its own folder out
+        # DeepSpeed looks for ninja on the PATH, which may lack the folder of this interpreter
         env["PATH"] = os.pathsep.join(filter(None, [tools, env.get("PATH")]))
     env.setdefault("PYTHONUNBUFFERED", "1")
     if gpu_count(env) == 0:
@@ -81,6 +81,23 @@ def rank_environment(num_procs: int, *, environ: Mapping[str, str] | None = None
         # gloo otherwise binds to whatever the host name resolves to, which on a laptop may be nothing
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return env
+
+
+def cuda_defaults(*, tp: int, zero_stage: int, environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables that a rank on a GPU should set before it imports torch, without those that the user has set.
+
+    Segments that grow hold less memory beyond what is used where activations of several micro-batches come and go. One
+    connection to the device starts kernels in the order in which they were issued: with tensor parallelism an all-gather
+    then begins before the multiply that hides it. ZeRO-3's gathers run beside compute on their own, and are left alone.
+    """
+    environ = os.environ if environ is None else environ
+    variables = {}
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environ.keys():
+        renamed = tuple(int(part) for part in metadata.version("torch").split(".")[:2]) >= (2, 9)
+        variables["PYTORCH_ALLOC_CONF" if renamed else "PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    if tp > 1 and zero_stage < 3 and "CUDA_DEVICE_MAX_CONNECTIONS" not in environ:
+        variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    return variables
 
 
 def deepspeed_env_lines(environ: Mapping[str, str] | None = None) -> list[str]:

@@ -10,13 +10,14 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 TRAIN_MODULE = "toolkit.train"
 POLL_S = 0.2
+SSH_TIMEOUT_S = 10
 SECOND_SIGNAL_S = 1.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -87,7 +89,7 @@ def run_local(
     module: str = TRAIN_MODULE,
     environ: Mapping[str, str] | None = None,
 ) -> int:
-    """Train on this machine and return the ranks' exit code: 0, a ToolkitError's code, or 128 + n after signal n.
+    """Train on this machine and return the ranks' exit code: 0, a ToolkitError's code, or 128 + n where signal n ended it early.
 
     The first SIGINT or SIGTERM is passed to every rank, which ends at its next step boundary, however long the step; a second
     one, more than a second later, kills them. (DeepSpeed's launcher alone would tell one rank after the other and kill each
@@ -104,18 +106,18 @@ def run_local(
     times: list[float] = []
 
     def note(signum: int, frame: FrameType | None) -> None:
-        # schedulers and `timeout` may signal this process and then its group: that is one wish, not two
+        # schedulers and `timeout` may signal this process and then its group: count that as one request
         if not times or time.monotonic() - times[-1] > SECOND_SIGNAL_S:
             received.append(signum)
             times.append(time.monotonic())
 
     previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
     try:
-        # a session of its own, or Ctrl-C in a terminal would reach the launcher too, and it kills
+        # start a new session: otherwise Ctrl-C in a terminal also reaches the launcher, which kills its ranks
         process = subprocess.Popen(
             command, env=env, start_new_session=True, preexec_fn=end_with_parent if sys.platform == "linux" else None
         )
-        return _exit_code(_supervise(process, received, module=module), asked=bool(received))
+        return _exit_code(_supervise(process, received, module=module), asked=received[0] if received else None)
     finally:
         for s, handler in previous.items():
             signal.signal(s, handler)
@@ -141,6 +143,48 @@ def cluster_command(
     return [*command, module, str(config_path), *overrides]
 
 
+def run_on_hosts(config_path: str | Path, overrides: Sequence[str] = (), *, hostfile: Path) -> int:
+    """Start a run on every host of a hostfile and return the launcher's exit code.
+
+    What the ranks of other hosts need of this environment is exported, unless there is a .deepspeed_env of the user's own. Signals of a terminal reach the launcher, which passes them to the ranks; one sent to this process alone is passed on to it.
+    Raises ConfigError for a wrong hostfile, MachineError for a host that ssh does not reach, or without the launcher.
+    """
+    check_reachable(read_hostfile(hostfile))
+    command = cluster_command(config_path, overrides, hostfile=hostfile)
+    command.insert(1, "--no_ssh_check")
+    env = dict(os.environ)
+    env["PATH"] = rank_environment(1)["PATH"]
+    if "DS_ENV_FILE" not in env and not any(Path(place, ".deepspeed_env").exists() for place in (".", Path.home())):
+        variables = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "toolkit" / "deepspeed_env"
+        export_environment(variables)
+        env["DS_ENV_FILE"] = str(variables)
+    if (launcher := shutil.which(command[0], path=env["PATH"])) is None:
+        raise MachineError("the command deepspeed is not on the PATH", why="it starts the ranks of all hosts", fix="Install deepspeed.")
+    process = subprocess.Popen([launcher, *command[1:]], env=env)
+    previous = {s: signal.signal(s, lambda number, _: process.send_signal(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _exit_code(process.wait(), asked=None)
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+
+def check_reachable(hosts: Iterable[str]) -> None:
+    """Raise MachineError naming a host on which ssh cannot run a command without a password, as the launcher will have to."""
+    if shutil.which("ssh") is None:
+        raise MachineError("the command ssh is not on the PATH", why="other hosts are reached by it", fix="Install an ssh client.")
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_TIMEOUT_S}"]
+    tries = {host: subprocess.Popen(["ssh", *options, host, "true"], stderr=subprocess.PIPE, text=True) for host in hosts}
+    for host, process in tries.items():
+        error = process.communicate()[1]
+        if process.returncode != 0:
+            raise MachineError(
+                f"host {host} of the hostfile is not reachable by ssh",
+                why=(error.strip().splitlines() or ["it gave no reason"])[-1].strip().rstrip("."),
+                fix=f"Make `ssh {host} true` work without a password, or correct the name.",
+            )
+
+
 def read_hostfile(path: Path) -> dict[str, int]:
     """Slots (ranks) of each host, in the order of the ranks; raises ConfigError naming the line that is wrong."""
     if not path.is_file():
@@ -148,7 +192,12 @@ def read_hostfile(path: Path) -> dict[str, int]:
             f"there is no hostfile {path}", fix="Copy launch/hostfile.example and name your hosts in it, one `HOST slots=RANKS` a line."
         )
     hosts: dict[str, int] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise ConfigError(f"the hostfile {path} cannot be read", why=why or str(error), fix="Check the path and its permissions.") from None
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         match = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)\s*", line.strip())
@@ -187,17 +236,17 @@ def _supervise(process: subprocess.Popen[bytes], received: list[int], *, module:
             logger.warning("%s: the ranks end after this step; a second signal kills them", signal.Signals(received[0]).name)
             _terminate(now)
         elif not ranks:
-            process.terminate()  # still importing: there is nothing to end properly
+            process.terminate()  # the launcher is still importing: there is no rank to end properly
 
 
 def _ranks(launcher: int, *, module: str) -> list[psutil.Process]:
-    found = []
+    processes = []
     with suppress(psutil.NoSuchProcess):
         for child in psutil.Process(launcher).children():
-            with suppress(psutil.NoSuchProcess):  # a rank that has just ended is one of these to psutil
+            with suppress(psutil.NoSuchProcess):  # a rank has just ended
                 if module in child.cmdline():  # the launcher also runs small tools while it starts
-                    found.append(child)
-    return found
+                    processes.append(child)
+    return processes
 
 
 def _terminate(ranks: Sequence[psutil.Process]) -> None:
@@ -206,13 +255,18 @@ def _terminate(ranks: Sequence[psutil.Process]) -> None:
             rank.terminate()
 
 
-def _exit_code(returncode: int, *, asked: bool) -> int:
-    """Unfold the launcher's return code: it ends with sys.exit(-n), seen as 256 - n, when a rank was ended by signal n."""
+def _exit_code(returncode: int, *, asked: int | None) -> int:
+    """Unfold the launcher's return code: it ends with sys.exit(-n), seen as 256 - n, when a rank was ended by signal n.
+
+    asked: the signal that this process was sent, if any. The ranks are ended by SIGTERM whatever it was.
+    """
     by_signal = -returncode if returncode < 0 else 256 - returncode if returncode > 256 - signal.NSIG else 0
+    if asked and signal.SIGTERM in (by_signal, returncode - 128):
+        return 128 + asked
     if not by_signal:
         return returncode
     name = signal.Signals(by_signal).name if by_signal in set(signal.Signals) else f"signal {by_signal}"
-    hint = ": the machine may have run out of memory" if by_signal == signal.SIGKILL and not asked else ""
+    hint = ": the machine may have run out of memory" if by_signal == signal.SIGKILL and asked is None else ""
     logger.error("the run was ended by %s%s", name, hint)
     return 128 + by_signal
 
@@ -227,7 +281,7 @@ def _in_main_thread() -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check a hostfile and write the file of exported variables: the part of launch/multi-node.sh that is better in Python."""
+    """Check a hostfile and write the file of exported variables, for launch/multi-node.sh."""
     parser = argparse.ArgumentParser(prog="python -m toolkit.cluster.launch", description=main.__doc__)
     parser.add_argument("--hostfile", type=Path, required=True)
     parser.add_argument("--env-file", type=Path, required=True)

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from toolkit.arch.optimizers import OPTIMIZERS
 from toolkit.config.deepspeed_keys import check_keys, copied, read_deepspeed_json
+from toolkit.config.deepspeed_table import SAME
 from toolkit.config.describe import show
 from toolkit.config.explain import validate
 from toolkit.config.schema import RunConfig
@@ -14,26 +16,20 @@ from toolkit.errors import ConfigError
 
 GPUS_PER_NODE = 8  # assumed where hpZ's group size is "auto"
 
-_SAME = {  # a DeepSpeed key and the YAML key that says the same
-    "zero_optimization.stage": "zero.stage",
-    "zero_optimization.offload_optimizer.device": "zero.offload_optimizer",
-    "zero_optimization.offload_optimizer.nvme_path": "zero.nvme_path",
-    "zero_optimization.offload_param.device": "zero.offload_param",
-    "zero_optimization.offload_param.nvme_path": "zero.nvme_path",
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_clipping": "train.grad_clip",
-    "tensorboard.enabled": "log.tensorboard",
-    "wandb.enabled": "log.wandb",
-    "csv_monitor.enabled": "log.csv",
+_OPTIMIZER_DEFAULTS = {  # parameters of DeepSpeed's optimizers that have no key here, with the values that change nothing
+    "torch_adam": (True, False),
+    "bias_correction": (True,),
+    "amsgrad": (False,),
+    "fp32_optimizer_states": (True,),
+    "dampening": (0,),
+    "maximize": (False,),
+    "ns_method": ("gram", "standard"),  # two ways to the same matrix
 }
-_ADAM = {"lr": "optimizer.lr", "betas": "optimizer.betas", "eps": "optimizer.eps", "weight_decay": "optimizer.weight_decay"}
-_ADAM_DEFAULTS = {"torch_adam": (True, False), "bias_correction": (True,), "amsgrad": (False,), "fp32_optimizer_states": (True,)}
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear"}
 
 
 @dataclass
-class _Found:
+class _JsonSettings:
     """The YAML settings that a DeepSpeed JSON holds, with the place of each."""
 
     source: str
@@ -62,24 +58,25 @@ def merge_deepspeed_json(config: RunConfig, *, base: Path | None = None) -> RunC
     zero = config.zero
     if zero.config is None and zero.deepspeed is None:
         return config
-    own = copied(zero.deepspeed or {}, source="zero.deepspeed")
+    inline = copied(zero.deepspeed or {}, source="zero.deepspeed")
     if zero.config is not None:
         path = base / zero.config if base is not None and (base / zero.config).exists() else zero.config
-        data, source = _merged(copied(read_deepspeed_json(path), source=str(zero.config)), own), str(zero.config)
+        data, source = _merged(copied(read_deepspeed_json(path), source=str(zero.config)), inline), str(zero.config)
     else:
-        data, source = own, "zero.deepspeed"
+        data, source = inline, "zero.deepspeed"
     check_keys(data, source=source)
-    found = _Found(source)
-    _take_precision(data, found, config)
-    for dotted, key in _SAME.items():
-        found.add(key, _pop(data, dotted), place=dotted)
-    _take_optimizer(data, found)
-    _take_scheduler(data, found, config)
-    _check_accumulation(data, found, config)
+    settings = _JsonSettings(source)
+    _take_precision(data, settings, config)
+    for dotted, key in SAME.items():
+        settings.add(key, _pop(data, dotted), place=dotted)
+    _take_optimizer(data, settings)
+    _take_scheduler(data, settings, config)
+    _take_checkpointing(data, settings, config)
+    _check_accumulation(data, settings, config)
     raw = config.model_dump(exclude_unset=True)
-    _reconcile(config, found, raw)
+    _reconcile(config, settings, raw)
     raw.setdefault("zero", {}).update(config=None, deepspeed=_pruned(data) or None)
-    return validate(raw, origins={key: f"{place} in {source}" for key, (_, place) in found.values.items()})
+    return validate(raw, origins={key: f"{place} in {source}" for key, (_, place) in settings.values.items()})
 
 
 def accumulation(config: RunConfig) -> int | None:
@@ -96,99 +93,109 @@ def zero_key(config: RunConfig, name: str, default: Any = None) -> Any:
 
 
 def partition(split: int, whole: int, *, tp: int, dp: int) -> int:
-    """Elements of the largest weight that one rank keeps under ZeRO-3; split, whole: of the largest weights that TP does and does not share out."""
+    """Elements of the largest weight that one rank keeps under ZeRO-3.
+
+    split, whole: elements of the largest weight that TP cuts, and of the largest that it does not.
+    """
     return -(-max(-(-split // tp), whole) // max(1, dp))
 
 
 def hpz_group(*, tp: int, cp: int, dp: int) -> int:
-    """hpZ's group size where the JSON says "auto": the data-parallel ranks of one node, 1 (off) where they are not neighbours."""
+    """hpZ's group size for "auto": the largest divisor of dp within a node; 1 (off) where data-parallel ranks are no neighbours."""
     return 1 if tp * cp > 1 else max(d for d in range(1, GPUS_PER_NODE + 1) if dp % d == 0)
 
 
-def _take_precision(data: dict[str, Any], found: _Found, config: RunConfig) -> None:
+def _take_precision(data: dict[str, Any], settings: _JsonSettings, config: RunConfig) -> None:
     if "bfloat16" in data:  # DeepSpeed's old name
         if "bf16" in data:
-            raise ConfigError(f"{found.source} has both bf16 and bfloat16", fix="Keep bf16.")
+            raise ConfigError(f"{settings.source} has both bf16 and bfloat16", fix="Keep bf16.")
         data["bf16"] = data.pop("bfloat16")
     states = {name: _pop(data, f"{name}.enabled") for name in ("bf16", "fp16")}
     for name, state in states.items():
         if state not in (True, False, "auto", None):
-            raise ConfigError(f"{name}.enabled={show(state)} in {found.source} is not accepted", fix='Set it to true, false or "auto".')
+            raise ConfigError(f"{name}.enabled={show(state)} in {settings.source} is not accepted", fix='Set it to true, false or "auto".')
     on = [name for name, state in states.items() if state is True]
     off = [name for name, state in states.items() if state is False]
     if len(on) == 2:
-        raise ConfigError(f"bf16.enabled=true and fp16.enabled=true in {found.source} exclude each other", fix="Keep one.")
+        raise ConfigError(f"bf16.enabled=true and fp16.enabled=true in {settings.source} exclude each other", fix="Keep one.")
     if on:
-        found.add("train.precision", on[0], place=f"{on[0]}.enabled=true, that is precision")
+        settings.add("train.precision", on[0], place=f"{on[0]}.enabled=true, that is precision")
     elif off and "auto" not in states.values():
-        found.add("train.precision", "fp32", place=" and ".join(f"{name}.enabled=false" for name in off) + ", that is precision")
+        settings.add("train.precision", "fp32", place=" and ".join(f"{name}.enabled=false" for name in off) + ", that is precision")
     elif config.train.precision in off:
         raise ConfigError(
-            f"{config.train.precision}.enabled=false in {found.source} contradicts train.precision={config.train.precision}",
+            f"{config.train.precision}.enabled=false in {settings.source} contradicts train.precision={config.train.precision}",
             fix='Set one of the two, or the JSON\'s to "auto".',
         )
 
 
-def _take_optimizer(data: dict[str, Any], found: _Found) -> None:
+def _take_optimizer(data: dict[str, Any], settings: _JsonSettings) -> None:
     section = data.pop("optimizer", None)
     if section is None:
         return
-    kind, params = _type_and_params(section, "optimizer", found.source)
-    if kind.lower() not in ("adam", "adamw"):
+    kind, params = _type_and_params(section, "optimizer", settings.source)
+    known = {name.lower(): (name, spec) for spec in OPTIMIZERS.values() for name in spec.json}
+    if kind.lower() not in known:
+        *most, last = (name for name, _ in known.values())
         raise ConfigError(
-            f"optimizer.type={show(kind)} in {found.source} cannot be used",
-            why="the toolkit trains with Adam and AdamW",
+            f"optimizer.type={show(kind)} in {settings.source} cannot be used",
+            why=f"the toolkit trains with {', '.join(most)} and {last}",
             fix='Set it to "AdamW", or leave the section out and set optimizer.name: adamw in the YAML.',
         )
-    decoupled = kind.lower() == "adamw" or params.pop("adam_w_mode", True)  # DeepSpeed's Adam is AdamW unless told otherwise
+    name, place = known[kind.lower()][1].name, f"optimizer.type={show(kind)}"
+    if kind.lower() == "adam":  # DeepSpeed's Adam is AdamW unless told otherwise
+        decoupled = params.pop("adam_w_mode", True)
+        name, place = "adamw" if decoupled else "adam", f"{place} with adam_w_mode={show(decoupled)}"
     params.pop("adam_w_mode", None)
-    place = f"optimizer.type={show(kind)}" + ("" if kind.lower() == "adamw" else f" with adam_w_mode={show(decoupled)}") + ", that is name"
-    found.add("optimizer.name", "adamw" if decoupled else "adam", place=place)
-    for name, value in params.items():
-        if name in _ADAM:
-            found.add(_ADAM[name], tuple(value) if isinstance(value, list) else value, place=f"optimizer.params.{name}")
-        elif value not in ("auto", None) and value not in _ADAM_DEFAULTS.get(name, ()):
+    settings.add("optimizer.name", name, place=f"{place}, that is name")
+    if name == "muon":
+        settings.add("optimizer.adjust_lr", "original", place=f"{place} (DeepSpeed's scaling), that is adjust_lr")
+    keys = OPTIMIZERS[name].keys
+    for key, value in params.items():
+        if key in keys:
+            settings.add(f"optimizer.{key}", tuple(value) if isinstance(value, list) else value, place=f"optimizer.params.{key}")
+        elif value not in ("auto", None) and value not in _OPTIMIZER_DEFAULTS.get(key, ()):
             raise ConfigError(
-                f"optimizer.params.{show(name)[1:-1]}={show(value)} in {found.source} cannot be used",
-                why="the toolkit's Adam has lr, betas, eps and weight_decay",
-                fix="Set train.grad_clip instead." if name == "max_grad_norm" else "Leave it out.",
+                f"optimizer.params.{show(key)[1:-1]}={show(value)} in {settings.source} cannot be used",
+                why=f"the toolkit's {name} has {', '.join(keys[:-1])} and {keys[-1]}",
+                fix="Set train.grad_clip instead." if key == "max_grad_norm" else "Leave it out.",
             )
 
 
-def _take_scheduler(data: dict[str, Any], found: _Found, config: RunConfig) -> None:
+def _take_scheduler(data: dict[str, Any], settings: _JsonSettings, config: RunConfig) -> None:
     section = data.pop("scheduler", None)
     if section is None:
         return
-    kind, params = _type_and_params(section, "scheduler", found.source)
+    kind, params = _type_and_params(section, "scheduler", settings.source)
     if kind not in _SCHEDULES:
         raise ConfigError(
-            f"scheduler.type={show(kind)} in {found.source} cannot be used",
+            f"scheduler.type={show(kind)} in {settings.source} cannot be used",
             why="only WarmupLR (constant) and WarmupDecayLR (linear) mean the same here",
             fix="Leave the section out and set optimizer.schedule to constant, linear, cosine or wsd.",
         )
-    found.add("optimizer.schedule", _SCHEDULES[kind], place=f"scheduler.type={show(kind)}, that is schedule")
+    settings.add("optimizer.schedule", _SCHEDULES[kind], place=f"scheduler.type={show(kind)}, that is schedule")
     steps, shape, start = params.pop("warmup_num_steps", None), params.pop("warmup_type", None), params.pop("warmup_min_lr", None)
-    found.add("optimizer.warmup_steps", steps, place="scheduler.params.warmup_num_steps")
-    found.add("optimizer.lr", params.pop("warmup_max_lr", None), place="scheduler.params.warmup_max_lr")
+    settings.add("optimizer.warmup_steps", steps, place="scheduler.params.warmup_num_steps")
+    settings.add("optimizer.lr", params.pop("warmup_max_lr", None), place="scheduler.params.warmup_max_lr")
     if kind == "WarmupDecayLR":
-        found.add("optimizer.decay_steps", params.pop("total_num_steps", None), place="scheduler.params.total_num_steps")
-        found.add("optimizer.min_lr", 0.0, place="scheduler.type (it decays to 0), that is min_lr")
+        settings.add("optimizer.decay_steps", params.pop("total_num_steps", None), place="scheduler.params.total_num_steps")
+        settings.add("optimizer.min_lr", 0.0, place="scheduler.type (it decays to 0), that is min_lr")
     warms = (config.optimizer.warmup_steps if steps in (None, "auto") else steps) != 0
     if warms and (shape not in ("linear", "auto", None) or (shape is None and isinstance(steps, int))):
         raise ConfigError(
-            f"scheduler.params.warmup_type={show(shape or 'log')} in {found.source} cannot be used",
+            f"scheduler.params.warmup_type={show(shape or 'log')} in {settings.source} cannot be used",
             why="the warm-up here is linear, DeepSpeed's own default is logarithmic",
             fix='Set warmup_type to "linear".',
         )
     if start not in (None, "auto", 0):
         raise ConfigError(
-            f"scheduler.params.warmup_min_lr={show(start)} in {found.source} cannot be used",
+            f"scheduler.params.warmup_min_lr={show(start)} in {settings.source} cannot be used",
             why="the warm-up here starts from 0",
             fix="Set it to 0.",
         )
     for name, value in params.items():
         if value not in ("auto", None, -1):
-            raise ConfigError(f"scheduler.params.{show(name)[1:-1]}={show(value)} in {found.source} is not known", fix="Leave it out.")
+            raise ConfigError(f"scheduler.params.{show(name)[1:-1]}={show(value)} in {settings.source} is not known", fix="Leave it out.")
 
 
 def _type_and_params(section: Any, name: str, source: str) -> tuple[str, dict[str, Any]]:
@@ -199,7 +206,22 @@ def _type_and_params(section: Any, name: str, source: str) -> tuple[str, dict[st
     return kind, dict(params)
 
 
-def _check_accumulation(data: dict[str, Any], found: _Found, config: RunConfig) -> None:
+def _take_checkpointing(data: dict[str, Any], settings: _JsonSettings, config: RunConfig) -> None:
+    """DeepSpeed's own recomputation is not used: a checkpoint at every layer is train.recompute: full."""
+    section = data.pop("activation_checkpointing", None) or {}
+    count = section.get("number_checkpoints")
+    if count in (None, 0, "auto"):
+        return
+    if count != config.model.num_layers:
+        raise ConfigError(
+            f"activation_checkpointing.number_checkpoints={show(count)} in {settings.source} cannot be used",
+            why=f"every one of the {config.model.num_layers} layers is recomputed, or none",
+            fix=f"Set it to {config.model.num_layers}, or leave it out and set train.recompute to selective or full.",
+        )
+    settings.add("train.recompute", "full", place=f"activation_checkpointing.number_checkpoints={count}, that is recompute")
+
+
+def _check_accumulation(data: dict[str, Any], settings: _JsonSettings, config: RunConfig) -> None:
     """Keep an explicit accumulation for the check against the layout; it cannot stand in for a global batch."""
     steps = data.get("gradient_accumulation_steps")
     if steps in ("auto", None):
@@ -207,26 +229,26 @@ def _check_accumulation(data: dict[str, Any], found: _Found, config: RunConfig) 
         return
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ConfigError(
-            f"gradient_accumulation_steps={show(steps)} in {found.source} is not accepted", fix='Set it to an integer >= 1 or "auto".'
+            f"gradient_accumulation_steps={show(steps)} in {settings.source} is not accepted", fix='Set it to an integer >= 1 or "auto".'
         )
-    if "train.global_batch_size" not in found.values and "global_batch_size" not in config.train.model_fields_set:
+    if "train.global_batch_size" not in settings.values and "global_batch_size" not in config.train.model_fields_set:
         raise ConfigError(
-            f"gradient_accumulation_steps={steps} in {found.source} fixes no global batch",
+            f"gradient_accumulation_steps={steps} in {settings.source} fixes no global batch",
             why="the batch would grow with the number of processes, and the result with it",
             fix="Set train.global_batch_size (or train_batch_size in the JSON).",
         )
 
 
-def _reconcile(config: RunConfig, found: _Found, raw: dict[str, Any]) -> None:
+def _reconcile(config: RunConfig, settings: _JsonSettings, raw: dict[str, Any]) -> None:
     """Write the JSON's values into raw, or name every one that contradicts what the user set."""
     conflicts = []
-    for key, (value, place) in found.values.items():
+    for key, (value, place) in settings.values.items():
         section, name = key.split(".")
         holder = getattr(config, section)
         mine = getattr(holder, name)
         if section in config.model_fields_set and name in holder.model_fields_set:
             if mine != (Path(value) if isinstance(mine, Path) and isinstance(value, str) else value):
-                conflicts.append(f"{key}={show(mine)} in the YAML contradicts {place}={show(value)} in {found.source}")
+                conflicts.append(f"{key}={show(mine)} in the YAML contradicts {place}={show(value)} in {settings.source}")
         else:
             raw.setdefault(section, {})[name] = value
     if conflicts:
@@ -249,6 +271,6 @@ def _pop(data: dict[str, Any], dotted: str) -> Any:
 
 
 def _pruned(data: dict[str, Any]) -> dict[str, Any]:
-    """Without the sections that merging has emptied."""
+    """Drop the sections that merging has emptied."""
     cleaned = {key: _pruned(value) if isinstance(value, dict) else value for key, value in data.items() if value is not None}
     return {key: value for key, value in cleaned.items() if value != {}}

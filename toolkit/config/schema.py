@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,14 +10,18 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationInfo,
 
 from toolkit.arch.families import FAMILIES
 from toolkit.arch.family import Family
+from toolkit.arch.optimizers import OPTIMIZERS, PLAIN_SGD, OptimizerSpec
 from toolkit.arch.spec import ModelSpec
 
 Offload = Literal["none", "cpu", "nvme"]
 if TYPE_CHECKING:
     FamilyName = str
+    OptimizerName = str
 else:
     FamilyName = Literal[tuple(FAMILIES)]
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
 
+BUILT_IN = "python-stdlib"  # the data that comes with Python itself
 LARGEST_INT = 2**31 - 1  # sizes beyond this overflow the 32-bit indices of kernels and index files
 
 
@@ -204,11 +209,17 @@ class TrainSection(Section):
 
 
 class OptimizerSection(Section):
-    name: Literal["adamw", "adam"] = Field("adamw", description="adamw: decoupled weight decay; adam: L2")
+    name: OptimizerName = Field("adamw", description="; ".join(f"{o.name}: {o.title}" for o in OPTIMIZERS.values()))
     lr: float = Field(3e-4, ge=0, description="peak learning rate")
     min_lr: float = Field(0.0, ge=0, description="learning rate the schedule ends at")
     betas: tuple[float, float] = Field((0.9, 0.95), description="Adam's moment decay rates")
     eps: float = Field(1e-8, gt=0, description="Adam's denominator term")
+    momentum: float | None = Field(None, ge=0, lt=1, description="of sgd and muon; null: 0.9 (sgd), 0.95 (muon)")
+    nesterov: bool | None = Field(None, description="of sgd and muon: step ahead with the momentum; null: false (sgd), true (muon)")
+    adjust_lr: Literal["match_rms_adamw", "original"] = Field(
+        "match_rms_adamw",
+        description="of muon's matrices: lr x 0.2 sqrt(longer side), so that one lr fits all weights; or x sqrt(rows / columns)",
+    )
     weight_decay: float = Field(0.1, ge=0, description="on matrices; norms and biases have none")
     schedule: Literal["constant", "linear", "cosine", "wsd"] = Field("cosine", description="learning rate after warm-up")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
@@ -224,11 +235,29 @@ class OptimizerSection(Section):
             raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr} is larger than lr={self.lr}: the schedule only falls. Set min_lr at most {self.lr}")
+        spec = OPTIMIZERS[self.name]
+        for key in ("momentum", "nesterov"):
+            if getattr(self, key) is not None and getattr(spec, key) is None:
+                raise ValueError(
+                    f"{key}={getattr(self, key)} with name={self.name}, which has none. Set it to null, or name to sgd or muon"
+                )
+        if self.spec.nesterov and not self.spec.momentum:
+            raise ValueError("nesterov=true with momentum=0: there is no momentum to step ahead with. Set nesterov to false")
         return self
+
+    @property
+    def spec(self) -> OptimizerSpec:
+        """Which weights are updated by which rule, what is kept for them, and momentum and nesterov as they are used."""
+        spec = OPTIMIZERS[self.name]
+        momentum = spec.momentum if self.momentum is None else self.momentum
+        nesterov = spec.nesterov if self.nesterov is None else self.nesterov
+        if self.name == "sgd" and momentum == 0:
+            spec = replace(spec, matrices=PLAIN_SGD, others=PLAIN_SGD)
+        return replace(spec, momentum=momentum, nesterov=nesterov) if (momentum, nesterov) != (spec.momentum, spec.nesterov) else spec
 
 
 class DataSection(Section):
-    source: str | None = Field("python-stdlib", description="built-in name, text/jsonl/parquet path, hub name, or a prepared prefix")
+    source: str | None = Field(BUILT_IN, description="built-in name, text/jsonl/parquet path, hub name, or a prepared prefix")
     tokenizer: str = Field("bytes", description="bytes, a tokenizer.json, a Hugging Face name, or train:N (BPE of N ids)")
     split: tuple[float, float, float] = Field((98, 1, 1), description="train, valid, test weights")
     blend: dict[str, float] | None = Field(None, description="prepared prefix: weight; instead of source")
@@ -240,6 +269,10 @@ class DataSection(Section):
     def _weights(self) -> DataSection:
         if min(self.split) < 0 or self.split[0] <= 0:
             raise ValueError(f"split={list(self.split)} needs weights >= 0 and a share for train")
+        if self.blend and self.source not in (None, BUILT_IN):
+            raise ValueError(f"source={self.source} beside blend: the two name the data twice. Remove one of them, or set it to null")
+        if self.blend:
+            self.source = None  # the default, which files of earlier versions hold beside a blend
         if self.blend is not None and (not self.blend or any(w <= 0 for w in self.blend.values())):
             raise ValueError("blend needs at least one prefix, and weights > 0")
         return self

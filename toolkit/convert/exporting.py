@@ -14,7 +14,7 @@ import torch
 
 from toolkit.arch.family import Format
 from toolkit.arch.spec import TIED_NAME, ModelSpec, WeightSpec
-from toolkit.checkpoint.find import checkpoint_in
+from toolkit.checkpoint.folders import checkpoint_in
 from toolkit.checkpoint.manifest import Manifest, verify_files
 from toolkit.checkpoint.whole import WholeCheckpoint
 from toolkit.config.schema import ModelSection

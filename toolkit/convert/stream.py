@@ -129,7 +129,7 @@ def _header(slots: list[Slot]) -> tuple[bytes, int]:
 
 def _write(descriptor: int, pieces: list[Tensor], offset: int) -> None:
     for piece in pieces:
-        view = memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy())
+        view = piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
         while len(view):
             n = os.pwrite(descriptor, view[:_CHUNK], offset)
             view, offset = view[n:], offset + n

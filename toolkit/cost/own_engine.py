@@ -6,11 +6,12 @@ buffers are counted too. tests/cost/test_own_engine_runs.py holds the figures to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 
-from toolkit.arch.spec import ModelSpec, WeightSpec
+from toolkit.arch.spec import Group, ModelSpec, WeightSpec
 from toolkit.cost.workload import Workload
 from toolkit.parallel.order import order, warmup
 
@@ -20,33 +21,33 @@ ALIGN = 2  # DeepSpeed pads each optimizer group of ZeRO-0/1/2 to this many elem
 
 @dataclass(frozen=True)
 class RankWeight:
-    """One weight of a rank: its elements, and its optimizer group in the engine (0 matrices, 1 vectors, 2 the tied copy)."""
+    """One weight of a rank: its elements, and the index of its optimizer group in the engine."""
 
     count: int
     group: int
 
 
-def _on_rank(weight: WeightSpec, tp: int) -> RankWeight:
-    return RankWeight(weight.count_on(tp), 1 if weight.group == "vector" else 0)
+def _on_rank(weight: WeightSpec, tp: int, group_of: tuple[tuple[Group, int], ...]) -> RankWeight:
+    return RankWeight(weight.count_on(tp), dict(group_of)[weight.group])
 
 
 @lru_cache(maxsize=1024)
-def _layer_weights(model: ModelSpec, tp: int) -> list[RankWeight]:
-    return [_on_rank(weight, tp) for weight in model.layer]
+def _layer_weights(model: ModelSpec, tp: int, group_of: tuple[tuple[Group, int], ...]) -> list[RankWeight]:
+    return [_on_rank(weight, tp, group_of) for weight in model.layer]
 
 
 def layer_weights(w: Workload) -> list[RankWeight]:
     """A layer's weights on one rank, in the order of megatron-core's modules."""
-    return _layer_weights(w.model, w.tp)
+    return _layer_weights(w.model, w.tp, w.optimizer.indices)
 
 
 def edge_weights(w: Workload, stage: int) -> tuple[list[RankWeight], list[RankWeight]]:
     """What a rank of a stage holds before its layers (embeddings) and after them (final norm, output layer)."""
-    model, tp = w.model, w.tp
-    first = [_on_rank(weight, tp) for weight in model.before] if stage == 0 else []
-    last = [_on_rank(weight, tp) for weight in model.after] if stage == w.pp - 1 else []
+    model, tp, group_of = w.model, w.tp, w.optimizer.indices
+    first = [_on_rank(weight, tp, group_of) for weight in model.before] if stage == 0 else []
+    last = [_on_rank(weight, tp, group_of) for weight in model.after] if stage == w.pp - 1 else []
     if model.tied and w.pp > 1:
-        copy = RankWeight(model.before[0].count_on(tp), 2)
+        copy = RankWeight(model.before[0].count_on(tp), w.optimizer.tied_index)
         first[:1] = [copy] if stage == 0 else []
         last += [copy] if stage == w.pp - 1 else []
     return first, last
@@ -55,7 +56,7 @@ def edge_weights(w: Workload, stage: int) -> tuple[list[RankWeight], list[RankWe
 def states(w: Workload, stage: int, *, dp_rank: int = 0) -> dict[str, float]:
     """Bytes of parameters, gradients, optimizer states and ZeRO buffers of a rank of a stage, wherever they live.
 
-    ZeRO-0/1: flat weights, flat fp32 gradients, two fp32 moments, and in 16 bits an fp32 master (in fp32 the weights are it).
+    ZeRO-0/1: flat weights, flat fp32 gradients, the optimizer's states, and in 16 bits an fp32 master (in fp32 the weights are it).
     ZeRO-2 and 3 clone the master also in fp32. ZeRO-3 pads every weight to its data-parallel ranks, and keeps whole those of at most
     stage3_param_persistence_threshold elements (DeepSpeed's configuration reference).
     """
@@ -65,7 +66,10 @@ def states(w: Workload, stage: int, *, dp_rank: int = 0) -> dict[str, float]:
         return _sharded(w, [(x, layers) for x in each] + [(x, 1) for x in edges])
     buckets = w.bucket * w.width * (2 if w.zero == 2 and w.overlap_comm else 1)
     b, cut, offloaded = w.width, w.shards if w.zero else 1, w.offload_optimizer != "none"
-    sizes = [layers * sum(x.count for x in each if x.group == g) + sum(x.count for x in edges if x.group == g) for g in range(3)]
+    sizes = [
+        layers * sum(x.count for x in each if x.group == g) + sum(x.count for x in edges if x.group == g)
+        for g in range(len(w.optimizer.groups))
+    ]
     padded = [ceil(n / (ALIGN * cut)) * ALIGN * cut for n in sizes]
     flat = sum(padded)
     cloned = b < 4 or w.zero == 2 or offloaded
@@ -73,7 +77,7 @@ def states(w: Workload, stage: int, *, dp_rank: int = 0) -> dict[str, float]:
     parts = {
         "parameters": b * flat,
         "gradients": 4 * flat if w.zero < 2 else 4 * flat / cut,
-        "optimizer": (12 if cloned else 8) * flat / cut + (0 if offloaded else 4 * sum(n > 0 for n in padded)),
+        "optimizer": _kept(w, [n / cut for n in padded], master=4 if cloned else 0),
         "zero buffers": buckets if w.zero == 2 else 0.0,
     }
     if offloaded:  # the optimizer's own gradients, beside those that backwards add to
@@ -85,6 +89,18 @@ def states(w: Workload, stage: int, *, dp_rank: int = 0) -> dict[str, float]:
         # interleaved, the last chunk's backward comes first and makes room for all gradients, and for zeros of the others' beside it
         parts["gradients"] = 4 * (sum(touched) + (sum(touched[:-1]) if touched[-1] else 0))
     return {name: float(value) for name, value in parts.items()}
+
+
+def _kept(w: Workload, sizes: Sequence[float], *, master: int) -> float:
+    """Bytes of what the optimizer keeps for so many elements of each of its groups; master: of an fp32 copy of the weights, each.
+
+    DeepSpeed's Adam for the CPU counts its steps in Python, torch's in a tensor for each group.
+    """
+    total = 0.0
+    for group, size in zip(w.optimizer.groups, sizes, strict=True):
+        counts = group.rule.counts and w.offload_optimizer == "none" and size > 0
+        total += (master + group.rule.state_bytes) * size + (4 if counts else 0)
+    return total
 
 
 def on_host(w: Workload) -> dict[str, float]:
@@ -103,7 +119,7 @@ def _touched(w: Workload, stage: int, sizes: list[int], dp_rank: int) -> list[in
     ordered = [(x, 0) for x in first]
     ordered += [(x, chunk) for chunk in range(w.vpp) for _ in range(w.layers_in(stage, chunk)) for x in layer_weights(w)]
     ordered += [(x, w.vpp - 1) for x in last]
-    at = [0, 0, 0]
+    at = [0] * len(w.optimizer.groups)
     by_chunk = [0] * w.vpp
     for weight, chunk in ordered:
         start, size = at[weight.group], sizes[weight.group]
@@ -115,14 +131,14 @@ def _touched(w: Workload, stage: int, sizes: list[int], dp_rank: int) -> list[in
 
 def _sharded(w: Workload, counted: list[tuple[RankWeight, int]]) -> dict[str, float]:
     b, dp = w.width, w.shards
-    part = sum(ceil(x.count / dp) * copies for x, copies in counted)
+    by_group = [sum(ceil(x.count / dp) * copies for x, copies in counted if x.group == g) for g in range(len(w.optimizer.groups))]
+    part = sum(by_group)
     kept = sum(x.count * copies for x, copies in counted if x.count <= w.persist) if dp > 1 else 0
     second = ceil(sum(x.count * copies for x, copies in counted if x.count > w.persist) / w.hpz) if w.hpz > 1 else 0
-    groups = len({x.group for x, _ in counted})
     parts = {
         "parameters": b * (part + kept + second),
         "gradients": (8 if w.offload_optimizer != "none" else 4) * part,
-        "optimizer": 12 * part + (0 if w.offload_optimizer != "none" else 4 * groups),
+        "optimizer": _kept(w, by_group, master=4),
         "zero buffers": w.bucket * b,
     }
     return {name: float(value) for name, value in parts.items()}
@@ -321,7 +337,11 @@ def _reductions(w: Workload, stage: int, held: float, *, redone: float) -> dict[
 
 
 def _step_copies(w: Workload, stage: int) -> float:
-    """DeepSpeed's ZeRO-2 and 3 flatten a rank's gradients once more for the step, in fp32."""
+    """DeepSpeed's ZeRO-2 and 3 flatten a rank's gradients once more for the step, in fp32; Muon computes on whole matrices."""
+    if w.optimizer.whole:
+        # in bf16 as gathered, three iterates and their product at most; in fp32 the update, scaled and cut
+        matrices = [weight.count for weight in w.model.layer if weight.group == "matrix"]
+        return 20.0 * max(matrices)
     if w.zero < 2 or w.offload_optimizer != "none":
         return 0.0
     return 4 * w.parameters_on(stage) / w.shards

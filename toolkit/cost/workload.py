@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from toolkit.arch.optimizers import OPTIMIZERS, OptimizerSpec
 from toolkit.arch.spec import ModelSpec
 from toolkit.config.deepspeed import hpz_group, zero_key
 from toolkit.cost.stack import TOOLKIT, TOOLKIT_TE, Stack
-from toolkit.parallel.layout import seats
+from toolkit.parallel.layout import split_layers
 
 if TYPE_CHECKING:
     from toolkit.config.schema import RunConfig
@@ -48,6 +49,7 @@ class Workload:
     bucket: float = 5e8  # elements of DeepSpeed's reduce bucket (its default)
     overlap_comm: bool = False  # of the DeepSpeed JSON: ZeRO-2 then fills a second bucket while the first one is sent
     persist: float = 1e5  # elements up to which ZeRO-3 keeps a weight whole (DeepSpeed's default)
+    optimizer: OptimizerSpec = OPTIMIZERS["adamw"]
     hpz: int = 1  # ranks over which ZeRO++ keeps a second partition of the weights
 
     @property
@@ -81,7 +83,7 @@ class Workload:
 
     def layers_on(self, stage: int) -> int:
         """Layers of a pipeline stage."""
-        split = seats(self.model.layers, self.pp * self.vpp)
+        split = split_layers(self.model.layers, self.pp * self.vpp)
         if split is None:
             return sum(self.layers_in(stage, chunk) for chunk in range(self.vpp))
         each, ends = split
@@ -90,7 +92,7 @@ class Workload:
     def layers_in(self, stage: int, chunk: int) -> int:
         """Layers of a chunk of a stage; where others split what our rules do not, the first chunks hold one more."""
         chunks, place = self.pp * self.vpp, chunk * self.pp + stage
-        split = seats(self.model.layers, chunks)
+        split = split_layers(self.model.layers, chunks)
         if split is None:
             each, rest = divmod(self.model.layers, chunks)
             return each + (1 if place < rest else 0)
@@ -136,6 +138,7 @@ class Workload:
             bucket=bucket,
             overlap_comm=bool(zero_key(config, "overlap_comm", False)),
             persist=persist,
+            optimizer=config.optimizer.spec,
             hpz=_hpz(config, dp),
         )
 

@@ -12,12 +12,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.data.given import GivenData
 from toolkit.data.indexed import Index, count_ids, entropy, read_index
 from toolkit.data.manifest import Manifest, load_manifest, manifest_path
 from toolkit.data.prepare import prepare
 from toolkit.data.sources import is_source_path, open_source
-from toolkit.data.tokenizer import load_tokenizer, write_durably
+from toolkit.data.tokenizer import load_tokenizer
 from toolkit.errors import DataError
+from toolkit.files import write_durably
 
 if TYPE_CHECKING:
     from toolkit.config.schema import RunConfig
@@ -47,6 +49,11 @@ class PreparedData:
     documents: int
     identity: str
     cache_dir: Path
+
+    @property
+    def summary(self) -> str:
+        """The data in a few words, for the start of a run."""
+        return f"{self.tokens:,} tokens, unigram entropy {self.entropy:.3f} nats"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +192,8 @@ def _scan(index: Index, *, identity: str, cache: Path) -> tuple[int, float]:
     counts = count_ids(index)
     largest, nats = len(counts) - 1, entropy(counts)
     try:
-        write_durably(note, json.dumps({"prefix": index.prefix, "largest_id": largest, "entropy": nats}).encode())
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(note, json.dumps({"prefix": index.prefix, "largest_id": largest, "entropy": nats}))
     except OSError as e:
         log.info("not remembered in %s: %s", note, e)
     return largest, nats
@@ -263,12 +271,14 @@ def _check_splits(config: RunConfig, member: _Member) -> None:
         )
 
 
-def build_datasets(config: RunConfig, prepared: PreparedData, *, test_samples: int = 0) -> tuple[Any, Any, Any]:
+def build_datasets(config: RunConfig, prepared: PreparedData | GivenData, *, test_samples: int = 0) -> tuple[Any, Any, Any]:
     """Train, valid and test as megatron-core datasets of {"text": int64 [seq_length + 1]}; None where no samples are wanted.
 
     Valid has eval_steps global batches when train.eval_every is set; test has test_samples. Every rank calls it, with or without
-    process groups; raises the same DataError on all of them.
+    process groups; raises the same DataError on all of them. Data sets that a program gave come back ready to be read.
     """
+    if isinstance(prepared, GivenData):
+        return *prepared.datasets(config), None
     from toolkit.data import samples
 
     several = len(prepared.prefixes) > 1

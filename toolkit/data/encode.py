@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.data.tokenizer import TextTokenizer, spread, write_durably
+from toolkit.data.tokenizer import TextTokenizer, spread
 from toolkit.errors import DataError
+from toolkit.files import write_durably
 
 
 @dataclass
@@ -70,7 +71,7 @@ def encode_shard(shard: Shard, *, tok: TextTokenizer, work: Path) -> dict[str, A
         "characters": sum(map(len, shard.texts)),
         "bytes": shard.bytes,
     }
-    write_durably(part_path(work, shard.number, ".json"), json.dumps(record).encode())
+    write_durably(part_path(work, shard.number, ".json"), json.dumps(record))
     return record
 
 
@@ -136,7 +137,7 @@ class Helpers:
 
 
 def _serve() -> None:
-    """A helper's life: read shards from stdin until it closes, write one line of JSON for each."""
+    """Run as a helper: read shards from stdin until it closes, and write one line of JSON for each."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not look like an answer

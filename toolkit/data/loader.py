@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
 import os
 import select
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,8 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data._utils import signal_handling
 
-from toolkit.data.workers import end_with_parent
-from toolkit.errors import DataError, MachineError
+from toolkit.errors import DataError, MachineError, ToolkitError
 from toolkit.parallel.layout import Layout
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ _READ_AHEAD = 4  # micro-batches per worker
 _SIGTERM_GRACE = 60  # seconds a worker outlives a SIGTERM
 _START_S = 15.0  # seconds in which forked workers must run Python; they take milliseconds
 _TRIES = 4
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def sample_ids(*, samples: int, layout: Layout, dp_rank: int, global_batch_size: int, consumed_samples: int = 0) -> Iterator[list[int]]:
@@ -50,13 +52,38 @@ class _Ids(Sampler[list[int]]):
         return sample_ids(**self._args)
 
 
-def _collate(rows: list[dict[str, np.ndarray]]) -> np.ndarray:
-    """int32 [b, s+1]. An array goes through the pipe; a tensor would go through /dev/shm, slower at these sizes and often small."""
-    return np.stack([row["text"] for row in rows], dtype=np.int32, casting="same_kind")
+Rows = np.ndarray | dict[str, np.ndarray] | ToolkitError
+
+
+def _collate(rows: list[Any]) -> Rows:
+    """A micro-batch: text as int32 [b, s+1], or what a data set of the user's own gives, each entry [b, …]; or a sample's error.
+
+    An array goes through the pipe; a tensor would go through /dev/shm, slower at these sizes and often small.
+    """
+    if error := next((row for row in rows if isinstance(row, ToolkitError)), None):
+        return error
+    if "text" in rows[0]:
+        return np.stack([row["text"] for row in rows], dtype=np.int32, casting="same_kind")
+    try:
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    except (ValueError, KeyError) as error:
+        return DataError("samples of one micro-batch differ in their entries or shapes", why=str(error), fix="Give all samples the same.")
+
+
+def _end_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent, of the given process id, is gone (Linux; elsewhere nothing).
+
+    A killed parent cannot tell its helpers, and a helper that holds its sockets keeps other ranks waiting.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # The parent may have died before the line above.
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _start_worker(_: int, *, parent: int, started: int) -> None:
-    end_with_parent(parent)
+    _end_with_parent(parent)
     # A scheduler's SIGTERM reaches every process, but the rank still needs its data up to the end of its step.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SIGTERM_GRACE))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -64,7 +91,7 @@ def _start_worker(_: int, *, parent: int, started: int) -> None:
     os.write(started, b"x")
 
 
-def _started(loader: DataLoader[np.ndarray], pipe: int) -> Iterator[np.ndarray]:
+def _started(loader: DataLoader[Rows], pipe: int) -> Iterator[Rows]:
     """The loader's iterator, with workers that are known to run; MachineError where they do not.
 
     A fork copies the interpreter's lock over its list of threads as it is. Python 3.11 waits for it in the child before it makes it
@@ -96,19 +123,29 @@ def _started(loader: DataLoader[np.ndarray], pipe: int) -> Iterator[np.ndarray]:
 
 
 class Batches(Iterator[dict[str, torch.Tensor]]):
-    """Iterator over micro-batches; starts reading at once, and close() ends its workers."""
+    """Iterator over micro-batches; starts reading at once, and close() ends its workers.
 
-    def __init__(self, rows: Iterator[np.ndarray]) -> None:
+    Raises DataError for a sample of the user's own data set that cannot be used.
+    """
+
+    def __init__(self, rows: Iterator[Rows]) -> None:
         self._pin = torch.cuda.is_available()
-        self._rows: Iterator[np.ndarray] | None = rows
+        self._rows: Iterator[Rows] | None = rows
         # Before multiprocessing's own exit handler, which would wait for workers that wait for work.
         atexit.register(self.close)
 
     def __next__(self) -> dict[str, torch.Tensor]:
         if self._rows is None:
             raise StopIteration
-        text = torch.from_numpy(next(self._rows)).long()
-        batch = {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous()}
+        rows = next(self._rows)
+        if isinstance(rows, ToolkitError):
+            raise rows
+        if isinstance(rows, dict):
+            batch = {name: torch.from_numpy(array) for name, array in rows.items()}
+            batch |= {name: batch[name].long() for name in ("tokens", "labels")}
+        else:
+            text = torch.from_numpy(rows).long()
+            batch = {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous()}
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pin else batch
 
     def close(self) -> None:
@@ -129,9 +166,10 @@ def batches(
 ) -> Batches:
     """Micro-batches {"tokens", "labels"} of int64 [micro_batch_size, seq_length] for one data-parallel rank, in step order.
 
-    dataset: one of build_datasets; consumed_samples: samples of all ranks already trained on; workers: reading processes (0: none);
-    seed: of the loader's own generator, so that torch's global one is left alone. Which samples a step sees depends on the step only.
-    With CUDA the batches lie in pinned memory. Raises DataError when the global batch does not divide.
+    dataset: one of build_datasets, or the user's own, whose other entries come along; consumed_samples: samples of all ranks
+    already trained on; workers: reading processes (0: none); seed: of the loader's own generator, so that torch's global one
+    is left alone. Which samples a step sees depends on the step only. With CUDA the batches lie in pinned memory.
+    Raises DataError when the global batch does not divide.
     """
     slice_size = layout.dp * layout.micro_batch_size
     if global_batch_size % slice_size:
@@ -142,7 +180,7 @@ def batches(
         )
     ids = _Ids(samples=len(dataset), layout=layout, dp_rank=dp_rank, global_batch_size=global_batch_size, consumed_samples=consumed_samples)
     read = partial(
-        DataLoader[np.ndarray],
+        DataLoader[Rows],
         dataset,
         batch_sampler=ids,
         num_workers=workers,

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from toolkit.data.indexed import read_index
-from toolkit.data.tokenizer import BytesTokenizer, SubwordTokenizer, TextTokenizer, write_durably
+from toolkit.data.tokenizer import BytesTokenizer, SubwordTokenizer, TextTokenizer
+from toolkit.data.vocabulary import SUFFIX
 from toolkit.errors import DataError
+from toolkit.files import FileRecord, file_sha256, write_durably
 
 FORMAT = 1
-SUFFIX = ".manifest.json"
 
 
 class _Part(BaseModel):
@@ -29,14 +28,6 @@ class TokenizerRecord(_Part):
     vocab_size: int
     eod: int
     file: str | None = None
-
-
-class FileRecord(_Part):
-    """One file of the data set: name beside the manifest, size in bytes, sha256 in hex."""
-
-    name: str
-    bytes: int
-    sha256: str
 
 
 class ShardRecord(_Part):
@@ -78,7 +69,7 @@ def manifest_path(prefix: str | Path) -> Path:
 
 def save_manifest(manifest: Manifest, prefix: str | Path) -> None:
     """Write the manifest, whole or not at all; the last act of preparing."""
-    write_durably(manifest_path(prefix), (manifest.model_dump_json(indent=1) + "\n").encode())
+    write_durably(manifest_path(prefix), manifest.model_dump_json(indent=1) + "\n")
 
 
 def load_manifest(prefix: str | Path, *, verify: Literal["sizes", "hashes"] = "sizes") -> Manifest:
@@ -132,21 +123,3 @@ def tokenizer_of(manifest: Manifest, prefix: str | Path) -> TextTokenizer:
     tok = SubwordTokenizer(record.spec, text=text)
     tok.eod, tok.vocab_size = record.eod, record.vocab_size
     return tok
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while piece := f.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

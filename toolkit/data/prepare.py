@@ -8,7 +8,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import shutil
 import warnings
@@ -24,20 +23,18 @@ from toolkit.data.encode import Helpers, Shard, encode_shard, id_dtype, part_pat
 from toolkit.data.indexed import add_counts, entropy
 from toolkit.data.manifest import (
     FORMAT,
-    FileRecord,
     Manifest,
     ShardRecord,
     TokenizerRecord,
-    file_sha256,
     load_manifest,
     manifest_path,
     save_manifest,
-    sync_folder,
 )
 from toolkit.data.progress import PrepareBar
 from toolkit.data.sources import Source, open_source
-from toolkit.data.tokenizer import TextTokenizer, load_tokenizer, training_size, write_durably
+from toolkit.data.tokenizer import TextTokenizer, load_tokenizer, training_size
 from toolkit.errors import DataError
+from toolkit.files import FileRecord, file_sha256, sync_file, sync_folder, write_durably
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +70,9 @@ def prepare(
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         with _locked(prefix):
-            if (found := _finished(prefix, text, tokenizer=tokenizer, eod=eod)) is not None:
-                log.info("%s already holds %s (%d tokens); reusing it", prefix, source, found.tokens)
-                return found
+            if (manifest := _finished(prefix, text, tokenizer=tokenizer, eod=eod)) is not None:
+                log.info("%s already holds %s (%d tokens); reusing it", prefix, source, manifest.tokens)
+                return manifest
             if not overwrite:
                 _refuse_other(prefix, text, tokenizer=tokenizer)
             return _run(text, tokenizer=tokenizer, eod=eod, prefix=prefix, workers=workers, progress=progress, shard_bytes=shard_bytes)
@@ -89,12 +86,13 @@ def _run(text: Source, *, tokenizer: str, eod: str | None, prefix: Path, workers
     job |= {"tokenizer": tokenizer, "eod": eod}
     if work.exists() and _read_json(work / "job.json") != job:
         shutil.rmtree(work)
-    write_durably(work / "job.json", json.dumps(job).encode())
+    work.mkdir(parents=True, exist_ok=True)
+    write_durably(work / "job.json", json.dumps(job))
     if tokenizer.startswith("train:"):
         log.info("training tokenizer %s on %s", tokenizer, text.spec)
     tok = load_tokenizer(tokenizer, train_on=text.documents(), cache=work / "trained.json", eod=eod)
     if tok.json is not None:
-        write_durably(work / "tokenizer.json", tok.json.encode())
+        write_durably(work / "tokenizer.json", tok.json)
     shards, skipped = _encode_all(text, tok, work=work, workers=workers, progress=progress, shard_bytes=shard_bytes)
     if not shards:
         raise DataError(
@@ -136,29 +134,32 @@ def _finished(prefix: Path, text: Source, *, tokenizer: str, eod: str | None) ->
     if not manifest_path(prefix).exists():
         return None
     try:
-        found = load_manifest(prefix)
+        manifest = load_manifest(prefix)
     except DataError as e:
         log.warning("%s; preparing it again", e)
         return None
-    if (found.source, found.source_fingerprint, found.tokenizer.spec) != (text.spec, text.fingerprint, tokenizer):
+    same_name = manifest.source == text.spec or text.kind == "files"  # files are the same whatever path leads to them
+    if not same_name or (manifest.source_fingerprint, manifest.tokenizer.spec) != (text.fingerprint, tokenizer):
         return None
     if tokenizer == "bytes" or tokenizer.startswith("train:") or not Path(tokenizer).exists():
-        return found
+        return manifest
     now = load_tokenizer(tokenizer, eod=eod)
-    return found if (now.hash, now.eod) == (found.tokenizer.hash, found.tokenizer.eod) else None
+    return manifest if (now.hash, now.eod) == (manifest.tokenizer.hash, manifest.tokenizer.eod) else None
 
 
 def _refuse_other(prefix: Path, text: Source, *, tokenizer: str) -> None:
     record = _read_json(manifest_path(prefix))
     if isinstance(record, dict) and record.get("source"):
-        held = (record.get("source"), (record.get("tokenizer") or {}).get("spec"))
-        if held == (text.spec, tokenizer):
+        existing = (record.get("source"), (record.get("tokenizer") or {}).get("spec"))
+        if existing == (text.spec, tokenizer):
             if record.get("source_fingerprint") == text.fingerprint and (record.get("tokenizer") or {}).get("spec") == tokenizer:
                 return  # the same data, damaged
             why = "its text or its tokenizer has changed since"
         else:
             why = f"not {text.spec} with tokenizer {tokenizer}"
-        raise DataError(f"{prefix} holds {held[0]} with tokenizer {held[1]}", why=why, fix="Choose another --out, or add --overwrite.")
+        raise DataError(
+            f"{prefix} holds {existing[0]} with tokenizer {existing[1]}", why=why, fix="Choose another --out, or add --overwrite."
+        )
     # Files of an interrupted end of preparing have a work folder beside them.
     if not _work_folder(prefix).exists() and any(Path(f"{prefix}{s}").exists() for s in (".bin", ".idx")):
         raise DataError(
@@ -198,7 +199,7 @@ def _encode_all(
     records: list[dict[str, Any] | None] = []
     waiting: deque[tuple[int, Future[dict[str, Any]]]] = deque()
     skipped = [0]
-    kept = 0
+    reused = 0
     helpers: Helpers | None = None
     bar = PrepareBar(text, shown=progress)
     with bar:
@@ -212,7 +213,7 @@ def _encode_all(
             for shard in _shards(text, shard_bytes=shard_bytes, skipped=skipped):
                 record = _read_json(part_path(work, shard.number, ".json"))
                 if record is not None and record["text_sha256"] == shard.sha256:
-                    kept += 1
+                    reused += 1
                     records.append(record)
                     bar.add(record)
                     continue
@@ -232,8 +233,8 @@ def _encode_all(
         finally:
             if helpers is not None:
                 helpers.close()
-    if kept:
-        log.info("%d of %d shards were already encoded", kept, len(records))
+    if reused:
+        log.info("%d of %d shards were already encoded", reused, len(records))
     return [r for r in records if r is not None], skipped[0]
 
 
@@ -243,7 +244,7 @@ def _encode_all(
 def _assemble(shards: Sequence[dict[str, Any]], *, skipped: int, text: Source, tok: TextTokenizer, work: Path, prefix: Path) -> Manifest:
     """Join the parts with megatron-core's builder in the work folder, then move the files into place, the manifest last."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # megatron-core laments optional packages at import
+        warnings.simplefilter("ignore")  # megatron-core warns about optional packages at import
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     dtype = DType.optimal_dtype(tok.vocab_size)
@@ -263,8 +264,7 @@ def _assemble(shards: Sequence[dict[str, Any]], *, skipped: int, text: Source, t
         moves.append((work / "tokenizer.json", Path(f"{prefix}.tokenizer.json")))
     files = []
     for made, target in moves:
-        with made.open("rb") as f:
-            os.fsync(f.fileno())
+        sync_file(made)
         files.append(FileRecord(name=target.name, bytes=made.stat().st_size, sha256=file_sha256(made)))
     keys = set(ShardRecord.model_fields)
     manifest = Manifest(

@@ -7,10 +7,8 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import shutil
 import socket
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from toolkit.data.manifest import sync_folder
-from toolkit.data.tokenizer import write_durably
 from toolkit.errors import DataError
+from toolkit.files import LOCK, Partial, sync_file, write_durably
+from toolkit.parallel.agree import everywhere, on_rank_0
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # megatron-core laments optional packages at import
+    warnings.simplefilter("ignore")  # megatron-core warns about optional packages at import
     from megatron.core import __version__ as mcore_version
     from megatron.core.datasets.blended_dataset import BlendedDataset
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -33,7 +31,6 @@ with warnings.catch_warnings():
 log = logging.getLogger(__name__)
 
 _COMPLETE = "complete.json"
-_STALE_SECONDS = 86400.0
 
 
 class Samples(GPTDataset):
@@ -114,31 +111,9 @@ def build(
         )
         return list(_Builder(Samples, list(sizes), lambda: True, config).build())
 
-    _together(lambda: _ensure(folder, datasets), only_rank_0=True)
-    _together(lambda: _visible(folder), only_rank_0=False)
+    on_rank_0(lambda: _ensure(folder, datasets))
+    everywhere(lambda: _visible(folder))
     return datasets(folder)
-
-
-def _together(act: Callable[[], None], *, only_rank_0: bool) -> None:
-    """Run act on rank 0 or everywhere; if it raises on any rank, every rank raises the first rank's error."""
-    parallel = dist.is_initialized()
-    error: DataError | None = None
-    if not only_rank_0 or not parallel or dist.get_rank() == 0:
-        try:
-            act()
-        except DataError as e:
-            error = e
-        except Exception as e:  # whatever it is, the other ranks are waiting
-            log.exception("building the sample indices failed")
-            error = DataError(
-                "the sample indices could not be built", why=f"{type(e).__name__}: {e}", fix="Check data.cache_dir and the data files."
-            )
-    if parallel:
-        errors: list[DataError | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-        error = next((e for e in errors if e is not None), None)
-    if error is not None:
-        raise error
 
 
 def _is_complete(folder: Path) -> bool:
@@ -153,40 +128,36 @@ def _ensure(folder: Path, datasets: Callable[[Path], list[Any]]) -> None:
     """Build the indices in a folder of their own and rename it: a killed build leaves nothing that looks finished."""
     if _is_complete(folder):
         return
-    part = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(f".{folder.name}.*"):
-            if left == part or time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
-        part.mkdir()
-        log.info("building sample indices in %s", folder)
-        datasets(part)
-        sizes = {}
-        for path in sorted(part.iterdir()):
-            with path.open("rb") as f:
-                os.fsync(f.fileno())
-            sizes[path.name] = path.stat().st_size
-        write_durably(part / _COMPLETE, json.dumps(sizes).encode())
-        sync_folder(part)
-        if folder.exists() and not _is_complete(folder):
-            log.warning("%s is incomplete; replacing it", folder)
-            shutil.rmtree(folder)
-        try:
-            part.rename(folder)
-        except OSError:
-            # Another run with the same config was faster; its indices are the same.
-            if not _is_complete(folder):
-                raise
-        sync_folder(folder.parent)
+        with Partial(folder) as partial:
+            log.info("building sample indices in %s", folder)
+            datasets(partial.folder)
+            built = sorted(p for p in partial.folder.iterdir() if p.name != LOCK)
+            for path in built:
+                sync_file(path)
+            write_durably(partial.folder / _COMPLETE, json.dumps({p.name: p.stat().st_size for p in built}))
+            if folder.exists() and not _is_complete(folder):
+                log.warning("%s is incomplete; replacing it", folder)
+                shutil.rmtree(folder)
+            try:
+                partial.publish()
+            except OSError:
+                # Another run with the same config was faster; its indices are the same.
+                if not _is_complete(folder):
+                    raise
+    except DataError:
+        raise
     except OSError as e:
         raise DataError(
             f"the sample indices could not be written to {folder}",
             why=str(e),
             fix="Set data.cache_dir to a folder with space that you may write to.",
         ) from e
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    except Exception as e:
+        log.exception("building the sample indices failed")
+        raise DataError(
+            "the sample indices could not be built", why=f"{type(e).__name__}: {e}", fix="Check data.cache_dir and the data files."
+        ) from e
 
 
 def _visible(folder: Path) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -16,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from toolkit.data.sources import refuse_mistyped
 from toolkit.errors import DataError
+from toolkit.files import write_durably
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +159,8 @@ def load_tokenizer(spec: str, *, train_on: Iterable[str] | None = None, cache: P
                 )
             text = _train(train_on, size=size)
             if cache is not None:
-                write_durably(cache, text.encode())
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                write_durably(cache, text)
         else:
             text = cache.read_text(encoding="utf-8")
         return SubwordTokenizer(spec, text=text, eod=END_OF_DOCUMENT)
@@ -176,17 +178,6 @@ def training_size(spec: str) -> int:
             fix="Set it to, say, train:8192.",
         )
     return int(tail)
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Put a whole file in place or none: temporary name, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with part.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    part.replace(path)
 
 
 def _train(documents: Iterable[str], *, size: int) -> str:
@@ -232,7 +223,9 @@ def _find(spec: str) -> tuple[str, str | None]:
         config = path.with_name("tokenizer_config.json")
         return text, _named_eod(config.read_text(encoding="utf-8") if config.is_file() else None)
     if spec.startswith(("/", "./", "../", "~")) or spec.endswith((".json", ".model")) or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", spec):
+        refuse_mistyped(spec, key="data.tokenizer", fix=_HOW_TO_SET)
         raise DataError(f"data.tokenizer={spec}", why="no such file or folder", fix=_HOW_TO_SET)
+    refuse_mistyped(spec, key="data.tokenizer", fix=_HOW_TO_SET)
     return _from_hub(spec)
 
 

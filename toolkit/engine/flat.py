@@ -26,7 +26,7 @@ class Groups:
     embedding: dist.ProcessGroup | None  # first and last stage, where a tied embedding has two copies
 
 
-class Partition(list):
+class GradientSlices(list):
     """A rank's gradient partition: the slices of its parameters, and the flat tensor they are views of."""
 
     flat_partition: Tensor
@@ -93,12 +93,12 @@ class FlatGradients:
             dist.all_reduce(self.buffer, group=self.groups.data)  # gloo has no reduce-scatter in older torch
         return part
 
-    def slices(self, partition: Tensor, parameters: Sequence[torch.nn.Parameter] | None = None) -> Partition:
+    def slices(self, partition: Tensor, parameters: Sequence[torch.nn.Parameter] | None = None) -> GradientSlices:
         """The given parameters' slices of a reduced partition, in their order."""
         start = partition.storage_offset()
         end = start + partition.numel()
         place = {id(p): (o, o + p.numel()) for p, o in zip(self.parameters, self.offsets, strict=True)}
-        found = Partition()
+        found = GradientSlices()
         for p in self.parameters if parameters is None else parameters:
             low, high = place[id(p)]
             found.append(self.buffer[max(low, start) : max(low, start, min(high, end))])

@@ -46,7 +46,7 @@ def sum_tied(gradient: Tensor, group: dist.ProcessGroup) -> None:
         gradient.copy_(buffer)
 
 
-def counted(parameter: Tensor, *, tp_rank: int) -> bool:
+def counts_in_norm(parameter: Tensor, *, tp_rank: int) -> bool:
     """Whether this rank's gradient of a parameter enters the global norm: each value once, on one rank."""
     if getattr(parameter, TIED_COPY, False):
         return False

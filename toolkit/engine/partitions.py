@@ -28,10 +28,12 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Cut:
-    """One flat partition of one rank: its length in elements, padding included, and what lies in it."""
+    """One flat partition of one rank: its length in elements, padding included, and what lies in it. members: names of all weights
+    that ranks share out here, of which this rank may have none."""
 
     numel: int
     fragments: list[Fragment]
+    members: list[str]
 
 
 def stage_parameters(spec: ModelSpec, layout: Layout, *, stage: int) -> list[str]:
@@ -47,33 +49,30 @@ def stage_parameters(spec: ModelSpec, layout: Layout, *, stage: int) -> list[str
 
 
 def partitions(
-    names: Sequence[str],
+    groups: Sequence[Sequence[str]],
     shapes: Mapping[str, Sequence[int]],
     layout: Layout,
     *,
     rank: int,
     zero_stage: int,
     sub_group_size: int,
-    tied: str | None,
 ) -> list[Cut]:
     """A rank's partitions in the optimizer's order.
 
-    names: of its stage's parameters in module order; shapes: of this rank's parts of them; sub_group_size: ZeRO-3's, in elements;
-    tied: a weight that is an optimizer group of its own (a tied embedding under PP).
+    groups: names of its stage's parameters by optimizer group, in module order; shapes: of this rank's parts of them;
+    sub_group_size: ZeRO-3's, in elements.
     """
-    sets = [
-        [n for n in names if len(shapes[n]) > 1 and n != tied],
-        [n for n in names if len(shapes[n]) <= 1],
-        [n for n in names if n == tied],
-    ]
     at = layout.coordinates(rank)
     # ZeRO-0 is ZeRO-1 over a group of one; gradients are averaged over context-parallel ranks too
     parts, mine = (layout.dp * layout.cp, at.dp * layout.cp + at.cp) if zero_stage else (1, 0)
-    numel = {n: math.prod(shapes[n]) for n in names}
+    numel = {n: math.prod(shape) for n, shape in shapes.items()}
     if zero_stage < 3:
-        return [_cut_flat(group, numel, parts=parts, mine=mine) for group in sets if group]
+        return [_cut_flat(group, numel, parts=parts, mine=mine) for group in groups if group]
     return [
-        _cut_each(sub, numel, parts=parts, mine=mine) for group in sets if group for sub in _sub_groups(group, numel, parts, sub_group_size)
+        _cut_each(sub, numel, parts=parts, mine=mine)
+        for group in groups
+        if group
+        for sub in _sub_groups(group, numel, parts, sub_group_size)
     ]
 
 
@@ -86,7 +85,7 @@ def _cut_flat(group: Sequence[str], numel: Mapping[str, int], *, parts: int, min
         if low < high:
             fragments.append(Fragment(n, low - first, low, high - low))
         first += numel[n]
-    return Cut(size, fragments)
+    return Cut(size, fragments, list(group))
 
 
 def _cut_each(group: Sequence[str], numel: Mapping[str, int], *, parts: int, mine: int) -> Cut:
@@ -97,7 +96,7 @@ def _cut_each(group: Sequence[str], numel: Mapping[str, int], *, parts: int, min
         if count:
             fragments.append(Fragment(n, mine * size, at, count))
         at += size
-    return Cut(at, fragments)
+    return Cut(at, fragments, list(group))
 
 
 def _sub_groups(group: Sequence[str], numel: Mapping[str, int], parts: int, sub_group_size: int) -> list[list[str]]:

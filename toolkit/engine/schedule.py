@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
 from torch import Tensor
 
+from toolkit.engine.loss import Batch, Loss, logits_as_output
 from toolkit.parallel.layout import Layout
-
-Batch = dict[str, Tensor]
 
 
 class ChunkView(torch.nn.Module):
@@ -20,6 +20,9 @@ class ChunkView(torch.nn.Module):
 
     engine.config is DeepSpeed's dict, so the schedule must not be given the engine itself.
     """
+
+    chunk: Any
+    call: Callable[..., Tensor]
 
     def __init__(self, chunk: Any, forward: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -38,10 +41,17 @@ class ChunkView(torch.nn.Module):
 
 
 class Schedule:
-    """Runs the micro-batches of one global batch through this rank's chunks."""
+    """Runs the micro-batches of one global batch through this rank's chunks. loss: the mean over all tokens if it is not given."""
 
-    def __init__(self, views: Sequence[ChunkView], layout: Layout, *, seq_length: int, micro_batch_size: int) -> None:
+    def __init__(
+        self, views: Sequence[ChunkView], layout: Layout, *, seq_length: int, micro_batch_size: int, loss: Loss | None = None
+    ) -> None:
         self.views = list(views)
+        self.loss = loss or Loss()
+        if self.loss.needs == "logits":
+            for view in self.views:
+                if view.chunk.post_process:
+                    logits_as_output(view.chunk)
         self.layout = layout
         self.seq_length = seq_length
         self.micro_batch_size = micro_batch_size
@@ -51,7 +61,7 @@ class Schedule:
     def __call__(self, batches: Callable[[], Iterator[Batch]], *, num_microbatches: int, forward_only: bool = False) -> Tensor | None:
         """Mean loss over this rank's micro-batches on the last stage, None elsewhere; gradients accumulate.
 
-        batches: called once per chunk; each iterator yields {"tokens", "labels"} of shape [b, s].
+        batches: called once per chunk; each iterator yields {"tokens", "labels"} of shape [b, s], and what else the loss asks for.
         """
         losses = self.run(
             forward_step_func=self._forward_step,
@@ -69,7 +79,7 @@ class Schedule:
         tokens, labels = batch["tokens"], batch["labels"]
         if self.positions is None or self.positions.shape != tokens.shape or self.positions.device != tokens.device:
             self.positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return view(tokens, self.positions, None, labels=labels), _mean_loss
+        return view(tokens, self.positions, None, labels=labels), partial(self.loss, batch=batch)
 
 
 @contextmanager
@@ -92,8 +102,3 @@ def observed(around: Callable[[str], AbstractContextManager[None]]) -> Iterator[
     finally:
         for kind, function in kept.items():
             setattr(module, f"{kind}_step", function)
-
-
-def _mean_loss(per_token: Tensor) -> tuple[Tensor, Tensor]:
-    loss = per_token.float().mean()
-    return loss, loss.detach().clone()  # the schedule divides the first in place

@@ -1,5 +1,7 @@
 """The DeepSpeed engine: the one file that imports deepspeed, and all that it needs to run under a schedule.
 
+What its optimizers hold is read through deepspeed_state.py; no other file knows DeepSpeed's private attributes.
+
 Facts about DeepSpeed 0.19 that the code answers are numbered as in docs/design.md.
 """
 
@@ -22,19 +24,23 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
 from megatron.core import parallel_state as state
 
 from toolkit.config.schema import RunConfig
+from toolkit.engine.deepspeed_state import DeepSpeedState
 from toolkit.engine.flat import FlatGradients, Groups, add_within_product
-from toolkit.engine.grads import counted, global_norm, hook_sum_over_tp, partial_over_tp, square_sum, sum_over_tp, sum_tied
+from toolkit.engine.grads import counts_in_norm, global_norm, hook_sum_over_tp, partial_over_tp, square_sum, sum_over_tp, sum_tied
+from toolkit.engine.muon import Ranks
+from toolkit.engine.optimizers import OptimizerFactory, ParameterGroup, make_optimizer, note_parts, parameter_groups, plugged_in
 from toolkit.engine.schedule import ChunkView
 from toolkit.parallel.groups import Mpu
 from toolkit.parallel.layout import Layout
 
 deepspeed_logger.setLevel(logging.WARNING)
 # an operator for inference only; asking for it runs gcc to probe for every extension, and builds it on a CPU
-deepspeed_comm: Any = importlib.import_module("deepspeed.comm.torch")  # as an attribute, that name is torch itself
+deepspeed_comm: Any = importlib.import_module("deepspeed.comm.torch")  # by name: attribute access would return the torch package
 deepspeed_comm.build_shm_op = lambda: None
 if not torch.cuda.is_available():
     # PyTorch computes in fp16 on any CPU; DeepSpeed allows it only where the CPU does so fast
@@ -75,9 +81,19 @@ class Engine:
 
     Use: begin(); schedule over self.views; finish() -> global gradient norm (fp32 scalar tensor,
     before clipping; -1 where a gradient was not finite and the step was skipped).
+
+    optimizer: makes the optimizer in the place of optimizer.name's, see toolkit.engine.optimizers.plugged_in.
     """
 
-    def __init__(self, chunks: Sequence[Any], config: RunConfig, layout: Layout, ds_config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[Any],
+        config: RunConfig,
+        layout: Layout,
+        ds_config: dict[str, Any],
+        *,
+        optimizer: OptimizerFactory | None = None,
+    ) -> None:
         self.config, self.layout, self.stage = config, layout, config.zero.stage
         self.chunks = list(chunks)
         self.tp_rank = state.get_tensor_model_parallel_rank()
@@ -92,15 +108,31 @@ class Engine:
         )
         offloaded = config.zero.offload_optimizer != "none"
         self.flat_path = self.stage <= 1 and not offloaded
-        self.bare = self.stage <= 1
-        optimizer = _optimizer(self.module, config, tied=self.tied)
+        self.schedule_drives_module = self.stage <= 1
+        mpu = Mpu(alone=self.stage == 0)
+        ranks = Ranks(tensor=self.groups.tensor, data=mpu.get_data_parallel_group())
+        groups = parameter_groups(self.chunks, config, tied=self.tied)
+        if optimizer is not None:
+            inner = plugged_in(optimizer, groups, config, tp=layout.tp, rank=dist.get_rank())
+        elif offloaded:
+            inner = _cpu_adam(groups, config)
+        else:
+            inner = make_optimizer(groups, config, ranks=ranks)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module,
-            optimizer=optimizer,
-            config=_engine_config(ds_config, stage=self.stage, bare=self.bare, flat=self.flat_path, precision=config.train.precision),
-            mpu=Mpu(alone=self.stage == 0),
+            optimizer=inner,
+            config=_engine_config(
+                ds_config,
+                stage=self.stage,
+                schedule_drives_module=self.schedule_drives_module,
+                flat=self.flat_path,
+                precision=config.train.precision,
+            ),
+            mpu=mpu,
             dist_init_required=False,
         )
+        if self.stage < 3:
+            note_parts(DeepSpeedState(self), self.chunks, config.model.spec)
         self.flat: list[FlatGradients] = []
         if self.flat_path:
             self._use_flat_gradients()
@@ -111,7 +143,7 @@ class Engine:
             self.optimizer.scaled_global_norm = self._norm
         else:
             self.optimizer._get_norm_groups = lambda: [self._norm()]
-        # a second pass over all gradients for what the norm already tells: it is -1 where one is not finite
+        # skip DeepSpeed's overflow scan: a non-finite norm already marks the step
         self.optimizer.check_overflow = lambda partition_gradients=True: None
         self.views = [ChunkView(chunk, self._caller(i)) for i, chunk in enumerate(self.chunks)]
         for chunk in self.chunks:
@@ -129,8 +161,8 @@ class Engine:
         if self.flat_path:
             for i, flat in enumerate(self.flat):
                 self.optimizer.averaged_gradients[i] = flat.slices(flat.reduce(), self.optimizer.params_in_partition[i])
-        elif self.bare:
-            self._reduce_bare()
+        elif self.schedule_drives_module:
+            self._reduce_gradients()
             self.engine._backward_epilogue()
         self.engine.step()
         if self.layout.vpp > 1:
@@ -158,6 +190,21 @@ class Engine:
         """Switch dropout off for evaluation, and on again."""
         self.module.train(not on)
 
+    def close(self) -> None:
+        """Let go of the model and its state; the engine and its chunks cannot be used afterwards.
+
+        PyTorch's C++ side holds parameters too, so Python never collects the cycles that DeepSpeed's hooks make through them.
+        """
+        held = [m for chunk in self.chunks for m in chunk.modules()] + [self]
+        if "engine" in vars(self):  # else it was cut off in the making
+            self.engine.destroy()
+            held += [self.optimizer, self.engine]
+        for one in held:
+            vars(one).clear()
+        for name in vars(deepspeed_groups):  # made for this layout, and looked up before a new engine makes its own
+            if name in ("mpu", "mesh_device") or name.endswith("_GROUP"):
+                setattr(deepspeed_groups, name, None)
+
     # -- ZeRO-0 and ZeRO-1: flat gradients, reduced once (fact 11) ------------------------------------
 
     def _use_flat_gradients(self) -> None:
@@ -173,7 +220,7 @@ class Engine:
         if self.config.train.precision == "fp32" and not self.config.model.compile:
             add_within_product(self.module)
 
-    def _reduce_bare(self) -> None:
+    def _reduce_gradients(self) -> None:
         partial = [p.grad for p in partial_over_tp(self.module.parameters()) if p.grad is not None]
         if partial and self.layout.tp > 1:
             sum_over_tp(partial, self.groups.tensor)
@@ -237,11 +284,12 @@ class Engine:
         if self.tied is None or self.groups.embedding is None:
             return
         partitions = self.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-        sum_tied(partitions[self.tied.ds_id], self.groups.embedding)
+        tied: Any = self.tied
+        sum_tied(partitions[tied.ds_id], self.groups.embedding)
 
     def _caller(self, index: int) -> Callable[..., Tensor]:
         chunk = self.chunks[index]
-        if self.bare:
+        if self.schedule_drives_module:
             return chunk
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
@@ -257,21 +305,21 @@ class Engine:
         groups = o.bit16_groups if self.stage < 3 else o.fp16_groups
         offloaded = o.cpu_offload if self.stage < 3 else o.offload_optimizer
         if offloaded:
-            counted_norms = [
+            norms = [
                 torch.as_tensor(o.norm_for_param_grads[o.get_param_id(p)], dtype=torch.float32, device=self.device)
                 for group in groups
                 for p in group
-                if counted(p, tp_rank=self.tp_rank) and o.get_param_id(p) in o.norm_for_param_grads
+                if counts_in_norm(p, tp_rank=self.tp_rank) and o.get_param_id(p) in o.norm_for_param_grads
             ]
             self.local_square_sum = (
-                torch.stack([n.reshape(()) for n in counted_norms]).square().sum() if counted_norms else torch.zeros((), device=self.device)
+                torch.stack([n.reshape(()) for n in norms]).square().sum() if norms else torch.zeros((), device=self.device)
             )
         else:
             gradients = []
             for i, group in enumerate(groups):
                 owners = o.params_in_partition[i] if self.stage < 3 else group
                 parts = [g for g in o.averaged_gradients[i] if not getattr(g, "_zero_padding", False)]
-                gradients += [g for g, p in zip(parts, owners, strict=True) if counted(p, tp_rank=self.tp_rank)]
+                gradients += [g for g, p in zip(parts, owners, strict=True) if counts_in_norm(p, tp_rank=self.tp_rank)]
             self.local_square_sum = square_sum(gradients, device=self.device)
         if self.stage == 0:
             self.local_square_sum = self.local_square_sum / self.layout.dp  # every rank holds the whole
@@ -294,26 +342,15 @@ def _tied_weight(chunks: Sequence[Any]) -> torch.nn.Parameter | None:
     return None
 
 
-def _optimizer(module: torch.nn.Module, config: RunConfig, *, tied: torch.nn.Parameter | None) -> torch.optim.Optimizer:
-    """AdamW over matrices (decayed), vectors (not decayed) and the tied weight (a group of its own)."""
+def _cpu_adam(groups: list[ParameterGroup], config: RunConfig) -> torch.optim.Optimizer:
+    """What updates weights that are offloaded."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
     o = config.optimizer
-    parameters = [p for p in module.parameters() if p.requires_grad and p is not tied]
-    rank = {id(p): len(getattr(p, "ds_shape", p.shape)) for p in parameters}
-    sets = [
-        {"params": [p for p in parameters if rank[id(p)] > 1], "weight_decay": o.weight_decay},
-        {"params": [p for p in parameters if rank[id(p)] <= 1], "weight_decay": 0.0},
-        {"params": [tied] if tied is not None else [], "weight_decay": o.weight_decay},
-    ]
-    sets = [s for s in sets if s["params"]]
-    if config.zero.offload_optimizer != "none":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(sets, lr=o.lr, betas=o.betas, eps=o.eps, adamw_mode=o.name == "adamw", fp32_optimizer_states=True)
-    kind = torch.optim.AdamW if o.name == "adamw" else torch.optim.Adam
-    return kind(sets, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
+    return DeepSpeedCPUAdam(groups, lr=o.lr, betas=o.betas, eps=o.eps, adamw_mode=o.name == "adamw", fp32_optimizer_states=True)
 
 
-def _engine_config(ds_config: dict[str, Any], *, stage: int, bare: bool, flat: bool, precision: str) -> dict[str, Any]:
+def _engine_config(ds_config: dict[str, Any], *, stage: int, schedule_drives_module: bool, flat: bool, precision: str) -> dict[str, Any]:
     """The final JSON plus what only this engine decides: who accumulates, and over whom states are cut.
 
     ZeRO-0 is ZeRO-1 over a group of one. DeepSpeed's own stage 0 returns no norm, drops the other
@@ -323,13 +360,13 @@ def _engine_config(ds_config: dict[str, Any], *, stage: int, bare: bool, flat: b
     if stage == 0:
         final.pop("train_batch_size", None)
         final["zero_optimization"] = {**final.get("zero_optimization", {}), "stage": 1}
-    if bare:
+    if schedule_drives_module:
         # it makes DeepSpeed's hooks reduce within backward, a second time where the schedule runs several micro-batches
         final["zero_optimization"] = {**final.get("zero_optimization", {}), "overlap_comm": False}
     if flat:
         # DeepSpeed's hooks set up a bucket of 5e8 elements that flat gradients never use: 1.9 GiB a rank
         final["zero_optimization"] = {**final.get("zero_optimization", {}), "reduce_bucket_size": 1}
-    if not bare:
+    if not schedule_drives_module:
         final["managed_gradient_accumulation"] = False
         if precision != "fp32":
             final["data_types"] = {"grad_accum_dtype": "fp32", **final.get("data_types", {})}

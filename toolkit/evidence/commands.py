@@ -18,10 +18,10 @@ def calibrate(
 ) -> None:
     """Fit the planner's one scalar per GPU and precision to your own runs."""
     from toolkit.evidence import fit
-    from toolkit.evidence import runs as own
+    from toolkit.evidence import runs as own_runs
 
-    measured = [own.read_run(folder, hardware=hardware, hardware_file=hardware_file) for folder in dict.fromkeys(runs)]
-    entries = own.calibrate(measured)
+    measured = [own_runs.read_run(folder, hardware=hardware, hardware_file=hardware_file) for folder in dict.fromkeys(runs)]
+    entries = own_runs.calibrate(measured)
     head = "# Written by `toolkit calibrate` from the runs named as sources: the share of the catalogue's matmul ceiling that they reach.\n"
     try:
         fit.write(entries, path=out, head=head)
@@ -29,6 +29,6 @@ def calibrate(
         raise ConfigError(f"--out {str(out)!r} cannot be written", why=error.strerror or str(error), fix="Name another file.") from None
     for entry in entries:
         typer.echo(f"{entry['gpu']} {entry['precision']}: scalar {entry['scale']:g} from {entry['steps']} steps of {entry['rows']} runs")
-    for line in own.remarks(entries):
+    for line in own_runs.remarks(entries):
         typer.echo(f"note: {line}")
     typer.echo(f"written to {out}: use it with --calibration {out}")

@@ -76,7 +76,7 @@ def _bias(items: Sequence[Any], scale: float) -> float:
 
 
 def as_scales(entries: Iterable[Mapping[str, Any]]) -> dict[Key, float]:
-    """Fitted entries as the mapping that predictions take; half precisions stand for each other."""
+    """Fitted entries as the mapping that predictions take; fp16 and bf16 stand for each other."""
     scales = {(e["gpu"], e["precision"]): float(e["scale"]) for e in entries}
     for (gpu, precision), scale in list(scales.items()):
         if precision == "bf16":

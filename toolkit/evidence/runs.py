@@ -18,10 +18,10 @@ from toolkit.cost.workload import Workload
 from toolkit.errors import ConfigError
 from toolkit.evidence import fit
 from toolkit.hardware.catalogue import Hardware, find_gpu, parse_hardware
+from toolkit.runfolder.files import CONFIG, DS_CONFIG, MACHINE
 from toolkit.runfolder.metrics import after_warm_up, read_metrics
 from toolkit.runfolder.profile import read_profile
 
-MACHINE = "machine.json"  # of a run folder: device name, processes, hosts
 LOWEST, HIGHEST = 1e-4, 4.0  # of a scalar fitted to own runs: small models on slow machines reach little
 
 
@@ -51,13 +51,13 @@ def read_run(folder: Path, *, hardware: str | None = None, hardware_file: Path |
 
 def _profiled(folder: Path) -> tuple[RunConfig, int, float, int] | None:
     """Config, ranks, tokens a second and counted steps of a profile: the slowest rank's step; None without one."""
-    found = read_profile(folder)
-    if found is None:
+    profile = read_profile(folder)
+    if profile is None:
         return None
-    config, layout = parse_config(found["config"]), found["layout"]
-    slowest = max(rank["seconds"]["step"] for rank in found["ranks"])
+    config, layout = parse_config(profile["config"]), profile["layout"]
+    slowest = max(rank["seconds"]["step"] for rank in profile["ranks"])
     tokens = config.train.global_batch_size * config.train.seq_length
-    return config, layout["tp"] * layout["pp"] * layout["cp"] * layout["dp"], tokens / slowest, found["steps"]
+    return config, layout["tp"] * layout["pp"] * layout["cp"] * layout["dp"], tokens / slowest, profile["steps"]
 
 
 def _trained(folder: Path) -> tuple[RunConfig, int, float, int]:
@@ -68,9 +68,9 @@ def _trained(folder: Path) -> tuple[RunConfig, int, float, int]:
             f"run folder {str(folder)!r} has neither a profile.json nor steps in metrics.jsonl",
             fix="Name the folder of a run that trained.",
         )
-    config = load_config(folder / "config.yaml")
+    config = load_config(folder / CONFIG)
     try:
-        given = json.loads((folder / "ds_config.json").read_text(encoding="utf-8"))
+        given = json.loads((folder / DS_CONFIG).read_text(encoding="utf-8"))
         dp = given["train_batch_size"] // given["train_micro_batch_size_per_gpu"]
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         raise ConfigError(
@@ -78,16 +78,16 @@ def _trained(folder: Path) -> tuple[RunConfig, int, float, int]:
             why="its batch tells the number of ranks",
             fix="Name a run folder.",
         ) from None
-    counted = after_warm_up(records)
+    records_counted = after_warm_up(records)
     p = config.parallel
-    return config, dp * p.tp * p.pp * p.cp, median(r["tokens_per_s"] for r in counted), len(counted)
+    return config, dp * p.tp * p.pp * p.cp, median(r["tokens_per_s"] for r in records_counted), len(records_counted)
 
 
 def _recorded(folder: Path, gpus: int, extra: Path | None) -> Hardware:
     """What profile.json or machine.json say the run ran on."""
     try:
-        if found := read_profile(folder):
-            return parse_hardware(str(found["hardware"]), extra=extra)
+        if profile := read_profile(folder):
+            return parse_hardware(str(profile["hardware"]), extra=extra)
         machine = json.loads((folder / MACHINE).read_text(encoding="utf-8"))
         hosts = max(1, int(machine["hosts"]))
         gpu = find_gpu(str(machine["device"]), extra=extra)
@@ -114,12 +114,12 @@ def calibrate(runs: Sequence[MeasuredRun]) -> list[dict[str, Any]]:
 
 def remarks(entries: Sequence[dict[str, Any]]) -> list[str]:
     """What a person should know before using entries: scalars at the edge of what is searched, runs that contradict each other."""
-    found = []
+    lines = []
     for entry in entries:
         name = f"{entry['gpu']} in {entry['precision']}"
         if not 1.05 * LOWEST < entry["scale"] < 0.95 * HIGHEST:
-            found.append(f"{name}: {entry['scale']:g} is at the edge of what a scalar can say; the hardware is probably another")
+            lines.append(f"{name}: {entry['scale']:g} is at the edge of what a scalar can say; the hardware is probably another")
         left = max(abs(bias) for bias in entry["bias_left"].values())
         if left > 0.2:
-            found.append(f"{name}: the runs disagree, one is still {left:.0%} off; their shapes or machines differ in more than one number")
-    return found
+            lines.append(f"{name}: the runs disagree, one is still {left:.0%} off; their shapes or machines differ in more than one number")
+    return lines

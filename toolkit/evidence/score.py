@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,19 +75,22 @@ def report(measured: Path, scorer: Path) -> str:
     rows = fit.load_rows(measured)
     fitted_answers = [predict(row) for row in rows]
     fitted = score(measured, scorer, fitted_answers)
-    held = score(measured, scorer, held_out(rows))
+    without_source = score(measured, scorer, held_out(rows))
     parts = [
         "# The planner against published measurements",
         "",
         "Written by `make score-planner`; do not edit.",
         "",
-        f"{fitted['rows']} scored rows (bf16 and fp16) of {len({r['source_id'] for r in rows})} sources. *Fitted*: with the stored scalars. *Held out*: each",
-        "source predicted with scalars fitted on the other sources only; memory has no fitted number, so both columns agree there. The constants in",
-        "the formulas were chosen with all of these sources in view, so expect unseen ones to lie a little further off than *held out* says.",
+        _fill(
+            f"{fitted['rows']} scored rows (bf16 and fp16) of {len({r['source_id'] for r in rows})} sources. *Fitted*: with the stored "
+            "scalars. *Held out*: each source is predicted with scalars fitted on the other sources only. Memory has no fitted number, so "
+            "both columns agree there. The constants in the formulas were chosen with all of these sources in view, so expect unseen "
+            "sources to lie a little further off than *held out* says."
+        ),
         "",
         "| figure | fitted | held out | aim | reached |",
         "|---|---:|---:|---:|---|",
-        *(_target_line(t, fitted, held) for t in TARGETS),
+        *(_target_line(t, fitted, without_source) for t in TARGETS),
         "",
         "## By source",
         "",
@@ -94,12 +98,14 @@ def report(measured: Path, scorer: Path) -> str:
         "",
         "| source | rows | throughput, fitted | signed | held out | memory rows | memory |",
         "|---|---:|---:|---:|---:|---:|---:|",
-        *_source_lines(fitted, held),
+        *_source_lines(fitted, without_source),
         "",
         "## The fitted scalars",
         "",
-        "One per GPU and precision: the share of the catalogue's matrix-multiply ceiling that training reaches. Attention, bandwidth, links and",
-        "memory are datasheet or kernel-benchmark values. Sources count once each, whatever their number of rows.",
+        _fill(
+            "One per GPU and precision: the share of the catalogue's matrix-multiply ceiling that training reaches. Attention, bandwidth, "
+            "links and memory are values of datasheets or kernel benchmarks. Each source counts once, whatever its number of rows."
+        ),
         "",
         "| GPU | precision | scalar | rows | bias left by source |",
         "|---|---|---:|---:|---|",
@@ -107,7 +113,7 @@ def report(measured: Path, scorer: Path) -> str:
         "",
         "## What is missing",
         "",
-        *(f"- **{source}**: {text}" for source, text in MISSING.items()),
+        *(_fill(f"- **{source}**: {text}", indent="  ") for source, text in MISSING.items()),
         "",
         "## Wrong verdicts",
         "",
@@ -128,23 +134,40 @@ def report(measured: Path, scorer: Path) -> str:
     return "\n".join(parts) + "\n"
 
 
+def _fill(text: str, *, indent: str = "") -> str:
+    """Wrap a paragraph of the page at 100 columns; lines after the first are indented."""
+    return textwrap.fill(text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
 _METHOD = (
     "## How an estimate is made",
     "",
-    "- **Memory** (`toolkit/memory`): parameters, gradients and optimizer states by ZeRO stage and framework; activations term by term",
-    "  (arXiv 2205.05198) times the micro-batches in flight (1F1B or interleaved); logits; ZeRO buckets and gathered layers; the worst of",
-    "  backward, loss and optimizer step; then the allocator's spare blocks and the driver context.",
-    "- **Time** (`toolkit/plan`): each weight multiply by its tiles, waves and stores; attention from kernel benchmarks by sequence length and head",
-    "  width; memory-bound passes by bytes; collectives by bandwidth and NCCL's step latencies over fabric and network; what the framework",
-    "  overlaps; the pipeline's slowest stage, fill and drain; recompute; optimizer; offload; the slowest of many nodes.",
+    _fill(
+        "- **Memory** (`toolkit/cost/memory.py`): parameters, gradients and optimizer states by ZeRO stage and framework; activations term "
+        "by term (arXiv 2205.05198) times the micro-batches in flight (1F1B or interleaved); logits; ZeRO buckets and gathered layers. "
+        "The worst of backward, loss and optimizer step counts. The allocator's spare blocks and the driver context are added.",
+        indent="  ",
+    ),
+    _fill(
+        "- **Time** (`toolkit/cost/step.py`): each weight multiply by its tiles, waves and stores; attention from kernel benchmarks by "
+        "sequence length and head width; memory-bound passes by bytes; collectives by bandwidth and NCCL's step latencies over fabric "
+        "and network; what the framework overlaps; the pipeline's slowest stage, fill and drain; recompute; optimizer; offload; the "
+        "slowest of many nodes.",
+        indent="  ",
+    ),
     "- A run that leaves less than 1 GiB of the device free counts as not fitting.",
     "",
-    "Constants that no datasheet or paper gives were read off the sources above and apply to every run of a framework or GPU: the rates of the",
-    "Triton and masked attention kernels, the factor 1.8 on PyTorch's element-wise traffic, the 0.3 by which hidden traffic slows compute, the 0.8 %",
-    "spread between nodes, the allocator's 7 and 25 %, and the extra bytes of InternEvo's optimizer and of Transformer Engine's placeholders.",
+    _fill(
+        "Some constants are given by no datasheet or paper. They were read off the sources above and apply to every run of a framework or "
+        "GPU: the rates of the Triton and masked attention kernels, the factor 1.8 on PyTorch's element-wise traffic, the 0.3 by which "
+        "hidden traffic slows compute, the 0.8 % spread between nodes, the allocator's 7 and 25 %, and the extra bytes of InternEvo's "
+        "optimizer and of Transformer Engine's placeholders."
+    ),
     "",
-    "Every formula's docstring names its units and source. `toolkit/hardware/catalogue.yaml` holds the catalogue, `toolkit/hardware/calibration.yaml` the scalars",
-    "with their provenance.",
+    _fill(
+        "Every formula's docstring names its units and source. `toolkit/hardware/catalogue.yaml` holds the catalogue. "
+        "`toolkit/hardware/calibration.yaml` holds the scalars and says where they come from."
+    ),
 )
 
 
@@ -155,9 +178,9 @@ def _at(scores: Mapping[str, Any], path: Sequence[str]) -> Any:
     return value
 
 
-def _target_line(target: tuple[tuple[str, ...], str, float, bool], fitted: Mapping[str, Any], held: Mapping[str, Any]) -> str:
+def _target_line(target: tuple[tuple[str, ...], str, float, bool], fitted: Mapping[str, Any], without_source: Mapping[str, Any]) -> str:
     path, text, bound, larger = target
-    ours, other = _at(fitted, path), _at(held, path)
+    ours, other = _at(fitted, path), _at(without_source, path)
     if ours is None:
         return f"| {text} | – | – | {bound} | – |"
     reached = ours >= bound if larger else ours <= bound
@@ -169,10 +192,10 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
 
-def _source_lines(fitted: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
+def _source_lines(fitted: Mapping[str, Any], without_source: Mapping[str, Any]) -> list[str]:
     lines = []
     for source, f in fitted["per_source"].items():
-        h = held["per_source"].get(source, {})
+        h = without_source["per_source"].get(source, {})
         lines.append(
             f"| {source} | {f['n_throughput']} | {_percent(f['throughput_mdape'])} | {_percent(f['throughput_signed_median'])} "
             f"| {_percent(h.get('throughput_mdape'))} | {f['n_memory']} | {_percent(f['memory_mdape'])} |"

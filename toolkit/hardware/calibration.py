@@ -16,9 +16,13 @@ FILE = Path(__file__).with_name("calibration.yaml")
 UNKNOWN = 0.85  # where nothing was measured: the middle of the fitted ones
 
 
-def scale_for(gpu: Gpu, precision: str, *, own: Path | None = None) -> float:
+def scale_for(gpu: Gpu, precision: str, *, users_file: Path | None = None) -> float:
     """The scalar of a GPU in a precision: of the user's own calibration file where it has one, else the stored or nearest one."""
-    return lookup(stored(), gpu, precision) if own is None else lookup(load(own), gpu, precision, default=scale_for(gpu, precision))
+    return (
+        lookup(stored(), gpu, precision)
+        if users_file is None
+        else lookup(load(users_file), gpu, precision, default=scale_for(gpu, precision))
+    )
 
 
 def load(path: Path) -> dict[tuple[str, str], float]:
@@ -42,7 +46,7 @@ def load(path: Path) -> dict[tuple[str, str], float]:
 
 
 def lookup(entries: Mapping[tuple[str, str], float], gpu: Gpu, precision: str, *, default: float = UNKNOWN) -> float:
-    """The scalar of a table: the GPU's own, of either half precision; of its generation (h100 for h100-pcie); else the default."""
+    """A GPU's scalar in a table: its own, in either half precision; else its generation's (h100 for h100-pcie); else the default."""
     twins = {"fp16": ("fp16", "bf16"), "bf16": ("bf16", "fp16")}.get(precision, (precision,))
     for name in (gpu.scale, gpu.scale.partition("-")[0]):
         for twin in twins:

@@ -39,7 +39,7 @@ class Gpu:
     domain: int | None = None
     accelerator: bool = True
 
-    def __hash__(self) -> int:  # names are unique in a catalogue; mappings do not hash
+    def __hash__(self) -> int:  # hash by name: names are unique, and mappings cannot be hashed
         return hash((self.name, self.scale, self.memory_gib))
 
     def peak(self, precision: str) -> float:
@@ -124,10 +124,10 @@ def parse_hardware(spec: str, *, extra: Path | None = None) -> Hardware:
     if not colon:
         name, size = spec.strip(), ""
     gpu = find_gpu(name, extra=extra)
-    found = re.fullmatch(r"(\d+)(?:\s*[xX]\s*(\d+))?", size.strip()) if size else None
-    if size and not found:
+    match = re.fullmatch(r"(\d+)(?:\s*[xX]\s*(\d+))?", size.strip()) if size else None
+    if size and not match:
         raise ConfigError(f"hardware {spec!r} has no readable size", fix="Write GPU:GPUS_PER_NODExNODES, for example h100-80gb:8x4.")
-    per_node, nodes = (int(found[1]), int(found[2] or 1)) if found else (gpu.gpus_per_node, 1)
+    per_node, nodes = (int(match[1]), int(match[2] or 1)) if match else (gpu.gpus_per_node, 1)
     if not 1 <= per_node * nodes <= 10_000_000:
         raise ConfigError(f"hardware {spec!r} counts {per_node * nodes} GPUs", fix="Use at least 1 GPU on at least 1 node.")
     return Hardware(gpu=gpu, gpus_per_node=per_node, nodes=nodes, nic_gb_s=gpu.nic_gb_s)
@@ -157,9 +157,9 @@ def _built_in() -> tuple[dict[str, Gpu], dict[str, str]]:
 
 
 def _with_spellings(extra: Path) -> tuple[dict[str, Gpu], dict[str, str]]:
-    built_in, own = _raw(_BUILT_IN), _raw(Path(extra))
+    built_in, added = _raw(_BUILT_IN), _raw(Path(extra))
     gpus, spellings = _built_in()
-    return gpus | _resolve(own, built_in, Path(extra)), spellings | _spellings(own)
+    return gpus | _resolve(added, built_in, Path(extra)), spellings | _spellings(added)
 
 
 def _spellings(raw: Mapping[str, Any]) -> dict[str, str]:

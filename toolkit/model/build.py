@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from toolkit.config.schema import ModelSection, RopeScaling, RunConfig
 from toolkit.model.init import materialise
 from toolkit.model.layers import TIED_COPY, local_spec, mark_shared_gradients, mask_padding, te_spec
-from toolkit.parallel.layout import Layout, seats
+from toolkit.parallel.layout import Layout, split_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,7 +33,7 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
     spec = m.spec
     dtype = DTYPES[t.precision]
     interleaved = layout.vpp > 1
-    split = seats(m.num_layers, layout.pp * layout.vpp)
+    split = split_layers(m.num_layers, layout.pp * layout.vpp)
     assert split is not None, "the rules refuse it"
     modes: dict[str, dict[str, Any]] = {
         "none": {},
@@ -59,6 +59,7 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
         init_method_std=m.init_std,
         perform_initialization=True,  # on the meta device: only for the attributes it sets
         use_cpu_initialization=False,
+        init_model_with_meta_device=True,  # for Transformer Engine, which would give every weight memory at once
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if interleaved else None,
@@ -73,7 +74,7 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
         # with two stages, batched sends of different chunks between the same two ranks cross
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        batch_p2p_sync=False,  # a device synchronisation after every message, for a bug of older PyTorch
+        batch_p2p_sync=False,  # a synchronisation of the device after every message, for PyTorch before 1.13
         # gloo still reads an output that is being sent when the schedule frees it; NCCL orders the two
         deallocate_pipeline_outputs=torch.cuda.is_available(),
         gradient_accumulation_fusion=False,

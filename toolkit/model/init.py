@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,15 @@ def cut_out(cut: Cut, whole: Tensor, *, tp: int, rank: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, cut.dim)
 
 
-def global_name(chunk: torch.nn.Module, name: str, spec: ModelSpec) -> str:
+def put_together(cut: Cut, parts: Sequence[Tensor]) -> Tensor:
+    """The whole weight from all tensor-parallel ranks' parts: the inverse of cut_out()."""
+    if cut.dim is None or len(parts) == 1:
+        return parts[0]
+    blocks = zip(*(part.chunk(cut.blocks, cut.dim) for part in parts), strict=True)
+    return torch.cat([piece for block in blocks for piece in block], cut.dim)
+
+
+def global_name(chunk: Any, name: str, spec: ModelSpec) -> str:
     """A parameter's name with layers numbered over the whole model, whatever stage or chunk holds them."""
     if name.startswith("decoder.layers."):
         _, _, local, rest = name.split(".", 3)

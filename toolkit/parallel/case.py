@@ -50,6 +50,7 @@ class Case:
     rope_scaling: bool
     compile: bool
     recompute: str
+    optimizer: str
     stage: int
     opt_offload: str
     param_offload: str
@@ -101,6 +102,7 @@ class Case:
             rope_scaling=m.rope_scaling is not None,
             compile=m.compile,
             recompute=t.recompute,
+            optimizer=o.name,
             stage=z.stage,
             opt_offload=z.offload_optimizer,
             param_offload=z.offload_param,
@@ -179,6 +181,7 @@ _ATTRIBUTES: Mapping[str, Any] = {
     "model.sliding_window": lambda value: ("window", value or 0),
     "model.impl": lambda value: ("te", value == "te"),
     "model.rope_scaling": lambda value: ("rope_scaling", value is not None),
+    "optimizer.name": _plain("optimizer"),
     "zero.stage": _plain("stage"),
     "zero.offload_optimizer": _plain("opt_offload"),
     "zero.offload_param": _plain("param_offload"),

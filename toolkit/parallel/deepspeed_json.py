@@ -10,13 +10,13 @@ from toolkit.config.schema import RunConfig
 from toolkit.errors import ConfigError
 from toolkit.parallel.layout import Layout
 
-NEVER = 10**9  # steps between DeepSpeed's own step lines: the loop prints better ones
+NEVER = 10**9  # DeepSpeed prints a line once in so many steps: the loop prints better ones
 
 
 def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
     """The whole configuration DeepSpeed gets, with no "auto" left.
 
-    DeepSpeed sees one micro-batch per step: megatron-core's schedule accumulates, and divides by their number. So
+    DeepSpeed sees one micro-batch per step: megatron-core's schedule accumulates, and divides by the number of micro-batches. So
     train_batch_size is micro_batch_size x dp, in sequences. Raises ConfigError where the user's JSON asks for another accumulation.
     """
     config = merge_deepspeed_json(config)
@@ -59,7 +59,7 @@ def _zero_section(config: RunConfig, layout: Layout, rest: dict[str, Any]) -> di
     for name, device in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_param)):
         options: dict[str, Any] = section.pop(name, {})
         if name == "offload_param" and device == "nvme" and options.get("buffer_size") in ("auto", None):
-            # DeepSpeed's 1e8 elements are too few for a large model on few ranks, and memory for nothing otherwise
+            # DeepSpeed's 1e8 elements are too few for a large model on few ranks, and waste memory otherwise
             options["buffer_size"] = partition(*config.model.spec.largest_weights(), tp=layout.tp, dp=layout.dp)
         if device != "none":
             section[name] = {**options, "device": device, **({"nvme_path": str(zero.nvme_path)} if device == "nvme" else {})}
@@ -68,12 +68,12 @@ def _zero_section(config: RunConfig, layout: Layout, rest: dict[str, Any]) -> di
 
 def _monitors(config: RunConfig, rest: dict[str, Any]) -> dict[str, Any]:
     logs, name = str(config.run.dir / "logs"), config.run.dir.name or "run"
-    own = {
+    monitors = {
         "tensorboard": (config.log.tensorboard, {"output_path": logs, "job_name": "tensorboard"}),
         "wandb": (config.log.wandb, {"project": "toolkit", "group": name}),
         "csv_monitor": (config.log.csv, {"output_path": logs, "job_name": "csv"}),
     }
-    return {key: {**defaults, **rest.get(key, {}), "enabled": on} if on else {"enabled": False} for key, (on, defaults) in own.items()}
+    return {key: {**defaults, **rest.get(key, {}), "enabled": on} if on else {"enabled": False} for key, (on, defaults) in monitors.items()}
 
 
 def _without_auto(value: Any) -> Any:

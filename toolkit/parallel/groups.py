@@ -13,25 +13,27 @@ from toolkit.parallel.layout import Coordinates, Layout
 
 
 def initialise(layout: Layout) -> None:
-    """Create megatron-core's process groups for a layout; torch.distributed must be up."""
+    """Create megatron-core's process groups for a layout, in the place of an earlier run's; torch.distributed must be up."""
+    if state.model_parallel_is_initialized():
+        state.destroy_model_parallel()
     state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
-        create_gloo_process_groups=False,  # a second set of groups for checkpoints that are not ours
+        create_gloo_process_groups=False,  # a second set of groups, which only megatron-core's own checkpoints use
     )
 
 
 def seed_generators(at: Coordinates, *, seed: int) -> None:
     """Seed what dropout draws from: stages and data-parallel ranks draw differently, and megatron-core separates TP ranks."""
-    own = seed + 1000 * at.pp + 100_003 * at.dp
-    tensor_parallel.model_parallel_cuda_manual_seed(own)
-    torch.manual_seed(own)
+    rank_seed = seed + 1000 * at.pp + 100_003 * at.dp
+    tensor_parallel.model_parallel_cuda_manual_seed(rank_seed)
+    torch.manual_seed(rank_seed)
 
 
 class Mpu:
-    """megatron-core's parallel_state with the calls DeepSpeed expects of an mpu and it lacks.
+    """megatron-core's parallel_state, and the calls that DeepSpeed expects of an mpu and parallel_state lacks.
 
     It must not offer initialize_sequence_parallel: DeepSpeed takes that for Ulysses.
     alone: show DeepSpeed a data-parallel group of one, so that it cuts nothing (ZeRO-0).

@@ -9,16 +9,18 @@ if TYPE_CHECKING:
     from toolkit.config.schema import RunConfig
 
 
-def seats(num_layers: int, chunks: int) -> tuple[int, int] | None:
-    """Layers of a pipeline chunk, and how many of its seats the ends take; None where no split is even.
+def split_layers(num_layers: int, chunks: int) -> tuple[int, int] | None:
+    """Return (layers_per_chunk, layers_saved_at_ends) of an even split, or None where there is none.
 
-    Where the layers alone do not divide, the output layer counts as one (the last chunk holds a layer fewer), then the embedding too:
-    megatron-core's account_for_loss_in_pipeline_split and account_for_embedding_in_pipeline_split. No chunk is without a layer.
+    Where the layers alone do not divide by the chunks, the output layer counts as a layer, so the last chunk holds one
+    fewer. If that does not divide either, the embedding counts too, so the first chunk also holds one fewer. These are
+    megatron-core's account_for_loss_in_pipeline_split and account_for_embedding_in_pipeline_split. No chunk is left
+    without a layer.
     """
-    for ends in (0, 1, 2):
-        each, rest = divmod(num_layers + ends, chunks)
-        if rest == 0 and each > (ends > 0):
-            return each, ends
+    for saved_at_ends in (0, 1, 2):
+        per_chunk, rest = divmod(num_layers + saved_at_ends, chunks)
+        if rest == 0 and per_chunk > (saved_at_ends > 0):
+            return per_chunk, saved_at_ends
     return None
 
 
@@ -77,9 +79,12 @@ class Layout:
         return at.tp + self.tp * (at.cp + self.cp * (at.dp + self.dp * at.pp))
 
     def layers_of(self, num_layers: int, *, stage: int, chunk: int = 0) -> range:
-        """Global layer numbers (from 0) that a stage's chunk holds: chunk c of stage s is virtual stage c*pp + s. Assumes that seats() are there."""
-        split = seats(num_layers, self.pp * self.vpp)
+        """Global layer numbers (from 0) of a stage's chunk; chunk c of stage s is virtual stage c*pp + s.
+
+        Assumes that split_layers() finds a split.
+        """
+        split = split_layers(num_layers, self.pp * self.vpp)
         assert split is not None, "the rules refuse it"
-        each, ends = split
-        first = (chunk * self.pp + stage) * each - (ends > 1)
-        return range(max(0, first), min(num_layers, first + each))
+        per_chunk, saved_at_ends = split
+        first = (chunk * self.pp + stage) * per_chunk - (saved_at_ends > 1)
+        return range(max(0, first), min(num_layers, first + per_chunk))

@@ -9,7 +9,7 @@ from typing import Any
 
 from toolkit.config.schema import LARGEST_INT
 from toolkit.parallel.case import Case
-from toolkit.parallel.layout import seats
+from toolkit.parallel.layout import split_layers
 
 Option = dict[str, Any]
 
@@ -17,7 +17,7 @@ Option = dict[str, Any]
 @lru_cache(maxsize=256)
 def chunk_counts(layers: int) -> tuple[int, ...]:
     """Every number of pipeline chunks (pp x vpp) that so many layers can be split into, ascending."""
-    counts = {count for ends in (0, 1, 2) for count in divisors(layers + ends) if seats(layers, count)}
+    counts = {count for saved in (0, 1, 2) for count in divisors(layers + saved) if split_layers(layers, count)}
     return tuple(sorted(counts))
 
 
@@ -56,13 +56,13 @@ def degrees(case: Case) -> Iterator[Option]:
 
 def layouts(case: Case) -> Iterator[Option]:
     """Whole layouts for the same processes and model, with a global batch that fits: for when no single key mends a rule."""
-    found: list[tuple[float, int, Option]] = []
+    ranked: list[tuple[float, int, Option]] = []
     for tp in divisors(math.gcd(case.world, case.heads, case.groups, case.ffn, case.vocab)):
         for pp in divisors(case.world // tp):
             for cp in {1, case.cp} if case.world // tp // pp % case.cp == 0 else {1}:
                 step = case.micro * (case.world // (tp * pp * cp))
                 for vpp in {1, case.vpp if pp > 1 else 1}:
-                    if seats(case.layers, pp * vpp) is None:
+                    if split_layers(case.layers, pp * vpp) is None:
                         continue
                     unit = step * (pp if vpp > 1 else 1)
                     batch = max(1, min(round(case.batch / unit), LARGEST_INT // unit)) * unit
@@ -74,8 +74,8 @@ def layouts(case: Case) -> Iterator[Option]:
                     if batch != case.batch:
                         option["train.global_batch_size"] = batch
                     if option and batch <= LARGEST_INT:
-                        found.append((distance, len(found), option))
-    yield from (option for _, _, option in sorted(found))
+                        ranked.append((distance, len(ranked), option))
+    yield from (option for _, _, option in sorted(ranked))
 
 
 def _pairs(case: Case, tp: int, pp: int, cp: int, vpp: int, batch: int) -> tuple[tuple[int, int], ...]:
@@ -95,11 +95,11 @@ def splits(case: Case) -> Iterator[Option]:
 def batches(case: Case, *, micro_too: bool) -> Iterator[Option]:
     """Global batches in whole micro-batches on every rank, then other micro-batches, then no interleaving."""
     step = case.micro * case.dp
-    found: set[int] = set()
+    sizes: set[int] = set()
     for unit in {step, step * case.pp, step * max(1, case.accumulation)}:
         below = case.batch // unit * unit
-        found |= {value for value in (below, below + unit) if 1 <= value <= LARGEST_INT}
-    for value in nearest_first(found, to=case.batch):
+        sizes |= {value for value in (below, below + unit) if 1 <= value <= LARGEST_INT}
+    for value in nearest_first(sizes, to=case.batch):
         yield {"train.global_batch_size": value}
     if micro_too and case.batch % case.dp == 0:
         for value in nearest_first(divisors(case.batch // case.dp), to=case.micro):

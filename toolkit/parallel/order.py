@@ -10,7 +10,7 @@ Kind = Literal["forward", "backward"]
 
 
 @dataclass(frozen=True)
-class Pass:
+class ScheduledPass:
     """One chunk's forward or backward of one micro-batch."""
 
     kind: Kind
@@ -23,31 +23,31 @@ class Timed:
     """A pass with its start and end in seconds."""
 
     stage: int
-    work: Pass
+    work: ScheduledPass
     start: float
     end: float
 
 
 def warmup(*, stage: int, pp: int, vpp: int, microbatches: int) -> int:
-    """Forwards a stage runs before its first backward comes between (arXiv 2104.04473, section 2.2)."""
+    """Warm-up forwards of a stage: those before forwards and backwards alternate (arXiv 2104.04473, section 2.2)."""
     if vpp == 1:
         return min(pp - stage - 1, microbatches)
     return min(2 * (pp - stage - 1) + (vpp - 1) * pp, microbatches * vpp)
 
 
-def order(*, stage: int, pp: int, vpp: int = 1, microbatches: int) -> list[Pass]:
-    """Everything a stage does in one optimizer step, in order: warm-up forwards, one forward and one backward in turn, the rest.
+def order(*, stage: int, pp: int, vpp: int = 1, microbatches: int) -> list[ScheduledPass]:
+    """A stage's passes in one optimizer step: warm-up forwards, then forward and backward in turn, then the remaining backwards.
 
     Interleaved chunks take turns every pp micro-batches, backward from the last chunk; microbatches is then a multiple of pp.
     """
     count = microbatches * vpp
 
-    def nth(number: int, kind: Kind) -> Pass:
+    def nth(number: int, kind: Kind) -> ScheduledPass:
         if vpp == 1:
-            return Pass(kind, number)
+            return ScheduledPass(kind, number)
         round_, within = divmod(number, pp * vpp)
         chunk, micro = divmod(within, pp)
-        return Pass(kind, round_ * pp + micro, chunk if kind == "forward" else vpp - 1 - chunk)
+        return ScheduledPass(kind, round_ * pp + micro, chunk if kind == "forward" else vpp - 1 - chunk)
 
     ahead = warmup(stage=stage, pp=pp, vpp=vpp, microbatches=microbatches)
     passes = [nth(i, "forward") for i in range(ahead)]
@@ -64,13 +64,13 @@ def timeline(
     forward, backward: seconds of one micro-batch through all of a stage's chunks; send: seconds from stage to stage.
     """
     orders = [order(stage=s, pp=pp, vpp=vpp, microbatches=microbatches) for s in range(pp)]
-    done: dict[tuple[int, Pass], float] = {}
+    done: dict[tuple[int, ScheduledPass], float] = {}
     free = [0.0] * pp
     at = [0] * pp
-    found: list[Timed] = []
-    moved = True
-    while moved:
-        moved = False
+    timed: list[Timed] = []
+    progressed = True
+    while progressed:
+        progressed = False
         for s in range(pp):
             while at[s] < len(orders[s]):
                 work = orders[s][at[s]]
@@ -79,29 +79,31 @@ def timeline(
                     break
                 start = max(free[s], ready)
                 end = start + (forward if work.kind == "forward" else backward)[s] / vpp
-                found.append(Timed(s, work, start, end))
+                timed.append(Timed(s, work, start, end))
                 done[s, work] = free[s] = end
                 at[s] += 1
-                moved = True
-    return found
+                progressed = True
+    return timed
 
 
-def _arrival(work: Pass, stage: int, done: Mapping[tuple[int, Pass], float], *, pp: int, vpp: int, send: float) -> float | None:
-    """When a pass's input is there; None while what makes it has not run."""
+def _arrival(
+    work: ScheduledPass, stage: int, done: Mapping[tuple[int, ScheduledPass], float], *, pp: int, vpp: int, send: float
+) -> float | None:
+    """Second at which a pass's input arrives; None while the pass that makes it has not run."""
     virtual = work.chunk * pp + stage
     if work.kind == "forward":
         if virtual == 0:
             return 0.0
-        before, own = virtual - 1, None
+        producer, forward_end = virtual - 1, None
     else:
-        own = done.get((stage, Pass("forward", work.microbatch, work.chunk)))
-        if own is None:
+        forward_end = done.get((stage, ScheduledPass("forward", work.microbatch, work.chunk)))
+        if forward_end is None:
             return None
         if virtual == pp * vpp - 1:
-            return own
-        before = virtual + 1
-    chunk, source = divmod(before, pp)
-    made = done.get((source, Pass(work.kind, work.microbatch, chunk)))
-    if made is None:
+            return forward_end
+        producer = virtual + 1
+    chunk, source = divmod(producer, pp)
+    produced_at = done.get((source, ScheduledPass(work.kind, work.microbatch, chunk)))
+    if produced_at is None:
         return None
-    return max(made + (send if source != stage else 0.0), own or 0.0)
+    return max(produced_at + (send if source != stage else 0.0), forward_end or 0.0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from toolkit.arch.optimizers import OPTIMIZERS
 from toolkit.parallel.case import Case
-from toolkit.parallel.layout import seats
+from toolkit.parallel.layout import split_layers
 from toolkit.parallel.options import (
     Option,
     batches,
@@ -108,7 +109,7 @@ RULES: tuple[Rule, ...] = (
         id="pp-layers",
         title="`parallel.pp` x `parallel.vpp` divides `model.num_layers`, or that number with the output layer, or with the embedding too, counted as one",
         why="every chunk of a stage holds equally many layers, but for one fewer beside the output layer and beside the embedding",
-        broken=lambda c: seats(c.layers, c.pp * c.vpp) is None,
+        broken=lambda c: split_layers(c.layers, c.pp * c.vpp) is None,
         what=lambda c: f"parallel.pp={c.pp} x parallel.vpp={c.vpp} does not split model.num_layers={c.layers}",
         options=splits,
     ),
@@ -222,6 +223,22 @@ RULES: tuple[Rule, ...] = (
         broken=lambda c: c.opt_offload != "none" and c.stage < 1,
         what=lambda c: f"zero.offload_optimizer={c.opt_offload} with zero.stage={c.stage}",
         options=lambda c: choices({"zero.stage": 1}, {"zero.stage": 3}, {"zero.offload_optimizer": "none"}),
+    ),
+    Rule(
+        id="optimizer-offload",
+        title=f"`zero.offload_optimizer` needs `optimizer.name` {' or '.join(o.name for o in OPTIMIZERS.values() if o.on_cpu)}",
+        why="DeepSpeed has an implementation for the CPU of Adam alone",
+        broken=lambda c: c.opt_offload != "none" and not OPTIMIZERS[c.optimizer].on_cpu,
+        what=lambda c: f"zero.offload_optimizer={c.opt_offload} with optimizer.name={c.optimizer}",
+        options=lambda c: choices({"zero.offload_optimizer": "none"}, {"optimizer.name": "adamw"}),
+    ),
+    Rule(
+        id="muon-stage",
+        title=f"`optimizer.name: {', '.join(o.name for o in OPTIMIZERS.values() if o.whole)}` needs `zero.stage` <= 1",
+        why="it looks at whole matrices, whose gradients no rank holds in stages 2 and 3",
+        broken=lambda c: c.stage > 1 and OPTIMIZERS[c.optimizer].whole,
+        what=lambda c: f"optimizer.name={c.optimizer} with zero.stage={c.stage}",
+        options=lambda c: choices({"zero.stage": 1}, {"zero.stage": 1, "zero.offload_param": "none"}, {"optimizer.name": "adamw"}),
     ),
     Rule(
         id="offload-param-stage",

@@ -55,7 +55,7 @@ def tune(
 
     width = max(120, shutil.get_terminal_size((150, 24)).columns)
     if as_json:
-        _log_to_stderr()
+        log_to_stderr()
     for name, value, least in (
         ("--top", top, 1),
         ("--trials", trials, 0),
@@ -80,7 +80,7 @@ def tune(
         from toolkit.plan.trials import run_trials
 
         place = trial_dir or (out / "trials" if out else Path("tune-trials"))
-        measured = run_trials(question, answer.found.plans[:trials], place, steps=trial_steps, deadline_s=trial_deadline)
+        measured = run_trials(question, answer.result.plans[:trials], place, steps=trial_steps, deadline_s=trial_deadline)
         if not as_json:
             typer.echo(trials_text(answer, measured, width=width), nl=False)
         if measured[0].step_s is not None:
@@ -100,25 +100,15 @@ def _question(
     config: Path, overrides: list[str], hardware: str, hardware_file: Path | None, fix: list[str], calibration: Path | None
 ) -> Question:
     from toolkit.config.load import load_config
-    from toolkit.hardware.calibration import scale_for
-    from toolkit.hardware.catalogue import parse_hardware
-    from toolkit.plan.search import Limits
-    from toolkit.plan.space import is_axis, parse_fixes
-    from toolkit.plan.tune import Question
+    from toolkit.plan.ask import make_question
+    from toolkit.plan.space import is_axis
 
-    loaded = load_config(config, overrides)
-    cluster = parse_hardware(hardware, extra=hardware_file)
-    return Question(
-        config=loaded,
-        hardware=cluster,
-        fixed=parse_fixes([*filter(is_axis, overrides), *fix]),
-        limits=Limits(steps=loaded.train.steps),
-        scale=scale_for(cluster.gpu, loaded.train.precision, own=calibration),
-    )
+    fixed = [*filter(is_axis, overrides), *fix]
+    return make_question(load_config(config, overrides), hardware, fix=fixed, hardware_file=hardware_file, calibration=calibration)
 
 
-def _log_to_stderr() -> None:
-    """Progress of trials beside JSON, not in it."""
+def log_to_stderr() -> None:
+    """Send what is logged to stderr: beside the JSON on stdout, not in it."""
     for handler in logging.getLogger().handlers:
         if type(handler) is logging.StreamHandler and handler.stream is sys.stdout:
             handler.setStream(sys.stderr)

@@ -9,9 +9,9 @@ from toolkit.cost.memory import GIB, HEADROOM
 from toolkit.cost.workload import Workload
 from toolkit.plan.search import Objective, Plan
 
-SMALL = 0.004  # of the best plan's step: differences below it are not worth a word
+SMALL = 0.004  # share of the best plan's step; smaller differences are not mentioned
 
-# a part of the step, said as what there is more of
+# words for a part of the step that has grown
 _MORE: Mapping[str, str] = {
     "matmul": "matrix multiplies (smaller ones, or a fuller last stage)",
     "attention": "attention",
@@ -64,7 +64,7 @@ def state_words(w: Workload) -> str:
 
 def differences(before: Workload, after: Workload) -> str:
     """What changed between two layouts, as `tp 4 instead of 8`; empty where nothing did."""
-    found = []
+    changes = []
     for name, word in (
         ("tp", "tp"),
         ("pp", "pp"),
@@ -75,19 +75,19 @@ def differences(before: Workload, after: Workload) -> str:
         ("recompute", "recompute"),
     ):
         if getattr(before, name) != getattr(after, name):
-            found.append(f"{word} {getattr(after, name)} instead of {getattr(before, name)}")
+            changes.append(f"{word} {getattr(after, name)} instead of {getattr(before, name)}")
     if state_words(before) != state_words(after):
-        found.append(f"{state_words(after)} instead of {state_words(before)}")
+        changes.append(f"{state_words(after)} instead of {state_words(before)}")
     if before.sp != after.sp:
-        found.append("with sp" if after.sp else "without sp")
-    return ", ".join(found)
+        changes.append("with sp" if after.sp else "without sp")
+    return ", ".join(changes)
 
 
 def why_not(plan: Plan, best: Plan, *, objective: Objective) -> str:
     """Why a plan is listed below the best one: which parts of its step are longer, in percent of the best one's step."""
     reasons, work = [], 1.0
     if plan.gpus < best.gpus:
-        work = best.gpus / plan.gpus  # each of fewer GPUs does more: only what comes on top of that is a reason of its own
+        work = best.gpus / plan.gpus  # with fewer GPUs each does more work: only what goes beyond that is a reason
         reasons.append(f"uses {plan.gpus} of {best.gpus} GPUs")
     elif plan.gpus > best.gpus and objective != "tokens/s":
         reasons.append(f"needs {plan.gpus - best.gpus} GPUs more")
@@ -140,6 +140,14 @@ def size(nbytes: float) -> str:
         if abs(nbytes) >= 0.5 * scale:
             return f"{nbytes / scale:.1f} {unit}"
     return f"{nbytes / 2**10:.0f} KiB"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that people use for one so long."""
+    for unit, scale, least in (("days", 86400.0, 2 * 86400.0), ("hours", 3600.0, 2 * 3600.0), ("min", 60.0, 120.0)):
+        if seconds >= least:
+            return f"{seconds / scale:,.1f} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def share(after: float, before: float) -> str:

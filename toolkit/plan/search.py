@@ -1,4 +1,4 @@
-"""Best-first search over a space of layouts: exact, because what is never looked at is bounded from below by its compute alone."""
+"""Best-first search over a space of layouts. It is exact: what is never looked at has a lower bound that is already too slow."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Limits:
 
 
 @dataclass(kw_only=True)
-class Found:
+class SearchResult:
     """Plans, best first, and how much was looked at: candidates of the space, those whose memory and whose time were computed."""
 
     plans: list[Plan] = field(default_factory=list)
@@ -91,7 +91,7 @@ def key(objective: Objective, *, step_s: float, gpus: int) -> Key:
 
 def search(
     space: Space, *, objective: Objective = "tokens/s", limits: Limits | None = None, top: int = 10, scale: float | None = None
-) -> Found:
+) -> SearchResult:
     """The best plans of a space that fit; at most PER_KIND with the same tp, pp, cp and dp.
 
     Nodes of growing detail wait in a heap by a lower bound of their key: a structure with its data-parallel degree, then with
@@ -107,25 +107,25 @@ class _Search:
         self.hardware: Hardware = space.hardware
         self.scale = calibration.scale_for(self.hardware.gpu, space.base.precision) if scale is None else scale
         self.capacity = self.hardware.gpu.memory_gib * GIB
-        self.found = Found()
+        self.result = SearchResult()
         self.best: list[tuple[Key, int, Plan]] = []
         self.heap: list[tuple[Key, int, Callable[[], None]]] = []
         self.counter = 0
         self.layers: dict[Any, tuple[float, float, float]] = {}
         self.sizes: dict[Any, tuple[int, float]] = {}
 
-    def run(self) -> Found:
+    def run(self) -> SearchResult:
         recomputes = self.space.recomputes()
         for cut, shardings in self.space.structures():
             for dp in self.space.copies(cut):
                 micros = self.space.micros(dp)
-                self.found.candidates += len(micros) * len(recomputes) * len(shardings)
+                self.result.candidates += len(micros) * len(recomputes) * len(shardings)
                 if micros:
                     self._add_copies(cut, dp, micros, shardings)
         while self.heap and self.heap[0][0] < self._threshold():
             heapq.heappop(self.heap)[2]()
-        self.found.plans = [plan for _, _, plan in self.best[: self.top]]
-        return self.found
+        self.result.plans = [plan for _, _, plan in self.best[: self.top]]
+        return self.result
 
     def _threshold(self, kind: Kind | None = None) -> Key:
         """The key that a candidate must stay below to be listed."""
@@ -139,43 +139,43 @@ class _Search:
             heapq.heappush(self.heap, (key(self.objective, step_s=bound_s, gpus=gpus), self.counter, work))
 
     def _add_copies(self, cut: Structure, dp: int, micros: list[int], shardings: list[Sharding]) -> None:
-        """Queue a structure on dp copies by the bound of its best micro-batch and least recompute."""
+        """Queue a structure with dp copies, ordered by the bound of its best micro-batch and least recompute."""
         recompute = self.space.recomputes()[0]
         bound = min(self._bound(cut, dp, micro, recompute) for micro in micros)
         self._push(bound, cut.ranks * dp, lambda: self._expand(cut, dp, micros, shardings))
 
     def _expand(self, cut: Structure, dp: int, micros: list[int], shardings: list[Sharding]) -> None:
-        held = [s for s in shardings if self._states_fit(cut, dp, s)]
-        if not held:
-            self.found.too_large += 1
+        fitting = [s for s in shardings if self._states_fit(cut, dp, s)]
+        if not fitting:
+            self.result.too_large += 1
             return
         for micro in micros:
             for recompute in self.space.recomputes():
                 bound = self._bound(cut, dp, micro, recompute)
-                self._push(bound, cut.ranks * dp, lambda m=micro, r=recompute: self._evaluate(cut, dp, m, r, held))  # type: ignore[misc]
+                self._push(bound, cut.ranks * dp, lambda m=micro, r=recompute: self._evaluate(cut, dp, m, r, fitting))  # type: ignore[misc]
 
     def _evaluate(self, cut: Structure, dp: int, micro: int, recompute: str, shardings: list[Sharding]) -> None:
-        """Size and time the shardings of one node; an offload, which never makes a step faster, only where less of it does not fit."""
+        """Compute memory and time of a node's shardings. Offload never makes a step faster: it is tried only where less does not fit."""
         space, gpus = self.space, cut.ranks * dp
-        kept: list[Sharding] = []
+        fitting: list[Sharding] = []
         for sharding in shardings:
-            if any(_within(less, sharding) for less in kept) or not space.legal(cut, dp, micro, recompute, sharding):
+            if any(_within(less, sharding) for less in fitting) or not space.legal(cut, dp, micro, recompute, sharding):
                 continue
             if not self._fits(cut, dp, micro, recompute, sharding):
                 continue
-            kept.append(sharding)
+            fitting.append(sharding)
             w = space.workload(cut, dp, micro, recompute, sharding)
             time = step_time(w, self.hardware, scale=self.scale)
-            self.found.timed += 1
-            found = key(self.objective, step_s=time.step, gpus=gpus)
-            if self.limits.allow(time.step, gpus) and found < self._threshold((cut.tp, cut.pp, cut.cp, dp)):
-                self._keep(found, Plan(workload=w, memory=estimate(w, self.hardware), time=time))
+            self.result.timed += 1
+            value = key(self.objective, step_s=time.step, gpus=gpus)
+            if self.limits.allow(time.step, gpus) and value < self._threshold((cut.tp, cut.pp, cut.cp, dp)):
+                self._insert(value, Plan(workload=w, memory=estimate(w, self.hardware), time=time))
 
-    def _keep(self, found: Key, plan: Plan) -> None:
-        if any(k == found and other.kind == plan.kind and other.worst.device <= plan.worst.device for k, _, other in self.best):
-            return  # as fast in no less memory: ZeRO-3 with nothing to share, for one
+    def _insert(self, value: Key, plan: Plan) -> None:
+        if any(k == value and other.kind == plan.kind and other.worst.device <= plan.worst.device for k, _, other in self.best):
+            return  # another plan is as fast in no more memory, as with ZeRO-3 on one rank
         self.counter += 1
-        insort(self.best, (found, self.counter, plan), key=lambda entry: entry[:2])
+        insort(self.best, (value, self.counter, plan), key=lambda entry: entry[:2])
         same = [entry for entry in self.best if entry[2].kind == plan.kind]
         if len(same) > PER_KIND:
             self.best.remove(same[-1])
@@ -184,17 +184,19 @@ class _Search:
     def _states_fit(self, cut: Structure, dp: int, sharding: Sharding) -> bool:
         """Whether the first and last stage's parameters, gradients and optimizer states alone leave the headroom."""
         w = self.space.workload(cut, dp, 1, "full", sharding)
-        held = max(sum(states(w, w.parameters_on(stage)).values()) for stage in (0, w.pp - 1))
-        return 0.99 * held + self.limits.headroom <= self.capacity  # the estimate counts weights one by one, this does not
+        state_bytes = max(sum(states(w, w.parameters_on(stage)).values()) for stage in (0, w.pp - 1))
+        return 0.99 * state_bytes + self.limits.headroom <= self.capacity  # the 1 %: the estimate counts weights one by one, this does not
 
     def _fits(self, cut: Structure, dp: int, micro: int, recompute: str, sharding: Sharding) -> bool:
         """Whether a candidate fits; memory never falls with the micro-batch, so one that fits or not answers for smaller or larger ones."""
         name = (cut, dp, recompute, sharding)
         low, high = self.sizes.get(name, (0, inf))  # up to low they fit, from high on they do not
         if low < micro < high:
-            self.found.sized += 1
+            self.result.sized += 1
             w = self.space.workload(cut, dp, micro, recompute, sharding)
-            alone = estimate(w, self.hardware, only=0) if w.pp > 1 else None  # the first stage holds most in flight: often the last word
+            alone = (
+                estimate(w, self.hardware, only=0) if w.pp > 1 else None
+            )  # the first stage keeps most micro-batches in flight, so it often decides
             if (alone is None or self._allows(alone)) and self._allows(estimate(w, self.hardware)):
                 low = micro
             else:
@@ -206,7 +208,7 @@ class _Search:
         return fits(memory, headroom=self.limits.headroom)
 
     def _bound(self, cut: Structure, dp: int, micro: int, recompute: str) -> float:
-        """Seconds that no step of these degrees can undercut."""
+        """A lower bound of the seconds of a step with these degrees."""
         microbatches = max(1, self.space.case.batch // (micro * dp))
         layer, again, ends = self._seconds(cut, micro, recompute, single=microbatches == 1)
         stage = self.space.base.model.layers // cut.pp * (layer + again)

@@ -104,7 +104,7 @@ class Space:
 
     @classmethod
     def of(cls, config: RunConfig, hardware: Hardware, *, max_gpus: int | None = None, fixed: Mapping[str, tuple[Any, ...]]) -> Space:
-        """The space of a config on a cluster; the GPUs there have CUDA and Transformer Engine where they are GPUs at all."""
+        """The space of a config on a cluster; its GPUs are taken to have CUDA and Transformer Engine."""
         case = Case.of(config, 1, machine=hardware.machine)
         most = hardware.count if max_gpus is None else min(max_gpus, hardware.count)
         return cls(case=case, base=Workload.of(config, 1), hardware=hardware, max_gpus=most, fixed=fixed)
@@ -116,14 +116,14 @@ class Space:
     def shardings(self) -> list[Sharding]:
         """ZeRO stages with their offloads, the plain ones first."""
         stages, optimizer, param = (AXES[a][1] or () for a in ("zero", "offload_optimizer", "offload_param"))
-        found = [
+        allowed = [
             (z, o, p)
             for o in optimizer
             for p in param
             for z in stages
             if self.allows("zero", z) and self.allows("offload_optimizer", o) and self.allows("offload_param", p)
         ]
-        return sorted(found, key=lambda s: (s[1] != "none", s[2] != "none"))
+        return sorted(allowed, key=lambda s: (s[1] != "none", s[2] != "none"))
 
     def recomputes(self) -> list[str]:
         """Recompute modes, least work first."""
@@ -133,7 +133,7 @@ class Space:
         """Every way to cut the model that breaks no rule with one copy and micro-batches of one, with its legal shardings.
 
         More copies and larger micro-batches can only break further rules; those are asked again for each candidate. A degree
-        that is illegal beside degrees of 1, or a sharding on one GPU, is left out at once.
+        that is illegal beside degrees of 1, or a sharding on the fewest GPUs it can have (one, or hpZ's group), is left out at once.
         """
         whole = Structure(tp=1, pp=1, vpp=1, cp=1, sp=False)
         shardings = self._legal(whole, self.shardings())
@@ -195,10 +195,11 @@ class Space:
         return [v for v in divisors(divided) if self.allows(axis, v)]
 
     def _legal(self, cut: Structure, shardings: Sequence[Sharding]) -> list[Sharding]:
-        return [s for s in shardings if any(self.legal(cut, 1, 1, recompute, s) for recompute in self.recomputes())]
+        fewest = max(1, self.case.hpz)  # hpZ's groups are made of whole copies, so there are at least as many as one group holds
+        return [s for s in shardings if any(self.legal(cut, fewest, 1, recompute, s) for recompute in self.recomputes())]
 
 
 def spec(hardware: Hardware, gpus: int) -> str:
-    """`GPU:PER_NODExNODES` of the part of a cluster that so many GPUs are."""
+    """The part of a cluster with so many GPUs, as `GPU:PER_NODExNODES`."""
     node = hardware.gpus_per_node
     return f"{hardware.gpu.name}:{gpus}" if gpus < node else f"{hardware.gpu.name}:{node}x{math.ceil(gpus / node)}"

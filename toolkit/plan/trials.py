@@ -22,11 +22,11 @@ from toolkit.config.explain import validate
 from toolkit.config.load import dump_config
 from toolkit.config.schema import RunConfig
 from toolkit.errors import MachineError
+from toolkit.files import write_durably
 from toolkit.hardware.catalogue import Hardware
 from toolkit.plan.reasons import layout_words
 from toolkit.plan.search import Plan
 from toolkit.plan.tune import Question, planned
-from toolkit.plan.write_plan import write_whole
 from toolkit.runfolder.metrics import after_warm_up, read_metrics
 
 log = logging.getLogger("toolkit.tune")
@@ -95,7 +95,7 @@ def run_trials(question: Question, plans: Sequence[Plan], folder: Path, *, steps
         if trial is None:
             log.info("trial %d of %d: %s", number, len(plans), layout_words(plan.workload))
             trial = _run(plan, config, place, deadline_s=deadline_s)
-            write_whole(place / "result.json", json.dumps(trial.as_json(), indent=1) + "\n")
+            write_durably(place / "result.json", json.dumps(trial.as_json(), indent=1) + "\n")
         said = f"{trial.step_s:.3g} s a step, {plan.time.step:.3g} s predicted" if trial.step_s else trial.reason
         log.info("trial %d of %d: %s, %s", number, len(plans), trial.status, said)
         trials.append(trial)
@@ -104,7 +104,8 @@ def run_trials(question: Question, plans: Sequence[Plan], folder: Path, *, steps
 
 def trial_config(config: RunConfig, plan: Plan, folder: Path, *, steps: int) -> tuple[RunConfig, Path]:
     """A plan's config cut down to a few steps without evaluation, checkpoints and monitors, and the folder of its trial."""
-    raw = planned(config, plan).model_dump()
+    tuned = planned(config, plan)
+    raw = tuned.model_dump() | {"data": tuned.data.model_dump(exclude_unset=True)}
     raw["train"] |= {"steps": steps, "eval_every": 0, "eval_steps": 0}
     for section, settings in QUIET.items():
         raw[section] |= settings
@@ -112,17 +113,22 @@ def trial_config(config: RunConfig, plan: Plan, folder: Path, *, steps: int) -> 
         :12
     ]
     place = folder / name
-    raw["data"]["cache_dir"] = raw["data"]["cache_dir"] or config.run.dir.parent / "data"  # one for all trials
+    raw["data"]["cache_dir"] = config.data.cache_dir or config.run.dir.parent / "data"  # one for all trials
     raw["run"]["dir"] = place / "run"
     return validate(raw), place
 
 
 def read_trial(plan: Plan, place: Path) -> Trial | None:
-    """A trial's kept result; None where there is none that can be read."""
+    """A trial's stored result; None where there is none that can be read."""
     try:
-        kept = json.loads((place / "result.json").read_text(encoding="utf-8"))
+        stored = json.loads((place / "result.json").read_text(encoding="utf-8"))
         return Trial(
-            plan=plan, folder=place, status=kept["status"], step_s=kept["step_s"], memory_gib=kept["memory_gib"], reason=kept["reason"]
+            plan=plan,
+            folder=place,
+            status=stored["status"],
+            step_s=stored["step_s"],
+            memory_gib=stored["memory_gib"],
+            reason=stored["reason"],
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -131,7 +137,7 @@ def read_trial(plan: Plan, place: Path) -> Trial | None:
 def _run(plan: Plan, config: RunConfig, place: Path, *, deadline_s: float) -> Trial:
     place.mkdir(parents=True, exist_ok=True)
     (place / "run" / "metrics.jsonl").unlink(missing_ok=True)  # of a trial that was cut off
-    write_whole(place / "run.yaml", dump_config(config))
+    write_durably(place / "run.yaml", dump_config(config, open_data=True))
     command = [sys.executable, "-m", "toolkit.cli", "train", str(place / "run.yaml"), "--num-procs", str(plan.gpus)]
     with (place / "log.txt").open("wb") as output:
         process = subprocess.Popen(
@@ -171,12 +177,12 @@ def judge(plan: Plan, place: Path, code: int | None, *, deadline_s: float) -> Tr
     """A finished trial's result from its exit code (null: ended at the deadline), its log and its metrics."""
     records = read_metrics(place / "run")
     if code == 0 and records:
-        counted = after_warm_up(records)
+        timed_records = after_warm_up(records)
         return Trial(
             plan=plan,
             folder=place,
             status="ran",
-            step_s=median(r["step_s"] for r in counted),
+            step_s=median(r["step_s"] for r in timed_records),
             memory_gib=max(r["memory_gib"] for r in records),
         )
     text = (place / "log.txt").read_text(encoding="utf-8", errors="replace") if (place / "log.txt").exists() else ""

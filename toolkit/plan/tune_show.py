@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 from toolkit.cost.memory import GIB
-from toolkit.plan.reasons import degree_words, layout_words, limits, memory_words, safer, state_words, why_not
+from toolkit.plan.reasons import degree_words, duration, layout_words, limits, memory_words, safer, state_words, why_not
 from toolkit.plan.search import Plan
 from toolkit.plan.show import count, mfu
 from toolkit.plan.space import AXES, spec
@@ -18,22 +18,22 @@ FORMAT = 1  # of the JSON
 
 def tune_json(answer: Answer, *, trials: list[Trial] | None = None) -> dict[str, Any]:
     """The ranked plans with time (seconds) and memory (GiB) by part, the limits of the best, and the what-ifs."""
-    question, found = answer.question, answer.found
+    question, result = answer.question, answer.result
     best = answer.best
     return {
         "format": FORMAT,
         "hardware": str(question.hardware),
         "objective": question.objective,
         "headroom_gib": question.limits.headroom / GIB,
-        "candidates": found.candidates,
-        "sized": found.sized,
-        "timed": found.timed,
+        "candidates": result.candidates,
+        "sized": result.sized,
+        "timed": result.timed,
         "best": plan_json(answer, best),
         "limits": limits(best),
         "memory": memory_words(best, headroom=question.limits.headroom),
-        "plans": [plan_json(answer, plan) | {"why_not": _why(answer, plan)} for plan in found.plans],
+        "plans": [plan_json(answer, plan) | {"why_not": _why(answer, plan)} for plan in result.plans],
         "what_if": [{"change": w.change, "answer": w.text, "plan": plan_json(answer, w.plan) if w.plan else None} for w in answer.what_if],
-        **({"trials": [{"plan": found.plans.index(t.plan) + 1} | t.as_json() for t in trials]} if trials is not None else {}),
+        **({"trials": [{"plan": result.plans.index(t.plan) + 1} | t.as_json() for t in trials]} if trials is not None else {}),
     }
 
 
@@ -64,12 +64,12 @@ def tune_text(answer: Answer, *, width: int = 150) -> str:
     """The best plans as a table, then why the others lose, what limits the best one, and the what-ifs."""
     from rich.console import Console
 
-    question, found, best = answer.question, answer.found, answer.best
+    question, result, best = answer.question, answer.result, answer.best
     out = Console(file=io.StringIO(), width=width, force_terminal=False)
     shape, t = best.workload.model, question.config.train
     out.print(
         f"{count(shape.parameters)} parameters, {t.global_batch_size} × {t.seq_length} tokens a step in {t.precision}, on up to "
-        f"{question.space().max_gpus} of {question.hardware}: {found.candidates:,} candidates, {found.sized:,} sized, {found.timed:,} timed, "
+        f"{question.space().max_gpus} of {question.hardware}: {result.candidates:,} candidates, {result.sized:,} sized, {result.timed:,} timed, "
         f"the rest ruled out by bounds; best {question.objective} first",
         highlight=False,
         soft_wrap=True,
@@ -85,11 +85,15 @@ def tune_text(answer: Answer, *, width: int = 150) -> str:
     for line in limits(best):
         out.print(f"  {line}", highlight=False, soft_wrap=True)
     out.print(f"  memory: {memory_words(best, headroom=question.limits.headroom)}", highlight=False, soft_wrap=True)
-    if line := safer(found.plans):
+    steps = question.limits.steps
+    whole = f"  the whole run of {steps:,} steps: {duration(best.time.step * steps)}"
+    whole += f", {best.time.step * steps * best.gpus / 3600:,.0f} GPU hours" if question.hardware.gpu.accelerator else ""
+    out.print(whole, highlight=False, soft_wrap=True)
+    if line := safer(result.plans):
         out.print(f"  {line}", highlight=False, soft_wrap=True)
-    if len(found.plans) > 1:
+    if len(result.plans) > 1:
         out.print("why the others lose", highlight=False, soft_wrap=True)
-        for number, plan in enumerate(found.plans[1:], start=2):
+        for number, plan in enumerate(result.plans[1:], start=2):
             out.print(f"  {number}: {_why(answer, plan)}", highlight=False, soft_wrap=True)
     if answer.what_if:
         out.print("what if", highlight=False, soft_wrap=True)
@@ -111,19 +115,19 @@ def trials_text(answer: Answer, trials: list[Trial], *, width: int = 150) -> str
         w = t.plan.workload
         tokens = f"{w.batch * w.seq / t.step_s:,.0f}" if t.step_s else ""
         table.add_row(
-            str(answer.found.plans.index(t.plan) + 1),
+            str(answer.result.plans.index(t.plan) + 1),
             f"{degree_words(w)} · micro {w.micro}",
             f"{state_words(w)} · recompute {w.recompute}",
             t.status,
-            f"{t.step_s:.3g} s" if t.step_s else "",
-            f"{t.plan.time.step:.3g} s",
+            duration(t.step_s) if t.step_s else "",
+            duration(t.plan.time.step),
             tokens,
             f"{t.memory_gib:.2f}" if t.memory_gib else "",
         )
     out.print(table)
     for t in trials:
         if t.reason:
-            out.print(f"  plan {answer.found.plans.index(t.plan) + 1}: {t.reason}", highlight=False, soft_wrap=True)
+            out.print(f"  plan {answer.result.plans.index(t.plan) + 1}: {t.reason}", highlight=False, soft_wrap=True)
     return _plain(out)
 
 
@@ -140,9 +144,9 @@ def _table(answer: Answer) -> Any:
         table.add_column(name, justify="right")
     if question.limits.price is not None or question.objective == "cost":
         table.add_column("GPU hours" if question.limits.price is None else "cost", justify="right")
-    for number, plan in enumerate(answer.found.plans, start=1):
+    for number, plan in enumerate(answer.result.plans, start=1):
         w = plan.workload
-        row = [str(number), degree_words(w), state_words(w), w.recompute, str(w.micro), str(plan.gpus), f"{plan.time.step:.3g} s"]
+        row = [str(number), degree_words(w), state_words(w), w.recompute, str(w.micro), str(plan.gpus), duration(plan.time.step)]
         row += [f"{plan.tokens_per_s:,.0f}", f"{mfu(w, plan.time, question.hardware):.1%}", f"{plan.worst.device / GIB:.1f}"]
         row.append(f"{question.limits.cost(plan.time.step, plan.gpus):,.0f}")
         table.add_row(*row[: len(table.columns)], style="bold" if plan is best else None)

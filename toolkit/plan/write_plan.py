@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from toolkit.config.load import dump_config
 from toolkit.errors import ConfigError
+from toolkit.files import write_durably
 from toolkit.hardware.catalogue import Hardware
 from toolkit.parallel import rules
 from toolkit.parallel.deepspeed_json import deepspeed_config
@@ -38,7 +38,7 @@ def write_plan(question: Question, plan: Plan, out: Path, *, ranking: dict[str, 
     )
     command = launch_command('"$(dirname "$0")/run.yaml"', question.hardware, plan.gpus)
     files = {
-        "run.yaml": dump_config(config),
+        "run.yaml": dump_config(config, open_data=True),
         "ds_config.json": json.dumps(deepspeed_config(config, layout), indent=2) + "\n",
         "launch.sh": f'#!/usr/bin/env bash\n# Written by toolkit tune: {plan.gpus} × {question.hardware.gpu.name}\n{hosts}exec {command} "$@"\n',
         "tune.json": json.dumps(ranking, indent=1) + "\n",
@@ -46,18 +46,8 @@ def write_plan(question: Question, plan: Plan, out: Path, *, ranking: dict[str, 
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            write_whole(out / name, text)
+            write_durably(out / name, text)
         (out / "launch.sh").chmod(0o755)
     except OSError as error:
         raise ConfigError(f"--out {str(out)!r} cannot be written", why=error.strerror or str(error), fix="Name another folder.") from None
     return [out / name for name in files]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file in one step, after its new content is on disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

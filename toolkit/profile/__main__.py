@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from toolkit.errors import OutOfMemory, ToolkitError
-from toolkit.train.__main__ import quiet, said_before, say
+from toolkit.train.program import mute_if_already_reported, quiet, say, set_cuda_defaults
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
 
@@ -28,14 +28,15 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         from toolkit.config.load import load_config
-        from toolkit.train.resolve import plan
+        from toolkit.train.resolve import resolve
 
         config = load_config(options.config, options.overrides)
-        with said_before():
-            layout, data = plan(config, int(os.environ.get("WORLD_SIZE", 1)))
+        with mute_if_already_reported():
+            run = resolve(config, int(os.environ.get("WORLD_SIZE", 1)))
+        set_cuda_defaults(run.config)
         from toolkit.profile.session import Options, profile
 
-        profile(config, layout, data, Options(steps=options.steps, memory_limit=options.memory_limit))
+        profile(run, Options(steps=options.steps, memory_limit=options.memory_limit))
     except OutOfMemory as error:
         sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()

@@ -16,7 +16,7 @@ from torch import Tensor
 from toolkit.parallel.layout import Layout
 
 PARTS = ("data wait", "forward", "backward", "optimizer", "communication", "other")
-# methods of torch's ProcessGroup, through which every library's collectives go; the place of the tensors whose bytes count
+# methods of torch's ProcessGroup, where every library's collectives end, and the index of the argument whose bytes count
 COLLECTIVES = {
     "allreduce": 0,
     "allreduce_coalesced": 0,
@@ -74,10 +74,10 @@ class Clock:
     def take(self) -> tuple[dict[str, float], dict[str, int]]:
         """Seconds and calls since the last take."""
         self._turn()
-        found = dict(self.seconds), dict(self.counts)
+        taken = dict(self.seconds), dict(self.counts)
         self.seconds.clear()
         self.counts.clear()
-        return found
+        return taken
 
     def _turn(self) -> None:
         if self.cuda:
@@ -109,21 +109,22 @@ class Wire:
     def __init__(self, layout: Layout, rank: int, clock: Clock | None = None) -> None:
         self.names = group_names(layout, rank)
         self.clock = clock
-        self.found: dict[tuple[str, str], Traffic] = {}
+        self.rows: dict[tuple[str, str], Traffic] = {}
         self.inside = False
 
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Count within this context."""
-        group_class, work_class = dist.ProcessGroup, dist.Work
-        # as they lie in the class: what getattr returns would not bind again once put back
+        group_class: Any = dist.ProcessGroup
+        work_class: Any = dist.Work
+        # keep the raw descriptors: restoring bound methods would bind them twice
         before = {name: vars(group_class)[name] for name in COLLECTIVES if name in vars(group_class)}
-        kept = {name: getattr(group_class, name) for name in before}
+        originals = {name: getattr(group_class, name) for name in before}
         wait_before, wait = vars(work_class)["wait"], work_class.wait
         pending: dict[int, Traffic] = {}
 
-        def counted(name: str) -> Callable[..., Any]:
-            call, place = kept[name], COLLECTIVES[name]
+        def counting_call(name: str) -> Callable[..., Any]:
+            call, place = originals[name], COLLECTIVES[name]
 
             def method(group: Any, *args: Any, **kwargs: Any) -> Any:
                 if self.inside or group.size() == 1:
@@ -143,9 +144,9 @@ class Wire:
             return self._timed(row, lambda: wait(work, *args, **kwargs)) if row is not None else wait(work, *args, **kwargs)
 
         try:
-            for name in kept:
-                setattr(group_class, name, counted(name))
-            work_class.wait = waited  # type: ignore[method-assign]
+            for name in originals:
+                setattr(group_class, name, counting_call(name))
+            work_class.wait = waited
             yield
         finally:
             for name, method in before.items():
@@ -156,7 +157,7 @@ class Wire:
         ranks = tuple(dist.get_process_group_ranks(group))
         name = self.names.get(ranks) or f"ranks {', '.join(map(str, ranks))}"
         plain = plain_name(operation)
-        return self.found.setdefault((name, plain), Traffic(name, len(ranks), plain))
+        return self.rows.setdefault((name, plain), Traffic(name, len(ranks), plain))
 
     def _timed(self, row: Traffic, call: Callable[[], Any]) -> Any:
         started = time.perf_counter()
@@ -183,7 +184,10 @@ def _bytes(value: Any) -> int:
 
 
 def group_names(layout: Layout, rank: int) -> dict[tuple[int, ...], str]:
-    """What the groups of ranks that this rank shares are called; of equal ones the first axis names it, the whole world last."""
+    """Names of this rank's process groups, by their ranks.
+
+    Where two axes have the same ranks, the first axis names the group; the whole world comes last.
+    """
     at = layout.coordinates(rank)
     ranks = range(layout.world_size)
     places = {r: layout.coordinates(r) for r in ranks}
@@ -193,7 +197,7 @@ def group_names(layout: Layout, rank: int) -> dict[tuple[int, ...], str]:
         return tuple(r for r in ranks if all(getattr(places[r], a) == getattr(at, a) for a in fixed))
 
     pipeline = along("pp")
-    found = [
+    groups = [
         (along("tp"), "tensor"),
         (along("cp"), "context"),
         (along("dp"), "data"),
@@ -204,7 +208,7 @@ def group_names(layout: Layout, rank: int) -> dict[tuple[int, ...], str]:
         (tuple(ranks), "world"),
     ]
     named: dict[tuple[int, ...], str] = {}
-    for members, name in found:
+    for members, name in groups:
         if len(set(members)) > 1:
             named.setdefault(members, name)
     return named

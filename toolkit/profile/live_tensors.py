@@ -14,20 +14,22 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from toolkit.engine.deepspeed_state import bucket_tensors, held_tensors
+
 STATIC = ("parameters", "gradients", "optimizer", "zero buffers")
 RECOMPUTED = "recomputed"
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Bytes of the distinct storages behind tensors, by the storage's address: views of one buffer count once."""
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     for tensor in tensors:
         if tensor.is_meta or tensor.layout != torch.strided:
             continue
         storage = tensor.untyped_storage()
         if storage.nbytes():
-            found[storage._cdata] = storage.nbytes()
-    return found
+            sizes[storage._cdata] = storage.nbytes()
+    return sizes
 
 
 def inventory(engine: Any) -> dict[str, dict[str, int]]:
@@ -38,7 +40,7 @@ def inventory(engine: Any) -> dict[str, dict[str, int]]:
     """
     claimed: set[int] = set()
     parts: dict[str, dict[str, int]] = {}
-    for part, tensors in _parts(engine).items():
+    for part, tensors in held_tensors(engine).items():
         parts[part] = {}
         for tensor in tensors:
             for address, nbytes in storage_bytes([tensor]).items():
@@ -49,53 +51,8 @@ def inventory(engine: Any) -> dict[str, dict[str, int]]:
     return parts
 
 
-def _parts(engine: Any) -> dict[str, list[Tensor]]:
-    o = engine.optimizer
-    weights = [p for chunk in engine.chunks for p in chunk.parameters()]
-    parameters: list[Tensor] = []
-    for p in weights:
-        for owner in (p, getattr(p, "ds_tensor", None), getattr(p, "ds_secondary_tensor", None)):
-            if isinstance(owner, Tensor):
-                parameters.append(owner.detach())
-    parameters += tensors_in([getattr(o, name, None) for name in ("bit16_groups_flat", "fp16_partitioned_groups_flat")])
-    gradients = [flat.buffer for flat in engine.flat] + [p.grad for p in weights if p.grad is not None]
-    for name, value in vars(o).items():
-        if name.endswith("param_id_to_grad_partition") or name in (
-            "averaged_gradients",
-            "all_grad_tensors",
-            "grad_partitions_flat_buffer",
-            "accumulated_grads_in_cpu",
-        ):
-            gradients += tensors_in(value)
-    masters = tensors_in([getattr(o, n, None) for n in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")])
-    gradients += [m.grad for m in masters if m.grad is not None]
-    states = tensors_in([dict(inner.state) for inner in (o.optimizer, getattr(o, "backup_optimizer", None)) if inner is not None])
-    return {"parameters": parameters, "gradients": gradients, "optimizer": masters + states, "zero buffers": tensors_in(vars(o))}
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor reachable through containers and DeepSpeed's own objects."""
-    found: list[Tensor] = []
-    seen: set[int] = set()
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, Tensor):
-            found.append(item)
-        elif isinstance(item, dict):
-            waiting += item.values()
-        elif isinstance(item, (list, tuple, set)):
-            waiting += item
-        elif type(item).__module__.startswith("deepspeed.runtime") and hasattr(item, "__dict__") and not isinstance(item, torch.nn.Module):
-            waiting += vars(item).values()
-    return found
-
-
-class _Held:
-    """One tensor that autograd keeps; the storage counts until the last of them is freed."""
+class _SavedTensor:
+    """One tensor that autograd keeps. Its storage counts until the last of them is freed."""
 
     __slots__ = ("__weakref__", "tensor")
 
@@ -111,7 +68,7 @@ class Saved:
     """
 
     def __init__(self, apart: Iterable[Tensor]) -> None:
-        # references, since an address is used again once its storage has ended
+        # keep references: an address is reused once its storage is freed
         self.apart = {t.untyped_storage()._cdata: weakref.ref(t.untyped_storage()) for t in apart if not t.is_meta}
         self.part = "activations"
         self.now: dict[str, int] = {}
@@ -121,28 +78,28 @@ class Saved:
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Count within this context."""
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda held: held.tensor):
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda saved: saved.tensor):
             yield
 
-    def _pack(self, tensor: Tensor) -> _Held:
-        held = _Held(tensor)
+    def _pack(self, tensor: Tensor) -> _SavedTensor:
+        saved = _SavedTensor(tensor)
         if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
-            return held  # a gathered weight of ZeRO-3, which DeepSpeed frees whoever refers to it
+            return saved  # DeepSpeed frees a gathered ZeRO-3 weight even while autograd refers to it
         storage = tensor.untyped_storage()
         address, nbytes = storage._cdata, storage.nbytes()
         known = self.apart.get(address)
         if not nbytes or (known is not None and known() is not None):
-            return held
+            return saved
         if address not in self.holders:
             self.holders[address] = 0
             self.now[self.part] = self.now.get(self.part, 0) + nbytes
             if self.part != RECOMPUTED:
-                kept = {part: held for part, held in self.now.items() if part != RECOMPUTED}
-                if sum(kept.values()) > sum(self.at_peak.values()):
-                    self.at_peak = kept
+                without_recomputed = {part: count for part, count in self.now.items() if part != RECOMPUTED}
+                if sum(without_recomputed.values()) > sum(self.at_peak.values()):
+                    self.at_peak = without_recomputed
         self.holders[address] += 1
-        weakref.finalize(held, self._freed, address, nbytes, self.part).atexit = False
-        return held
+        weakref.finalize(saved, self._freed, address, nbytes, self.part).atexit = False
+        return saved
 
     def _freed(self, address: int, nbytes: int, part: str) -> None:
         self.holders[address] -= 1
@@ -213,12 +170,12 @@ def thinned(samples: list[tuple[float, int]], *, most: int) -> list[tuple[float,
     if len(samples) <= most:
         return samples
     size = -(-2 * len(samples) // most)
-    kept: list[tuple[float, int]] = []
+    kept_samples: list[tuple[float, int]] = []
     for start in range(0, len(samples), size):
         stretch = samples[start : start + size]
         ends = {min(stretch, key=lambda s: s[1]), max(stretch, key=lambda s: s[1])}
-        kept += sorted(ends)
-    return kept
+        kept_samples += sorted(ends)
+    return kept_samples
 
 
 @dataclass
@@ -239,9 +196,9 @@ class StepMeter:
 
     def __init__(self, engine: Any, *, follow: bool = True) -> None:
         self.engine = engine
-        self.found = StepMemory()
-        self.saved = Saved(tensor for tensors in _parts(engine).values() for tensor in tensors)
-        self.kind = engine.device.type  # what offloading keeps elsewhere does not weigh on the device
+        self.measured = StepMemory()
+        self.saved = Saved(tensor for tensors in held_tensors(engine).values() for tensor in tensors)
+        self.kind = engine.device.type  # offloaded tensors do not count on the device
         self.live = Live(self.kind) if follow else None
         self.stack = ExitStack()
 
@@ -250,7 +207,7 @@ class StepMeter:
             if chunk.post_process:
                 handle = chunk.output_layer.register_forward_pre_hook(lambda *_: setattr(self.saved, "part", "logits"))
                 self.stack.callback(handle.remove)
-            # a moment in which the buckets that DeepSpeed frees at the end of every backward are there
+            # note the buckets here: DeepSpeed frees them at the end of every backward
             handle = next(chunk.parameters()).register_post_accumulate_grad_hook(lambda _: self._note_buckets())
             self.stack.callback(handle.remove)
         wrapped: Any = self.engine.engine
@@ -280,17 +237,16 @@ class StepMeter:
         if exception[0] is not None:
             return
         self._note()
-        parts = self.found.parts
+        parts = self.measured.parts
         parts |= {"activations": self.saved.at_peak.get("activations", 0), "logits": self.saved.at_peak.get("logits", 0)}
         if self.live is not None:
-            self.found.peak, self.found.samples = self.live.peak, thinned(self.live.samples, most=400)
+            self.measured.peak, self.measured.samples = self.live.peak, thinned(self.live.samples, most=400)
             parts["working set"] = max(0, self.live.peak - sum(parts.values()))
 
     def _note_buckets(self) -> None:
-        buckets = getattr(self.engine.optimizer, "ipg_buckets", {}).values()
-        held = sum(storage_bytes(tensors_in([bucket.buffer for bucket in buckets])).values())
-        self.found.parts["zero buffers"] = max(self.found.parts.get("zero buffers", 0), held)
+        nbytes = sum(storage_bytes(bucket_tensors(self.engine)).values())
+        self.measured.parts["zero buffers"] = max(self.measured.parts.get("zero buffers", 0), nbytes)
 
     def _note(self) -> None:
         for part, by_device in inventory(self.engine).items():
-            self.found.parts[part] = max(self.found.parts.get(part, 0), by_device.get(self.kind, 0))
+            self.measured.parts[part] = max(self.measured.parts.get(part, 0), by_device.get(self.kind, 0))

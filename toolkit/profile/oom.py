@@ -118,6 +118,6 @@ def limit_memory(gib: float | None, device: torch.device) -> None:
         return
     import resource
 
-    # writable private memory: the address space also holds what threads reserve and never touch
+    # limit writable private memory: the address space also counts what threads reserve and never touch
     most = psutil.Process().memory_info().data + int(gib * GIB)
     resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from toolkit.cost import own_engine as own
+from toolkit.cost import own_engine
 from toolkit.cost.memory import estimate
 from toolkit.cost.step import step_time
 from toolkit.cost.workload import Workload
@@ -14,7 +14,7 @@ from toolkit.hardware.catalogue import Hardware, find_gpu, parse_hardware
 
 MEMORY_PARTS = ("parameters", "gradients", "optimizer", "zero buffers", "activations", "logits", "working set")
 UNKNOWN = "a GPU that the catalogue lacks"
-# what the planner calls a part of the step, by what a rank can tell apart
+# the planner's parts of a step, and the measured part that each belongs to
 TIME_OF = {
     "matmul": "compute",
     "attention": "compute",
@@ -35,10 +35,10 @@ TIME_OF = {
 def memory(w: Workload, hardware: Hardware, stage: int, *, dp_rank: int = 0) -> dict[str, float]:
     """Bytes of one rank by part, each at its largest, and the peak; offloaded states count only where they share the rank's memory."""
     cpu = not hardware.gpu.accelerator
-    parts = own.states(w, stage, dp_rank=dp_rank)
+    parts = own_engine.states(w, stage, dp_rank=dp_rank)
     if not cpu:
-        parts |= own.on_host(w)
-    parts |= own.stage_saved(w, stage, cpu=cpu)
+        parts |= own_engine.on_host(w)
+    parts |= own_engine.stage_saved(w, stage, cpu=cpu)
     peak = next((s.allocated for s in estimate(w, hardware).stages if s.stage == stage), 0.0)
     parts["working set"] = max(0.0, peak - sum(parts.values()))
     return parts | {"peak": peak}
@@ -61,11 +61,11 @@ def hardware_here(*, gpu: str | None, ranks: int, memory_gib: float | None = Non
     A GPU that the catalogue lacks stands in under UNKNOWN: memory needs none of its figures, and seconds() says nothing of it.
     """
     try:
-        found = parse_hardware(f"{'cpu' if gpu is None else find_gpu(gpu).name}:{ranks}")
+        hardware = parse_hardware(f"{'cpu' if gpu is None else find_gpu(gpu).name}:{ranks}")
     except ConfigError:
-        found = parse_hardware(f"a100-80gb:{ranks}")
-        found = replace(found, gpu=replace(found.gpu, name=UNKNOWN))
-    return found if memory_gib is None else replace(found, gpu=replace(found.gpu, memory_gib=memory_gib))
+        hardware = parse_hardware(f"a100-80gb:{ranks}")
+        hardware = replace(hardware, gpu=replace(hardware.gpu, name=UNKNOWN))
+    return hardware if memory_gib is None else replace(hardware, gpu=replace(hardware.gpu, memory_gib=memory_gib))
 
 
 def as_json(w: Workload, hardware: Hardware) -> dict[str, Any]:

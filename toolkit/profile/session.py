@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import os
 import platform
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,10 @@ import torch.distributed as dist
 
 from toolkit.config.schema import RunConfig
 from toolkit.cost.workload import Workload
-from toolkit.data.dataset import PreparedData, cache_dir_of
+from toolkit.data.dataset import cache_dir_of
 from toolkit.engine.schedule import observed
+from toolkit.files import replacing
+from toolkit.parallel.deepspeed_json import deepspeed_config
 from toolkit.parallel.layout import Layout
 from toolkit.profile import predict
 from toolkit.profile.clock import PARTS, Clock, Wire
@@ -30,6 +31,7 @@ from toolkit.profile.live_tensors import StepMeter
 from toolkit.profile.oom import Place, fences, limit_memory
 from toolkit.runfolder.profile import FORMAT, PROFILE, write_profile
 from toolkit.train.loop import Run
+from toolkit.train.resolve import ResolvedRun
 from toolkit.train.world import World, connect
 
 log = logging.getLogger("toolkit.profile")
@@ -45,11 +47,12 @@ class Options:
     memory_limit: float | None = None
 
 
-def profile(config: RunConfig, layout: Layout, data: PreparedData, options: Options) -> None:
+def profile(resolved: ResolvedRun, options: Options) -> None:
     """Run and measure on this rank; rank 0 writes RUN/profile.json. Raises OutOfMemory with the place where memory ended."""
     world = World.from_environment()
-    run_dir = config.run.dir
-    config = own_folder(config, steps=WARM_UP + options.steps + 2)
+    run_dir = resolved.config.run.dir
+    resolved = own_folder(resolved, steps=WARM_UP + options.steps + 2)
+    config, layout = resolved.config, resolved.layout
     connect(world, layout, seed=config.run.seed)
     place = Place(config, layout, world.rank, limit_gib=options.memory_limit)
     try:
@@ -57,17 +60,17 @@ def profile(config: RunConfig, layout: Layout, data: PreparedData, options: Opti
             # the libraries themselves do not count
             importlib.import_module("toolkit.engine.zero"), importlib.import_module("toolkit.model.build")
             limit_memory(options.memory_limit, world.device)
-            run = Run(config, layout, data, world)
+            run = Run(resolved, world)
             place.follow(run.engine)
             mine = Session(run, world, layout, run_dir, place).measure(options.steps)
         everyone: list[Any] = [None] * world.size
         dist.all_gather_object(everyone, mine)
         if world.rank == 0:
-            found = {**header(config, layout, world, steps=options.steps), "ranks": everyone}
-            path = write_profile(run_dir, found)
+            profile = {**header(config, layout, world, steps=options.steps), "ranks": everyone}
+            path = write_profile(run_dir, profile)
             from toolkit.profile.show import profile_text
 
-            log.info(profile_text(found).rstrip())
+            log.info(profile_text(profile).rstrip())
             log.info("wrote %s and a Chrome trace per rank in %s", path, run_dir / "profile")
         run.checkpoints.release()
         run.metrics.close()
@@ -77,9 +80,9 @@ def profile(config: RunConfig, layout: Layout, data: PreparedData, options: Opti
         dist.destroy_process_group()
 
 
-def own_folder(config: RunConfig, *, steps: int) -> RunConfig:
-    """The config of a profiling run: it writes below RUN/profile alone, saves and resumes nothing, and computes uncompiled."""
-    changed = config.model_copy(deep=True)
+def own_folder(resolved: ResolvedRun, *, steps: int) -> ResolvedRun:
+    """The run as it is profiled: it writes below RUN/profile alone, saves and resumes nothing, and computes uncompiled."""
+    config, changed = resolved.config, resolved.config.model_copy(deep=True)
     changed.data.cache_dir = cache_dir_of(config)
     changed.run.dir = config.run.dir / "profile"
     changed.checkpoint.dir = None
@@ -89,7 +92,7 @@ def own_folder(config: RunConfig, *, steps: int) -> RunConfig:
     if changed.model.compile:
         log.warning("model.compile is off while profiling: compiled code hides which tensors it keeps")
         changed.model.compile = False
-    return changed
+    return replace(resolved, config=changed, ds_config=deepspeed_config(changed, resolved.layout), weights=None)
 
 
 class Session:
@@ -132,7 +135,7 @@ class Session:
         load = clock.timed("data wait", run._next)
         with observed(clock.part), wire.counting(), replaced(run, "_next", load), replaced(engine, "finish", finish):
             dist.barrier()
-            wire.found.clear()
+            wire.rows.clear()
             clock.take()
             started = clock.last
             for _ in range(steps):
@@ -145,7 +148,7 @@ class Session:
             "micro_batch_seconds": passes,
             "traffic": [
                 {**asdict(row), "calls": row.calls / steps, "nbytes": row.nbytes / steps, "seconds": row.seconds / steps}
-                for row in sorted(wire.found.values(), key=lambda r: -r.nbytes)
+                for row in sorted(wire.rows.values(), key=lambda r: -r.nbytes)
             ],
         }
 
@@ -156,11 +159,11 @@ class Session:
             torch.cuda.memory._record_memory_history(max_entries=100_000)
         with StepMeter(self.run.engine) as meter, observed(meter.around):
             self._one()
-        found = meter.found
+        step = meter.measured
         result: dict[str, Any] = {
-            "memory": {**found.parts, "peak": found.peak},
+            "memory": {**step.parts, "peak": step.peak},
             "predicted": self._predicted(),
-            "memory_over_time": [[round(t, 6), n] for t, n in found.samples],
+            "memory_over_time": [[round(t, 6), n] for t, n in step.samples],
             "rss": psutil.Process().memory_info().rss,
         }
         if cuda:
@@ -188,9 +191,8 @@ class Session:
         name = f"profile/trace-rank{self.world.rank}.json.gz"
         target = self.run_dir / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{os.getpid()}-{target.name}")
-        profiler.export_chrome_trace(str(partial))
-        partial.replace(target)
+        with replacing(target) as part:
+            profiler.export_chrome_trace(str(part))
         return name
 
 

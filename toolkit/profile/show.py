@@ -9,7 +9,7 @@ from typing import Any
 from toolkit.profile.predict import MEMORY_PARTS
 
 MIB = 2**20
-FLAGS = 64  # bytes: a part that holds no more is scalars, and no estimate counts them
+FLAGS = 64  # bytes: a smaller part holds only scalars, which no estimate counts
 
 
 def difference(predicted: float, measured: float) -> float | None:
@@ -17,23 +17,23 @@ def difference(predicted: float, measured: float) -> float | None:
     return predicted / measured - 1 if measured else None
 
 
-def worst_of_stage(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def worst_of_stage(profile: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Of every stage the rank whose memory peaked highest."""
     stages: dict[int, Mapping[str, Any]] = {}
-    for rank in found["ranks"]:
+    for rank in profile["ranks"]:
         best = stages.get(rank["stage"])
         if best is None or rank["memory"]["peak"] > best["memory"]["peak"]:
             stages[rank["stage"]] = rank
     return [stages[s] for s in sorted(stages)]
 
 
-def profile_text(found: Mapping[str, Any], *, width: int = 110) -> str:
+def profile_text(profile: Mapping[str, Any], *, width: int = 110) -> str:
     """A profile as three tables for a terminal."""
     from rich.console import Console
     from rich.table import Table
 
     out = Console(file=io.StringIO(), width=width, force_terminal=False)
-    for rank in worst_of_stage(found):
+    for rank in worst_of_stage(profile):
         table = Table(title=f"memory of rank {rank['rank']} (stage {rank['stage']}), MiB", title_justify="left")
         for name in ("part", "predicted", "measured", "difference"):
             table.add_column(name, justify="left" if name == "part" else "right")
@@ -47,8 +47,8 @@ def profile_text(found: Mapping[str, Any], *, width: int = 110) -> str:
         for name, value in extra:
             table.add_row(name, "", f"{value / MIB:,.2f}", "")
         out.print(table)
-    out.print(_time_table(found))
-    out.print(_traffic_table(found))
+    out.print(_time_table(profile))
+    out.print(_traffic_table(profile))
     text = out.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
@@ -59,10 +59,10 @@ def percent(predicted: float, measured: float) -> str:
     return "" if off is None else f"{round(off, 3) + 0.0:+.1%}"
 
 
-def time_rows(found: Mapping[str, Any]) -> list[tuple[str, float | None, float]]:
+def time_rows(profile: Mapping[str, Any]) -> list[tuple[str, float | None, float]]:
     """(part, predicted, measured) seconds of one step of the slowest rank; forward and backward are predicted together, as compute."""
-    slowest = max(found["ranks"], key=lambda r: r["seconds"]["step"])["seconds"]
-    told = found["predicted"]["seconds"]
+    slowest = max(profile["ranks"], key=lambda r: r["seconds"]["step"])["seconds"]
+    told = profile["predicted"]["seconds"]
     compute = slowest["forward"] + slowest["backward"]
     rows: list[tuple[str, float | None, float]] = [("data wait", None, slowest["data wait"]), ("forward", None, slowest["forward"])]
     rows += [("backward", None, slowest["backward"]), ("forward + backward", told.get("compute"), compute)]
@@ -70,25 +70,25 @@ def time_rows(found: Mapping[str, Any]) -> list[tuple[str, float | None, float]]
     return [*rows, ("other", None, slowest["other"]), ("step", told.get("step"), slowest["step"])]
 
 
-def _time_table(found: Mapping[str, Any]) -> Any:
+def _time_table(profile: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
-    table = Table(title=f"one step of the slowest rank, seconds (mean of {found['steps']})", title_justify="left")
+    table = Table(title=f"one step of the slowest rank, seconds (mean of {profile['steps']})", title_justify="left")
     for name in ("part", "predicted", "measured", "difference"):
         table.add_column(name, justify="left" if name == "part" else "right")
-    for name, told, mine in time_rows(found):
+    for name, told, mine in time_rows(profile):
         shown = f"{told:.4f}" if told is not None else ""
         table.add_row(name, shown, f"{mine:.4f}", percent(told, mine) if told is not None else "", style="bold" if name == "step" else "")
     return table
 
 
-def _traffic_table(found: Mapping[str, Any]) -> Any:
+def _traffic_table(profile: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(title="what one rank sends into each group in a step", title_justify="left")
     for name in ("group", "ranks", "operation", "calls", "MiB", "seconds"):
         table.add_column(name, justify="left" if name in ("group", "operation") else "right")
-    rank = max(found["ranks"], key=lambda r: sum(row["nbytes"] for row in r["traffic"]))
+    rank = max(profile["ranks"], key=lambda r: sum(row["nbytes"] for row in r["traffic"]))
     for row in rank["traffic"]:
         table.add_row(
             row["group"], str(row["size"]), row["operation"], f"{row['calls']:g}", f"{row['nbytes'] / MIB:,.3f}", f"{row['seconds']:.4f}"

@@ -18,12 +18,13 @@ from torch import Tensor
 from toolkit.config.load import parse_config
 from toolkit.config.schema import RunConfig
 from toolkit.engine import zero
+from toolkit.engine.deepspeed_state import held_tensors
 from toolkit.engine.schedule import Schedule, observed
 from toolkit.hardware.catalogue import Hardware
 from toolkit.model.build import build_chunks
 from toolkit.parallel.deepspeed_json import deepspeed_config
 from toolkit.parallel.layout import Layout
-from toolkit.profile.live_tensors import RECOMPUTED, STATIC, Saved, StepMeter, _parts
+from toolkit.profile.live_tensors import RECOMPUTED, STATIC, Saved, StepMeter
 from toolkit.rehearse import device as stand_ins
 from toolkit.rehearse.price import Price
 from toolkit.rehearse.record import Recorder, Step
@@ -88,7 +89,7 @@ def rehearse(
         "rank": rank,
         "stage": at.pp,
         **asdict(at),
-        "parts": {part: meter.found.parts.get(part, 0) for part in (*STATIC, "activations", "logits")},
+        "parts": {part: meter.measured.parts.get(part, 0) for part in (*STATIC, "activations", "logits")},
         "allocated": recorder.step.peak.nbytes,
         "peak_reserved": recorder.allocator.peak_reserved,
         "retries": recorder.allocator.retries,
@@ -122,11 +123,11 @@ class Play:
         recorder, engine = self.recorder, self.engine
         recorder.step = Step()
         recorder.phase = "start"
-        for part, tensors in reversed(_parts(engine).items()):
+        for part, tensors in reversed(held_tensors(engine).items()):
             recorder.assign(part, tensors)
         recorder.step.peak.nbytes = 0
         meter = StepMeter(engine, follow=False)
-        saved = SavedByPart(tensor for tensors in _parts(engine).values() for tensor in tensors)
+        saved = SavedByPart(tensor for tensors in held_tensors(engine).values() for tensor in tensors)
         saved.recorder = recorder
         meter.saved = saved
         counts = {"forward": 0, "backward": 0}

@@ -15,17 +15,14 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="the HTML file to write")] = Path("report.html"),
 ) -> None:
     """Show runs, their profiles and rankings as one HTML file that opens offline."""
-    import os
-
+    from toolkit.files import write_durably
     from toolkit.report.page import page
     from toolkit.runfolder.read import read_runs
 
     text = page(read_runs(runs))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f".{out.name}.{os.getpid()}")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(out)
+        write_durably(out, text)
     except OSError as error:
         raise DataError(f"{out} cannot be written", why=error.strerror or str(error), fix="Name another file with -o.") from None
     typer.echo(f"wrote {out} ({len(text) / 1024:.0f} KiB)")

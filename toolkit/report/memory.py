@@ -41,15 +41,15 @@ def by_part(profile: Mapping[str, Any]) -> str:
         for kind, dy, name in (("predicted", 0, "predicted"), ("memory", 19, "measured")):
             at = 0.0
             for p, part in enumerate(MEMORY_PARTS):
-                held = rank[kind].get(part, 0)
-                if part not in parts or not held:
+                nbytes = rank[kind].get(part, 0)
+                if part not in parts or not nbytes:
                     continue
-                x0, x1 = frame.at(at / scale, 0)[0], frame.at((at + held) / scale, 0)[0]
-                tip = f"rank {rank['rank']}, stage {rank['stage']} · {part} {name}: {svg.size(held)}"
+                x0, x1 = frame.at(at / scale, 0)[0], frame.at((at + nbytes) / scale, 0)[0]
+                tip = f"rank {rank['rank']}, stage {rank['stage']} · {part} {name}: {svg.size(nbytes)}"
                 shape = {"x": x0, "y": y + dy, "width": max(0.5, x1 - x0 - 0.6), "height": 16.0}
                 content.append(tag("rect", class_=f"mark s{p} {kind}", data_series=p, data_tip=tip, **shape))
-                at += held
-    # keys keep the colour of a part in every chart, so all are listed up to the last one shown
+                at += nbytes
+    # a part has the same colour in every chart, so the legend lists all parts up to the last one shown
     names = [p for p in MEMORY_PARTS if p in parts]
     keys = "".join(_key(MEMORY_PARTS.index(n), n) for n in names)
     note = tag("p", "Upper bar: predicted. Lower bar: measured.", class_="note")

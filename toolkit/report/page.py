@@ -14,13 +14,13 @@ from toolkit.runfolder.read import RunFolder
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
-def page(found: Sequence[RunFolder], *, title: str = "") -> str:
+def page(folders: Sequence[RunFolder], *, title: str = "") -> str:
     """The whole report as HTML."""
-    name = title or ", ".join(run.name for run in found)
-    sections = [("overview", "Runs", runs.side_by_side(found) + _notes(found))]
-    if any(run.metrics for run in found):
-        sections.append(("training", "Training", runs.curves(found)))
-    profiled = [run for run in found if run.profile]
+    name = title or ", ".join(run.name for run in folders)
+    sections = [("overview", "Runs", runs.side_by_side(folders) + _notes(folders))]
+    if any(run.metrics for run in folders):
+        sections.append(("training", "Training", runs.curves(folders)))
+    profiled = [run for run in folders if run.profile]
     for run in profiled:
         profile = run.profile
         assert profile is not None
@@ -33,7 +33,7 @@ def page(found: Sequence[RunFolder], *, title: str = "") -> str:
         body = _pair(("By part, every rank", times.breakdown(profile)), ("Predicted against measured", times.against(profile)))
         body += _block("Pipeline schedule", times.pipeline(profile)) + _block("Communication", times.traffic(profile))
         sections.append((f"time-{run.name}", f"Time of a step{where}", body))
-    for run in found:
+    for run in folders:
         if run.tune:
             sections.append(
                 (f"tune-{run.name}", f"Plans of toolkit tune in {run.name}", tag("div", runs.ranking(run.tune), class_="block"))
@@ -63,12 +63,12 @@ def _pair(*blocks: tuple[str, str]) -> str:
     return tag("div", "".join(_block(head, body) for head, body in blocks), class_="pair")
 
 
-def _notes(found: Sequence[RunFolder]) -> str:
-    said = [f"{run.name}: {note}" for run in found for note in run.notes]
+def _notes(folders: Sequence[RunFolder]) -> str:
+    said = [f"{run.name}: {note}" for run in folders for note in run.notes]
     said += [
         f"{run.name}: no profile.json; toolkit profile writes one, with memory and time by part."
-        for run in found
+        for run in folders
         if not run.profile and run.metrics
     ]
-    said += [f"{run.name}: no metrics.jsonl; toolkit train writes it." for run in found if run.profile and not run.metrics]
+    said += [f"{run.name}: no metrics.jsonl; toolkit train writes it." for run in folders if run.profile and not run.metrics]
     return tag("ul", "".join(tag("li", escape(note)) for note in said), class_="notes") if said else ""

@@ -60,11 +60,11 @@ def _dot(frame: Frame, x: float, y: float, series: int, tip: str, radius: float)
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    found = [
+    points = [
         (float(r["step"]), float(r[key])) for r in metrics if isinstance(r.get(key), (int, float)) and not isinstance(r.get(key), bool)
     ]
-    every = -(-len(found) // MOST_POINTS) or 1
-    return found[::every] + (found[-1:] if found and (len(found) - 1) % every else [])
+    every = -(-len(points) // MOST_POINTS) or 1
+    return points[::every] + (points[-1:] if points and (len(points) - 1) % every else [])
 
 
 def side_by_side(runs: Sequence[RunFolder]) -> str:
@@ -82,9 +82,9 @@ def side_by_side(runs: Sequence[RunFolder]) -> str:
 def _facts(run: RunFolder) -> dict[str, str]:
     config = run.config or (run.profile or {}).get("config") or {}
     model, parallel, zero, train = (config.get(k) or {} for k in ("model", "parallel", "zero", "train"))
-    found: dict[str, str] = {}
+    summary: dict[str, str] = {}
     if model:
-        found["model"] = str(model.get("preset") or f"{model.get('family')} {model.get('num_layers')} × {model.get('hidden_size')}")
+        summary["model"] = str(model.get("preset") or f"{model.get('family')} {model.get('num_layers')} × {model.get('hidden_size')}")
     for name, section, key in (
         ("tensor parallel (tp)", parallel, "tp"),
         ("pipeline stages (pp)", parallel, "pp"),
@@ -101,30 +101,30 @@ def _facts(run: RunFolder) -> dict[str, str]:
     ):
         if key in section:
             value = section[key]
-            found[name] = (
+            summary[name] = (
                 {True: "yes", False: "no", "none": "device"}.get(value, str(value)) if key.startswith(("offload", "seq")) else str(value)
             )
     if run.metrics:
         last = run.metrics[-1]
         losses = [r["loss"] for r in run.metrics if isinstance(r.get("loss"), (int, float))]
         evals = [r["eval_loss"] for r in run.metrics if isinstance(r.get("eval_loss"), (int, float))]
-        found["steps"] = f"{last['step']:,}"
-        found["last loss"] = f"{losses[-1]:.4f}" if losses else ""
-        found["last validation loss"] = f"{evals[-1]:.4f}" if evals else ""
-        found |= _medians(run.metrics)
-        found["skipped steps"] = str(sum(1 for r in run.metrics if r.get("skipped")))
+        summary["steps"] = f"{last['step']:,}"
+        summary["last loss"] = f"{losses[-1]:.4f}" if losses else ""
+        summary["last validation loss"] = f"{evals[-1]:.4f}" if evals else ""
+        summary |= _medians(run.metrics)
+        summary["skipped steps"] = str(sum(1 for r in run.metrics if r.get("skipped")))
     if run.profile:
-        found["profiled on"] = f"{len(run.profile['ranks'])} × {run.profile.get('device', '?')}"
-        found["highest peak of a rank"] = svg.size(peak_of(run.profile))
-        found["profiled step"] = svg.duration(max(rank["seconds"]["step"] for rank in run.profile["ranks"]))
+        summary["profiled on"] = f"{len(run.profile['ranks'])} × {run.profile.get('device', '?')}"
+        summary["highest peak of a rank"] = svg.size(peak_of(run.profile))
+        summary["profiled step"] = svg.duration(max(rank["seconds"]["step"] for rank in run.profile["ranks"]))
     if run.tune:
-        found["best plan of tune"] = _plan_name(run.tune["plans"][0]) if run.tune["plans"] else "none fits"
-    return found
+        summary["best plan of tune"] = _plan_name(run.tune["plans"][0]) if run.tune["plans"] else "none fits"
+    return summary
 
 
 def _medians(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     late = metrics[min(len(metrics) - 1, max(1, len(metrics) // 5)) :]  # without the first steps, which load and compile
-    found = {}
+    summary = {}
     for name, key, show in (
         ("tokens a second (median)", "tokens_per_s", svg.number),
         ("step (median)", "step_s", svg.duration),
@@ -133,8 +133,8 @@ def _medians(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     ):
         values = [r[key] for r in late if isinstance(r.get(key), (int, float))]
         if values:
-            found[name] = show(max(values) if key == "memory_gib" else median(values))
-    return found
+            summary[name] = show(max(values) if key == "memory_gib" else median(values))
+    return summary
 
 
 def _plan_name(plan: Mapping[str, Any]) -> str:

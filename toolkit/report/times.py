@@ -36,13 +36,13 @@ def breakdown(profile: Mapping[str, Any]) -> str:
         content.append(label(left - 8, y + 15, f"rank {rank['rank']}", class_="tick strong", text_anchor="end"))
         at = 0.0
         for p, part in enumerate(PARTS):
-            held = rank["seconds"].get(part, 0.0)
-            x0, x1 = frame.at(at / scale, 0)[0], frame.at((at + held) / scale, 0)[0]
-            if held > 0:
-                tip = f"rank {rank['rank']}, stage {rank['stage']} · {part}: {svg.duration(held)}"
+            seconds = rank["seconds"].get(part, 0.0)
+            x0, x1 = frame.at(at / scale, 0)[0], frame.at((at + seconds) / scale, 0)[0]
+            if seconds > 0:
+                tip = f"rank {rank['rank']}, stage {rank['stage']} · {part}: {svg.duration(seconds)}"
                 shape = {"x": x0, "y": y, "width": max(0.4, x1 - x0 - 0.6), "height": 20.0}
                 content.append(tag("rect", class_=f"mark s{p}", data_series=p, data_tip=tip, **shape))
-            at += held
+            at += seconds
     return legend(PARTS) + chart(frame.width, frame.height, "".join(content), name="step-time", title="time of a step by part")
 
 

@@ -7,9 +7,12 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
+
+from toolkit.files import write_durably
+from toolkit.runfolder.files import METRICS
 
 log = logging.getLogger("toolkit.train")
 
@@ -19,7 +22,8 @@ class StepRecord:
     """What is known of one optimizer step. tokens: consumed since the start of the run;
     memory_gib: peak device memory of the worst rank (resident memory on a CPU); mfu: null where the
     device's peak is not known; a skipped step has a null grad_norm. save_pause_s: seconds this step's checkpoint
-    held up training; save_write_s: seconds from its start until a checkpoint counted, at the step where that was seen."""
+    held up training; save_write_s: seconds from its start until a checkpoint counted, at the step where that was seen; own: numbers that hooks add,
+    null for one that is not finite, beside the others in metrics.jsonl."""
 
     step: int
     loss: float | None
@@ -37,6 +41,7 @@ class StepRecord:
     eval_loss: float | None = None
     save_pause_s: float | None = None
     save_write_s: float | None = None
+    own: dict[str, float | None] = field(default_factory=dict)
 
 
 _ALWAYS = frozenset(list(StepRecord.__dataclass_fields__)[:11])
@@ -60,7 +65,7 @@ class Metrics:
         self.steps, self.every, self.monitor = steps, every, monitor
         self.file: IO[str] | None = None
         if folder is not None:
-            path = folder / "metrics.jsonl"
+            path = folder / METRICS
             _keep_up_to(path, resumed)
             self.file = path.open("a", encoding="utf-8", buffering=1)
 
@@ -69,6 +74,7 @@ class Metrics:
         if self.file is None:
             return
         values = {k: v for k, v in asdict(record).items() if v is not None or k in _ALWAYS}
+        values |= values.pop("own")
         self.file.write(json.dumps(values, allow_nan=False) + "\n")
         if durable:
             os.fsync(self.file.fileno())
@@ -93,16 +99,14 @@ def _keep_up_to(path: Path, step: int) -> None:
             continue
         if number <= step:
             kept[number] = line
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text("".join(f"{line}\n" for line in kept.values()), encoding="utf-8")
-    partial.replace(path)
+    write_durably(path, "".join(f"{line}\n" for line in kept.values()).encode())
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The step records of a run folder; lines that a killed run left half written are passed over."""
     records = []
     with suppress(OSError):
-        for line in (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in (run / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError):
                 record = json.loads(line)
                 if isinstance(record, dict) and record.get("step_s") and record.get("tokens_per_s"):
@@ -137,6 +141,7 @@ def step_line(record: StepRecord, *, steps: int) -> str:
         parts.append(f"eval loss {r.eval_loss:.4f}")
     if r.save_pause_s is not None:
         parts.append(f"saved (pause {r.save_pause_s:.2f} s)")
+    parts += [f"{name} {value:.4g}" if value is not None else f"{name} not finite" for name, value in r.own.items()]
     return " | ".join(parts)
 
 

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from toolkit.errors import DataError
+from toolkit.files import write_durably
 
 PROFILE = "profile.json"
 FORMAT = 1
 RANK_KEYS = ("rank", "stage", "memory", "predicted", "memory_over_time", "rss", "seconds", "micro_batch_seconds", "traffic")
 
 
-def write_profile(run_dir: Path, found: Mapping[str, Any]) -> Path:
-    """Write RUN/profile.json durably: to a file beside it, to disk, then under its name."""
+def write_profile(run_dir: Path, profile: Mapping[str, Any]) -> Path:
+    """Write RUN/profile.json, whole or not at all, and return its path."""
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / PROFILE
-    partial = path.with_name(f".{PROFILE}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(found, file, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_durably(path, json.dumps(profile, allow_nan=False))
     return path
 
 
@@ -38,17 +33,17 @@ def read_profile(run_dir: Path) -> dict[str, Any] | None:
     except (OSError, UnicodeError) as error:
         raise DataError(f"{path} cannot be read", why=str(error), fix="Run toolkit profile again.") from None
     try:
-        found = json.loads(text)
+        profile = json.loads(text)
     except ValueError as error:
         raise DataError(
             f"{path} is damaged", why=f"it is not JSON ({error})", fix="Run toolkit profile again, or remove the file."
         ) from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        version = found.get("format") if isinstance(found, dict) else None
+    if not isinstance(profile, dict) or profile.get("format") != FORMAT:
+        version = profile.get("format") if isinstance(profile, dict) else None
         raise DataError(f"{path} has format {version!r}", why=f"this version reads format {FORMAT}", fix="Run toolkit profile again.")
-    missing = [key for key in ("config", "layout", "predicted", "ranks") if not found.get(key)]
-    for rank in found.get("ranks") or ():
+    missing = [key for key in ("config", "layout", "predicted", "ranks") if not profile.get(key)]
+    for rank in profile.get("ranks") or ():
         missing += [f"{key} of a rank" for key in RANK_KEYS if not isinstance(rank, dict) or key not in rank]
     if missing:
         raise DataError(f"{path} lacks {', '.join(dict.fromkeys(missing))}", why="it is damaged", fix="Run toolkit profile again.")
-    return found
+    return profile

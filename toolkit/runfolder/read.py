@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from toolkit.errors import DataError
+from toolkit.runfolder.files import CONFIG, METRICS
 from toolkit.runfolder.profile import read_profile
 
 TUNE = "tune.json"
@@ -47,8 +48,8 @@ def _read(path: Path, given: Path, name: str) -> RunFolder:
         if path.suffix != ".json":
             raise DataError(f"{given} is a file", why="a report is made of run folders and tune.json files", fix="Name the run's folder.")
         return RunFolder(name=name, path=path, tune=_tune(path))
-    metrics, notes = _metrics(path / "metrics.jsonl")
-    found = RunFolder(
+    metrics, notes = _metrics(path / METRICS)
+    run = RunFolder(
         name=name,
         path=path,
         metrics=metrics,
@@ -57,13 +58,13 @@ def _read(path: Path, given: Path, name: str) -> RunFolder:
         tune=_tune(path / TUNE) if (path / TUNE).exists() else None,
         notes=tuple(notes),
     )
-    if not (found.metrics or found.profile or found.tune):
+    if not (run.metrics or run.profile or run.tune):
         raise DataError(
             f"{given} holds no metrics.jsonl, profile.json or tune.json",
             why="there is nothing to show",
             fix="Name a folder that toolkit train, profile or tune has written to.",
         )
-    return found
+    return run
 
 
 def _metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -107,25 +108,25 @@ def _start(line: bytes) -> str:
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
-    for name in ("config.yaml", "run.yaml"):
+    for name in (CONFIG, "run.yaml"):
         path = folder / name
         if not path.exists():
             continue
         try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeError, yaml.YAMLError) as error:
             raise DataError(f"{path} is damaged", why=str(error).splitlines()[0], fix="Remove it, or restore it.") from None
-        return found if isinstance(found, dict) else None
+        return values if isinstance(values, dict) else None
     return None
 
 
 def _tune(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        ranking = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is damaged", why=str(error), fix="Run toolkit tune again.") from None
-    plans = found.get("plans") if isinstance(found, dict) else None
-    if not isinstance(plans, list) or found.get("format") != TUNE_FORMAT:
+    plans = ranking.get("plans") if isinstance(ranking, dict) else None
+    if not isinstance(plans, list) or ranking.get("format") != TUNE_FORMAT:
         raise DataError(f"{path} is not a ranking that toolkit tune wrote in format {TUNE_FORMAT}", fix="Run toolkit tune again.")
     figure = (int, float)
     wanted: dict[str, Any] = {"layout": dict, "tokens_per_s": figure, "step_s": figure, "peak_device_gib": figure}
@@ -133,4 +134,4 @@ def _tune(path: Path) -> dict[str, Any]:
         lacking = [key for key, kind in wanted.items() if not isinstance(plan, dict) or not isinstance(plan.get(key), kind)]
         if lacking:
             raise DataError(f"{path}, plan {number}, lacks {', '.join(lacking)}", why="it is damaged", fix="Run toolkit tune again.")
-    return dict(found)
+    return dict(ranking)

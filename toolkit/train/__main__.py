@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from toolkit.cluster.environment import PLANNED
-from toolkit.errors import ToolkitError
+from toolkit.errors import Stopped, ToolkitError
+from toolkit.train.program import quiet, say
 
 
 def main(arguments: list[str]) -> int:
@@ -25,46 +20,15 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write("usage: python -m toolkit.train CONFIG [section.key=value …]\n")
         return 2
     try:
-        from toolkit.config.load import load_config
+        from toolkit.trainer import Trainer
 
-        config = load_config(Path(arguments[0]), arguments[1:])
-        from toolkit.train.resolve import plan
-
-        with said_before():
-            layout, data = plan(config, int(os.environ.get("WORLD_SIZE", 1)))
-        from toolkit.train.loop import train  # torch comes with it, once there is something to train
-
-        train(config, layout, data)
+        Trainer(Path(arguments[0]), overrides=arguments[1:]).fit()
+    except Stopped as stopped:  # said already, in the line after its last step
+        return stopped.exit_code
     except ToolkitError as error:
         say(error, rank=rank, local_rank=local_rank)
         return error.exit_code
     return 0
-
-
-def say(error: ToolkitError, *, rank: int, local_rank: int) -> None:
-    """Write a user error once a host; its other ranks give the one that writes time to do so."""
-    if local_rank == 0:
-        sys.stderr.write(f"{'error' if rank == 0 else f'error on rank {rank}'}: {error}\n")
-        sys.stderr.flush()
-    elif signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        time.sleep(3.0)  # the launcher ends all ranks at the first exit that it sees
-
-
-@contextmanager
-def said_before() -> Iterator[None]:
-    """Leave out what the process that started the ranks has already shown."""
-    log = logging.getLogger("toolkit")
-    if PLANNED in os.environ:
-        log.setLevel(logging.WARNING)
-    yield
-    log.setLevel(logging.NOTSET)
-
-
-def quiet() -> None:
-    """Leave the step lines alone on the screen: imports that warn of absent options, DeepSpeed's start-up log."""
-    warnings.filterwarnings("ignore")
-    for name in ("DeepSpeed", "megatron", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""The training run: from a config to the last step, the same program on one process and on many hosts."""
+"""The training run: from a config to the last step, the same program on one process and on many
+hosts.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,18 +16,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from toolkit.checkpoint.claim import checkpoint_folder
+from toolkit.checkpoint.manifest import folder_name
 from toolkit.checkpoint.session import Checkpoints
 from toolkit.cluster.locks import check_extension_locks
-from toolkit.config.load import dump_config
 from toolkit.config.schema import RunConfig
-from toolkit.data.dataset import PreparedData, build_datasets
+from toolkit.data.dataset import build_datasets
+from toolkit.data.given import GivenData
 from toolkit.data.loader import batches
-from toolkit.errors import TrainingError
+from toolkit.errors import DataError, Stopped, ToolkitError, TrainingError
 from toolkit.hardware.catalogue import peak_flops
-from toolkit.parallel.deepspeed_json import deepspeed_config
-from toolkit.parallel.layout import Layout
+from toolkit.parallel.agree import everywhere
+from toolkit.runfolder.files import write_machine, write_run
 from toolkit.runfolder.metrics import Metrics, StepRecord
+from toolkit.train.hooks import Extensions, Hooks
 from toolkit.train.lr import learning_rate
+from toolkit.train.resolve import ResolvedRun
 from toolkit.train.signals import StopRequest
 from toolkit.train.world import World, connect
 
@@ -35,16 +39,23 @@ log = logging.getLogger("toolkit.train")
 
 Batch = dict[str, Tensor]
 
+NOTHING = Extensions()  # added by the user
+BY_HOOK, BY_SIGNAL = 1, 2  # who asks for an end of the run; 0: nobody
 
-def train(config: RunConfig, layout: Layout, data: PreparedData) -> None:
-    """Run all steps of a planned config on this rank; raises ToolkitError on all ranks alike."""
+
+def train(resolved: ResolvedRun, extensions: Extensions = NOTHING) -> StepRecord | None:
+    """Take all steps of a run on this rank; returns the last one's record. Raises ToolkitError on
+    all ranks alike.
+    """
+    config = resolved.config
     world = World.from_environment()
     check_extension_locks(_extensions(config))
-    connect(world, layout, seed=config.run.seed)
+    connect(world, resolved.layout, seed=config.run.seed)
+    run = Run(resolved, world, extensions)
     try:
-        Run(config, layout, data, world).steps()
+        return run.steps()
     finally:
-        dist.destroy_process_group()
+        run.close()
 
 
 def _extensions(config: RunConfig) -> set[str]:
@@ -57,28 +68,41 @@ def _extensions(config: RunConfig) -> set[str]:
 class Run:
     """One rank's part of a run."""
 
-    def __init__(self, config: RunConfig, layout: Layout, data: PreparedData, world: World) -> None:
+    def __init__(self, resolved: ResolvedRun, world: World, extensions: Extensions = NOTHING) -> None:
+        self.stop = StopRequest()
+        try:
+            self._build(resolved, world, extensions)
+        except BaseException:
+            self.stop.close()
+            raise
+
+    def _build(self, resolved: ResolvedRun, world: World, extensions: Extensions) -> None:
+        from toolkit.engine.loss import Loss
         from toolkit.engine.schedule import Schedule
         from toolkit.engine.zero import Engine, partitioner
         from toolkit.model.build import build_chunks
 
+        config, layout, ds_config = resolved.config, resolved.layout, resolved.ds_config
         self.config, self.layout, self.world = config, layout, world
         self.at = layout.coordinates(world.rank)
-        self.stop = StopRequest()
         started = time.perf_counter()
-        ds_config = deepspeed_config(config, layout)
-        self.checkpoints = Checkpoints(config, layout, data)
-        folder = _run_folder(config, ds_config) if world.rank == 0 else None
-        train_set, self.valid_set, _ = build_datasets(config, data)
+        self.loss = Loss(extensions.loss, rank=world.rank)
+        self.data_error: ToolkitError | None = None
+        if isinstance(resolved.data, GivenData):
+            check_together(resolved.data, config)
+        self.checkpoints = Checkpoints(config, layout, resolved.data, weights=resolved.weights)
+        folder = write_run(config, ds_config) if world.rank == 0 else None
+        train_set, self.valid_set, _ = build_datasets(config, resolved.data)
         self.reads_data = self.at.pp in (0, layout.pp - 1)
         # readers fork before the model exists: a child then shares little memory that would be copied
         self.train_batches = self._reader(train_set, workers=config.data.workers, consumed=self.checkpoints.consumed_samples)
         blank = self.checkpoints.weights is not None
         chunks = build_chunks(config, layout, device=world.device, partition=partitioner(config, ds_config), blank=blank)
-        self.engine = Engine(chunks, config, layout, ds_config)
+        self.engine = Engine(chunks, config, layout, ds_config, optimizer=extensions.optimizer)
         self.checkpoints.attach(self.engine, train_set)
         t = config.train
-        self.schedule = Schedule(self.engine.views, layout, seq_length=t.seq_length, micro_batch_size=t.micro_batch_size)
+        self.schedule = Schedule(self.engine.views, layout, seq_length=t.seq_length, micro_batch_size=t.micro_batch_size, loss=self.loss)
+        self.hooks = Hooks(extensions, rank=world.rank, model=chunks)
         monitor = self.engine.monitor.write_events if self.engine.monitor.enabled else None
         self.metrics = Metrics(folder, steps=t.steps, every=config.log.every, monitor=monitor, resumed=self.checkpoints.step)
         self.step_tokens = t.global_batch_size * t.seq_length
@@ -86,33 +110,50 @@ class Run:
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
         self.peak = peak_flops(name, t.precision)
         if folder is not None:
-            _record_machine(folder, device=name, processes=world.size)
+            hosts = int(os.environ.get("CROSS_SIZE", os.environ.get("GROUP_WORLD_SIZE", 1)))  # by DeepSpeed's launcher, by torchrun
+            write_machine(folder, device=name, processes=world.size, hosts=hosts)
         self.process = psutil.Process()
         if world.rank == 0:
-            _announce(config, layout, data, device=name, seconds=time.perf_counter() - started)
+            _announce(resolved, device=name, seconds=time.perf_counter() - started)
 
-    def steps(self) -> None:
-        """All optimizer steps, with evaluation where it is due; returns early once a signal has asked for it."""
+    def steps(self) -> StepRecord | None:
+        """All optimizer steps, with evaluation where it is due, or those until a signal or a hook
+        asks for an end; the last one's record.
+        """
         t = self.config.train
+        record, stopping = None, 0
         for step in range(self.checkpoints.step + 1, t.steps + 1):
             record, stopping = self._step(step)
             if t.eval_every and (step % t.eval_every == 0 or step == t.steps):
                 record.eval_loss = self._evaluate()
-            saving = self.checkpoints.save(record, last=stopping or step == t.steps)
+                self.hooks.call("on_eval", record)
+            self.hooks.call("on_step", record)
+            saving = self.checkpoints.save(record, last=stopping > 0 or step == t.steps)
+            if saving:
+                self.hooks.call("on_save", record, checkpoint=checkpoint_folder(self.config) / folder_name(step))
             self.metrics.write(record, durable=saving)
             if saving:
                 self.checkpoints.commit()
             if stopping:
                 if self.world.rank == 0:
-                    log.info("stopped after step %d, as a signal asked", step)
+                    who = "a signal" if stopping == BY_SIGNAL else f"the hook {self.hooks.stop_asked or 'of another rank'}"
+                    log.info("stopped after step %d, as %s asked", step, who)
                 break
-        self.checkpoints.settle()
-        self.checkpoints.release()
-        self.metrics.close()
+        self._end_together()
+        if record is not None and stopping == BY_SIGNAL and record.step < t.steps:
+            raise Stopped(f"the run was stopped after step {record.step} of {t.steps}", fix="Start it again to go on from its checkpoint.")
+        return record
+
+    def close(self) -> None:
+        """Let go of reading processes, files, folders and the model; no other rank is waited for."""
         if self.train_batches is not None:
             self.train_batches.close()
+        self.metrics.close()
+        self.checkpoints.release()
+        self.stop.close()
+        self.engine.close()
 
-    def _step(self, step: int) -> tuple[StepRecord, bool]:
+    def _step(self, step: int) -> tuple[StepRecord, int]:
         t, started = self.config.train, time.perf_counter()
         micro = [self._next() for _ in range(self.layout.num_microbatches)]
         waited = time.perf_counter() - started
@@ -146,24 +187,44 @@ class Run:
         )
         return record, asked
 
-    def _agree(self, loss: Tensor | None, norm: Tensor, waited: float) -> tuple[float, bool, float, float, float]:
-        """What every rank must see alike, in one message: mean loss, stop asked, grad norm, longest wait, most memory.
+    def _agree(self, loss: Tensor | None, norm: Tensor, waited: float) -> tuple[float, int, float, float, float]:
+        """What every rank must see alike, in one message: mean loss, who asks for an end, grad
+        norm, longest wait, most memory.
 
         One vector reduced with max carries it all but the loss, which data-parallel ranks average.
+        An error that the user's code has made on any rank since the last step, or that a save has
+        met, is raised here on all of them.
         """
         device = self.world.device
         used = torch.cuda.max_memory_allocated() if device.type == "cuda" else self.process.memory_info().rss
         mine = loss if loss is not None and self.at.tp == 0 else torch.zeros((), device=device)
         total = mine.detach().reshape(1) / self.layout.dp
         dist.all_reduce(total)
-        worst = torch.tensor(
-            [float(bool(self.stop)), waited, float(used), float(self.checkpoints.failed)], dtype=torch.float64, device=device
-        )
+        asks = BY_SIGNAL if self.stop else BY_HOOK if self.hooks.stop_asked is not None else 0
+        failed = self.checkpoints.failed or self.error is not None
+        worst = torch.tensor([float(asks), waited, float(used), float(failed)], dtype=torch.float64, device=device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        asked, wait, memory, failed = worst.tolist()
-        if failed:
-            self.checkpoints.settle()
-        return float(total), asked > 0, float(norm), wait, memory
+        asked, wait, memory, any_failed = worst.tolist()
+        if any_failed:
+            self._end_together()
+        return float(total), int(asked), float(norm), wait, memory
+
+    @property
+    def error(self) -> ToolkitError | None:
+        """What the user's data, loss or hooks have done wrong on this rank."""
+        return self.data_error or self.loss.error or self.hooks.error
+
+    def _end_together(self) -> None:
+        """Wait for the save in flight, then raise the first error that any rank has met; all ranks
+        call it.
+        """
+        self.checkpoints.settle()
+
+        def check() -> None:
+            if self.error is not None:
+                raise self.error
+
+        everywhere(check)
 
     def _not_finite(self, step: int, loss: Tensor | None, *, fp16: bool, scale: float) -> None:
         """All ranks come here together: name the ranks, and stop or go on as configured."""
@@ -190,25 +251,33 @@ class Run:
         )
 
     def _evaluate(self) -> float:
-        """Mean loss over eval_steps global batches of the validation split, the same ones every time."""
+        """Mean loss over eval_steps global batches of the validation split, the same ones every
+        time.
+        """
         t = self.config.train
         reader = self._reader(self.valid_set, workers=0)
         self.engine.evaluation(True)
-        total = torch.zeros(1, device=self.world.device)
+        total = torch.zeros(2, device=self.world.device)  # losses, and how many ranks have met an error
         with torch.no_grad():
             for _ in range(t.eval_steps):
                 micro = [self._next(reader) for _ in range(self.layout.num_microbatches)]
                 loss = self.schedule(lambda: iter(micro), num_microbatches=len(micro), forward_only=True)  # noqa: B023
                 if loss is not None and self.at.tp == 0:
-                    total += loss
+                    total[0] += loss
         self.engine.evaluation(False)
         if reader is not None:
             reader.close()
+        total[1] = float(self.error is not None)
         dist.all_reduce(total)
-        return float(total) / (t.eval_steps * self.layout.dp)
+        losses, errors = total.tolist()
+        if errors:
+            self._end_together()
+        return float(losses / (t.eval_steps * self.layout.dp))
 
     def _reader(self, dataset: Any, *, workers: int, consumed: int = 0) -> Any:
-        """Micro-batches for this data-parallel rank; None on stages that neither embed nor compute a loss."""
+        """Micro-batches for this data-parallel rank; None on stages that neither embed nor compute
+        a loss.
+        """
         if not self.reads_data:
             return None
         return batches(
@@ -223,35 +292,41 @@ class Run:
 
     def _next(self, reader: Iterator[Batch] | None = None) -> Batch:
         reader = reader or self.train_batches
-        if reader is None:
+        batch = self._read(reader) if reader is not None else None
+        if batch is None:
             shape = (self.config.train.micro_batch_size, self.config.train.seq_length)
             nothing = torch.zeros(shape, dtype=torch.int64, device=self.world.device)
             return {"tokens": nothing, "labels": nothing}
-        batch = next(reader)
         if self.world.device.type == "cuda":
             batch = {k: v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
         return batch
 
-
-def _run_folder(config: RunConfig, ds_config: dict[str, Any]) -> Path:
-    folder = config.run.dir
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("config.yaml", dump_config(config)), ("ds_config.json", json.dumps(ds_config, indent=2) + "\n")):
-        partial = folder / f".{name}.{os.getpid()}"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / name)
-    return folder
-
-
-def _record_machine(folder: Path, *, device: str, processes: int) -> None:
-    """Note what the run is measured on, for `toolkit calibrate`; hosts as DeepSpeed's launcher counts them."""
-    text = json.dumps({"device": device, "processes": processes, "hosts": int(os.environ.get("CROSS_SIZE", 1))}) + "\n"
-    partial = folder / f".machine.json.{os.getpid()}"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(folder / "machine.json")
+    def _read(self, reader: Iterator[Batch]) -> Batch | None:
+        """The next micro-batch; None where it cannot be read: the step is then taken with others
+        waiting for it, and ends the run.
+        """
+        try:
+            return next(reader)
+        except ToolkitError as error:
+            self.data_error = self.data_error or error
+            return None
 
 
-def _announce(config: RunConfig, layout: Layout, data: PreparedData, *, device: str, seconds: float) -> None:
+def check_together(data: GivenData, config: RunConfig) -> None:
+    """Hold the user's data sets to what the run needs; a DataError on any rank, or ranks that see
+    different data, end all ranks alike.
+    """
+    found = everywhere(lambda: data.check(config))
+    if other := next((rank for rank, facts in enumerate(found) if facts != found[0]), 0):
+        raise DataError(
+            f"rank {other} has another data set than rank 0: {found[other][0]} with {found[other][1]:,} samples, not {found[0][0]} with {found[0][1]:,}",
+            why="all ranks take their part of the same samples",
+            fix="Make the same data set on every rank.",
+        )
+
+
+def _announce(resolved: ResolvedRun, *, device: str, seconds: float) -> None:
+    config, layout, data = resolved.config, resolved.layout, resolved.data
     m, z, t = config.model, config.zero, config.train
     offload = "".join(
         f", {what} on {where}" for what, where in (("optimizer", z.offload_optimizer), ("parameters", z.offload_param)) if where != "none"
@@ -274,7 +349,7 @@ def _announce(config: RunConfig, layout: Layout, data: PreparedData, *, device: 
         t.micro_batch_size,
         device,
     )
-    log.info("data: %s tokens, unigram entropy %.3f nats | ready in %.1f s", f"{data.tokens:,}", data.entropy, seconds)
+    log.info("data: %s | ready in %.1f s", data.summary, seconds)
 
 
 def _ranks(ranks: list[int]) -> str:

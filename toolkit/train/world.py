@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -29,11 +31,32 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        own = "CUDA_VISIBLE_DEVICES" in os.environ
+        return torch.device("cuda", device_index(self.local_rank, visible=torch.cuda.device_count(), restricted=own))
+
+
+def device_index(local_rank: int, *, visible: int, restricted: bool) -> int:
+    """The GPU of a local rank, of those that its process sees; MachineError where there is none for it.
+
+    restricted: whether CUDA_VISIBLE_DEVICES is set. A scheduler may show each task its own GPU alone (Slurm's
+    --gpus-per-task=1), which is then number 0 for every rank.
+    """
+    if visible == 1 and restricted:
+        return 0
+    if local_rank >= visible:
+        raise MachineError(
+            f"local rank {local_rank} has no GPU: this host shows {visible}", fix="Start as many processes per host as it has GPUs."
+        )
+    return local_rank
 
 
 def connect(world: World, layout: Layout, *, seed: int, timeout_s: float = 1800.0) -> None:
-    """Open the process groups and seed the generators; every rank must call it."""
+    """Open the process groups and seed the generators; every rank must call it.
+
+    The world of all ranks is opened once in a process and stays for the runs that follow; the groups of a layout are each run's own.
+    """
     from toolkit.model import cpu
     from toolkit.parallel import groups
 
@@ -42,12 +65,8 @@ def connect(world: World, layout: Layout, *, seed: int, timeout_s: float = 1800.
     for key, value in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank)):
         os.environ.setdefault(key, str(value))
     if world.device.type == "cuda":
-        if world.local_rank >= torch.cuda.device_count():
-            raise MachineError(
-                f"local rank {world.local_rank} has no GPU: this host shows {torch.cuda.device_count()}",
-                fix="Start as many processes per host as it has GPUs.",
-            )
         torch.cuda.set_device(world.device)
+        os.environ["LOCAL_RANK"] = str(world.device.index)  # DeepSpeed takes its device from there
     else:
         cpu.install()
     if not dist.is_initialized():
@@ -58,5 +77,17 @@ def connect(world: World, layout: Layout, *, seed: int, timeout_s: float = 1800.
             world_size=world.size,
             timeout=timedelta(seconds=timeout_s),
         )
+        atexit.register(disconnect)
     groups.initialise(layout)
     groups.seed_generators(layout.coordinates(world.rank), seed=seed)
+
+
+def disconnect() -> None:
+    """Close the world of all ranks, if it is still open; after an error of this rank alone, without waiting for the others."""
+    if not dist.is_initialized():
+        return
+    if getattr(sys, "last_value", None) is not None and dist.get_backend() == "nccl":
+        # the traceback is out; others may be in a collective that this rank never joins, and destroying the groups waits for it
+        dist.distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()
