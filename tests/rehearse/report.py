@@ -20,8 +20,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The summary and one line for each configuration."""
     within = [r for r in rows if abs(r["off"]["peak"]) <= PEAK and all(abs(r["off"][p]) <= PARTS for p in STATES)]
     lines = [
-        f"{len(rows)} configurations on {HARDWARE.split(':')[0]}, up to {max(r['ranks'] for r in rows):,} GPUs;",
-        f"{len(within)} within {PEAK:.0%} on the peak and {PARTS:.0%} on each of parameters, gradients and optimizer states.",
+        f"{len(rows)} configurations on {HARDWARE.split(':')[0]}, up to {max(r['ranks'] for r in rows):,} GPUs;\n"
+        f"{len(within)} within {PEAK:.0%} on the peak and\n{PARTS:.0%} on each of parameters, gradients and optimizer states.",
         "",
         "| Configuration | rehearsed GiB | estimate: peak | largest difference of a state | reserved GiB | peak in |",
         "|---|---:|---:|---:|---:|---|",

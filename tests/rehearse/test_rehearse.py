@@ -24,8 +24,9 @@ CELLS = [
     Cell(2, {"parallel.pp": 2, "zero.stage": 1, "train.micro_batch_size": 2} | BF16),
     Cell(2, {"parallel.pp": 2, "parallel.vpp": 2, "model.num_layers": 4, "zero.stage": 2, "train.micro_batch_size": 2} | BF16),
     Cell(2, {"zero.stage": 3, "model.family": "gpt"} | BF16),
+    Cell(2, {"zero.stage": 2, "zero.offload_optimizer": "cpu"} | BF16),
 ]
-TP, DP, PP, VPP, ZERO3 = (c.id for c in CELLS)
+TP, DP, PP, VPP, ZERO3, OFFLOAD = (c.id for c in CELLS)
 # the host reads the norm once for each optimizer group and once for all, to skip a step that is not finite
 NORM_READS = ("a value is read", "utils.py", "is_invalid_grad_norm")
 
@@ -67,6 +68,8 @@ def test_a_cell_runs_on_the_gpu_and_its_ranks_agree(cell: Cell, request: pytest.
     for a in answers:
         assert a["allocated"] == sum(a["step"]["peak"]["parts"].values())
         assert a["allocated"] <= a["peak_reserved"]
+        if cell.uses("cpu"):
+            continue
         off = compare(Point(cell.id, cell.raw(), cell.world, a["stage"]), a)["off"]
         assert all(abs(off[part]) < 0.01 for part in STATES), off
         devices = [row for row in a["step"]["elsewhere"] if "random.py" not in row[1] and row[1]]
@@ -74,6 +77,13 @@ def test_a_cell_runs_on_the_gpu_and_its_ranks_agree(cell: Cell, request: pytest.
         waits = [row for row in a["step"]["syncs"] if not (row[0] == NORM_READS[0] and row[1].endswith(NORM_READS[2]))]
         if cell.keys["zero.stage"] < 3:
             assert waits == [], "the host must not wait for the device within a step"
+
+
+def test_offloaded_gradients_are_scaled_where_they_are() -> None:
+    """With the norm left on the GPU this step ends in "two devices": it did, before the first rehearsal of it."""
+    answer = rehearsed(False)[OFFLOAD][0]
+    assert any(what == "aten::mul_" and "unscale_and_clip_grads" in place for what, place, _ in answer["step"]["elsewhere"])
+    assert answer["parts"]["optimizer"] == 0
 
 
 def test_sequence_parallel_layers_send_the_fewest_messages() -> None:

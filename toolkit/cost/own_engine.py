@@ -238,7 +238,7 @@ def gathered(w: Workload, stage: int) -> float:
         return 0.0
     before, after = edge_weights(w, stage)
     largest = _largest(w, stage)
-    if w.vpp > 1 or stage < w.pp - 1 or w.recompute == "full":
+    if w.vpp > 1 or stage < w.pp - 1:
         return 2.0 * w.width * largest
     every = layer_weights(w) * w.layers_on(stage) + before + after
     return w.width * (min(MAX_LIVE, sum(x.count for x in every if x.count > w.persist)) + largest)
@@ -288,6 +288,8 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
         found["loss"] = {**kept, "working set": stream + (t * s.rows / w.tp * b if b < 4 else 0.0)}
         if w.zero == 3:
             found["loss"]["working set"] -= w.width * _largest(w, stage) if w.shards > 1 else 0  # its gradient is not there yet
+        if w.zero == 3:  # base counts the weight and its gradient
+            found["output layer"] = {"activations": kept["activations"], "working set": t * s.rows / w.tp * b + 2 * stream}
         if buckets:
             # they are made when the first gradient comes, which is the output layer's
             found["loss"]["zero buffers"] = -states(w, stage)["zero buffers"]

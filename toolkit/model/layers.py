@@ -107,7 +107,7 @@ class SdpaAttention(torch.nn.Module):
         causal = s == key.shape[0]
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, d]
         grouped = heads != k.shape[1]
-        if grouped and q.dtype == torch.float32 and q.device.type == "cuda":
+        if grouped and q.dtype == torch.float32 and q.is_cuda:
             # no fused CUDA kernel takes grouped queries in fp32: PyTorch would keep scores of [heads, s, s]
             k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
             grouped = False

@@ -111,7 +111,7 @@ def _values(device: Device) -> None:
 
     class Generator(torch.Generator):
         def __new__(cls, device: Any = "cpu") -> Any:
-            return super().__new__(cls, "cpu")  # type: ignore[call-arg]  # there is no other without a GPU, and nothing is drawn
+            return super().__new__(cls, "cpu")  # type: ignore  # there is no other without a GPU, and nothing is drawn
 
     anything: Any = torch
     if device.kind == "cuda":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -266,9 +266,9 @@ class Recorder(TorchDispatchMode):
             self.part[address] = part
 
     def _module_now(self) -> str:
-        node: Any = torch._C._current_autograd_node()
+        node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
         if node is not None:
-            self.module = node.metadata.get("module", self.module)
+            self.module = cast(Any, node).metadata.get("module", self.module)
         return self.module
 
     @contextmanager
@@ -288,8 +288,7 @@ class Recorder(TorchDispatchMode):
             name = stack.pop() if stack else ""
             for tensor in _tensors(outputs):
                 if tensor.grad_fn is not None:
-                    node: Any = tensor.grad_fn
-                    node.metadata.setdefault("module", name)
+                    cast(Any, tensor.grad_fn).metadata.setdefault("module", name)
             self.module = stack[-1] if stack else name
 
         for chunk in chunks:
@@ -307,9 +306,7 @@ class Recorder(TorchDispatchMode):
     @contextmanager
     def messages(self) -> Iterator[None]:
         """Write down what goes through torch's process groups within this context."""
-        group_class: Any = dist.ProcessGroup
-        work_class: Any = dist.Work
-        anything: Any = dist
+        group_class, work_class, anything = dist.ProcessGroup, dist.Work, cast(Any, dist)
         before = {name: vars(group_class)[name] for name in COLLECTIVES if name in vars(group_class)}
         kept = {name: getattr(group_class, name) for name in before}
         wait_before, wait = vars(work_class)["wait"], work_class.wait
@@ -349,13 +346,13 @@ class Recorder(TorchDispatchMode):
         try:
             for name in kept:
                 setattr(group_class, name, counted(name))
-            work_class.wait = waited
+            work_class.wait = waited  # type: ignore
             anything.batch_isend_irecv = batch
             yield
         finally:
             for name, method in before.items():
                 setattr(group_class, name, method)
-            work_class.wait = wait_before
+            work_class.wait = wait_before  # type: ignore
             anything.batch_isend_irecv = batched
 
     def _message(self, group: Any, name: str, place: int, args: Any) -> int:
