@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,18 @@ def test_z_loss(ran: Ran) -> None:
     assert "step   2/2" in first or "step 2/2" in first
     assert second == ""
     assert len(ran.metrics("z-loss")) == 2
+
+
+def test_research_optimizer(ran: Ran) -> None:
+    """It goes on from a checkpoint on another layout, with the momentum that it had."""
+    same = ("train.steps=4", "train.eval_every=0", "train.precision=fp32", "optimizer.schedule=constant")
+    ran("research_optimizer.py", *same, "checkpoint.every=2", "zero.stage=3", "parallel.tp=1", "parallel.pp=1")
+    whole = [r["loss"] for r in ran.metrics("lion")]
+    shutil.rmtree(ran.folder / "runs/lion/checkpoints/step-00000004")
+    first, _ = ran("research_optimizer.py", *same, "checkpoint.every=2", "zero.stage=1", "parallel.tp=2", "parallel.pp=1")
+    assert "resharding on the fly" in first
+    assert [r["step"] for r in ran.metrics("lion")] == [1, 2, 3, 4]
+    assert [r["loss"] for r in ran.metrics("lion")] == pytest.approx(whole, rel=1e-4)
 
 
 def test_own_dataset(ran: Ran) -> None:

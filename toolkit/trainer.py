@@ -23,7 +23,8 @@ class Trainer:
     started: all make the same one.
 
     config: a YAML file, a mapping of its sections or a Config. overrides: {"section.key": value} or
-    ["section.key=value"]. loss: see toolkit.engine.loss. dataset, eval_dataset: map-style data sets
+    ["section.key=value"]. loss: see toolkit.engine.loss. optimizer: makes one in the place of
+    optimizer.name's, see toolkit.engine.optimizers.plugged_in. dataset, eval_dataset: map-style data sets
     in the place of data.source, see toolkit.data.given; shuffle: train on `dataset` in an order
     that run.seed decides. on_step, on_eval, on_save: hooks, see toolkit.train.hooks.
 
@@ -37,6 +38,7 @@ class Trainer:
         *,
         overrides: Mapping[str, Any] | Sequence[str] = (),
         loss: Callable[..., Any] | None = None,
+        optimizer: Callable[..., Any] | None = None,
         dataset: Any = None,
         eval_dataset: Any = None,
         shuffle: bool = True,
@@ -49,7 +51,7 @@ class Trainer:
             raise ConfigError("eval_dataset is given without dataset", fix="Give both, or leave both to data.source.")
         self.config = as_config(config, overrides)
         self.given = GivenData(train=dataset, valid=eval_dataset, shuffle=shuffle) if dataset is not None else None
-        self.extensions = Extensions.of(loss=loss, on_step=on_step, on_eval=on_eval, on_save=on_save)
+        self.extensions = Extensions.of(loss=loss, optimizer=optimizer, on_step=on_step, on_eval=on_eval, on_save=on_save)
 
     def fit(self) -> StepRecord | None:
         """Train to the last step, and return its record; None where a checkpoint has already

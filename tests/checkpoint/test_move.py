@@ -12,24 +12,28 @@ import numpy as np
 import pytest
 import torch
 
+from tests.checkpoint import synthetic
 from tests.checkpoint.run import config_of
 from tests.checkpoint.runs import Run, metrics, write_config
 from tests.parity.cells import BOUNDS
 from tests.pool import Pool
 from toolkit.arch.optimizers import OPTIMIZERS
 from toolkit.arch.spec import Cut
+from toolkit.checkpoint.identity import check_same_states
 from toolkit.checkpoint.manifest import discover, read_manifest, verify_files
 from toolkit.checkpoint.reshard import reshard
 from toolkit.checkpoint.target import Target
 from toolkit.checkpoint.whole import MASTER, WholeCheckpoint, layout_of_manifest, model_spec
 from toolkit.config.load import load_config, override_config
 from toolkit.data.loader import batches
+from toolkit.errors import CheckpointError
 from toolkit.model.init import cut_out
 from toolkit.parallel.layout import Layout
 from toolkit.tensors import read_tensors
 from toolkit.train.resolve import resolve
 
 TRAIN = "tests.checkpoint.run:train"
+SYNTHETIC = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 32, "vocab_size": 100}
 LEG = 2  # steps in each layout: the second one's loss has seen the optimizer states, too
 
 
@@ -70,7 +74,8 @@ CHAINS: dict[str, tuple[dict[str, Any], list[tuple[int, dict[str, Any]]]]] = {
         [leg(2, 2), leg(2, 1, **TP)],
     ),
     "uneven": ({"model.num_layers": 6}, [leg(4, 1, parallel__pp=4), leg(2, 3, **PP, parallel__vpp=2), leg(1, 0)]),
-    "muon": ({"optimizer.name": "muon"}, [leg(2, 1, **TP), leg(4, 1), leg(2, 0, **PP), leg(4, 1, **TP), leg(1, 1)]),
+    # three layers: data-parallel ranks' partitions then meet within a matrix
+    "muon": ({"optimizer.name": "muon", "model.num_layers": 3}, [leg(2, 1, **TP), leg(4, 1), leg(2, 0, **PP), leg(4, 1, **TP), leg(1, 1)]),
     "sgd": ({"optimizer.name": "sgd"}, [leg(2, 1, **TP), leg(2, 3), leg(2, 2, **PP)]),
     "nvme": ({}, [leg(2, 1, **TP), leg(2, 3, zero__offload_optimizer="nvme", zero__offload_param="nvme"), leg(1, 1)]),
 }
@@ -127,6 +132,16 @@ def test_the_same_layout_cut_otherwise(stage: int, key: dict[str, Any], pool: Po
     first, second = (tmp_path / f"checkpoints/step-{n * LEG:08d}" for n in (1, 2))
     files = [[(p.name, read_tensors(p)[1]["fragments"]) for p in sorted(f.glob("*.group-*"))] for f in (first, second)]
     assert files[0] != files[1]
+
+
+def test_states_of_another_optimizer_are_refused(tmp_path: Path) -> None:
+    manifest = read_manifest(synthetic.write(tmp_path / "run", SYNTHETIC))
+    config = override_config(manifest.config, ["optimizer.name=adam"])
+    check_same_states(manifest, config, path=tmp_path)
+    config = override_config(manifest.config, ["optimizer.name=muon"])
+    text = r"optimizer\.name=adamw \(exp_avg, exp_avg_sq\), and this run's muon keeps momentum_buffer, exp_avg, exp_avg_sq"
+    with pytest.raises(CheckpointError, match=text):
+        check_same_states(manifest, config, path=tmp_path)
 
 
 def check_cut(one: Path, other: Path) -> set[str]:

@@ -221,7 +221,9 @@ def test_contradictions_name_both_values_and_places(tmp_path: Path, data: Any, s
         ({"data_efficiency": {"enabled": True}}, ["data_efficiency"]),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, ["exclude each other"]),
         ({"bf16": {"enabled": "on"}}, ["bf16.enabled='on'"]),
-        ({"optimizer": {"type": "Lamb"}}, ["optimizer.type='Lamb'", "AdamW"]),
+        ({"optimizer": {"type": "Lamb"}}, ["optimizer.type='Lamb'", "AdamW, Adam, SGD and Muon"]),
+        ({"optimizer": {"type": "SGD", "params": {"betas": [0.9, 0.9]}}}, ["betas", "sgd has lr, weight_decay, momentum and nesterov"]),
+        ({"optimizer": {"type": "Muon", "params": {"lr": 0.02, "adam_lr": 1e-3}}}, ["adam_lr=0.001", "muon has lr"]),
         ({"optimizer": {"type": "Adam", "params": {"max_grad_norm": 1.0}}}, ["max_grad_norm", "train.grad_clip"]),
         ({"optimizer": {"params": {}}}, ['"type"']),
         ({"optimizer": {"type": "Adam", "params": {"betas": [0.9, 2]}}}, ["betas"]),
@@ -251,6 +253,14 @@ def test_what_is_switched_off_is_no_trouble(tmp_path: Path) -> None:
         tmp_path, {**off, "compile": {"deepcompile": False}, "managed_gradient_accumulation": False, "gradient_allreduce_op": "mean"}
     )
     assert config.zero.deepspeed is None
+
+
+def test_other_optimizers_of_the_json(tmp_path: Path) -> None:
+    params = {"lr": 0.1, "momentum": 0.8, "nesterov": True, "dampening": 0, "weight_decay": "auto"}
+    o = merged(tmp_path, {"optimizer": {"type": "SGD", "params": params}}).optimizer
+    assert (o.name, o.lr, o.spec.momentum, o.spec.nesterov) == ("sgd", 0.1, 0.8, True)
+    o = merged(tmp_path, {"optimizer": {"type": "Muon", "params": {"lr": 0.02, "betas": [0.9, 0.99]}}}).optimizer
+    assert (o.name, o.lr, o.betas, o.spec.momentum, o.adjust_lr) == ("muon", 0.02, (0.9, 0.99), 0.95, "original")
 
 
 def test_missing_json_and_place_beside_the_yaml(tmp_path: Path) -> None:

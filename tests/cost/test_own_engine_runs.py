@@ -29,6 +29,8 @@ ALWAYS = (
     "llama-dp2-zero3-opt-cpu-param-cpu",
     "llama-pp2-vpp2-zero3-6-layers",
     "llama-dp2-zero2-overlap",
+    "llama-muon-tp2-dp2-sp-zero1-qknorm",
+    "llama-sgd-tp2-dp2-zero2",
 )
 
 

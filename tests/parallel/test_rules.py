@@ -88,6 +88,21 @@ BROKEN: list[tuple[str, dict[str, Any], int, Machine, list[str]]] = [
     ("rope-scaling", {"model.family": "gpt", "model.rope_scaling": {"factor": 2}}, 1, GPU, ["model.family=gpt"]),
     ("compile-stage", {"model.compile": True, "zero.stage": 2}, 1, GPU, ["zero.stage=2"]),
     ("offload-optimizer-stage", {"zero.offload_optimizer": "cpu", "zero.stage": 0}, 1, GPU, ["zero.offload_optimizer=cpu", "zero.stage=1"]),
+    (
+        "optimizer-offload",
+        {"optimizer.name": "sgd", "zero.offload_optimizer": "cpu"},
+        1,
+        GPU,
+        ["zero.offload_optimizer=cpu with optimizer.name=sgd", "zero.offload_optimizer=none or optimizer.name=adamw"],
+    ),
+    ("muon-stage", {"optimizer.name": "muon", "zero.stage": 2}, 2, GPU, ["optimizer.name=muon with zero.stage=2", "Set zero.stage=1"]),
+    (
+        "muon-stage",
+        {"optimizer.name": "muon", "zero.stage": 3, "zero.offload_param": "cpu"},
+        2,
+        GPU,
+        ["zero.stage=1 and zero.offload_param=none"],
+    ),
     ("offload-param-stage", {"zero.offload_param": "cpu", "zero.stage": 2}, 1, GPU, ["zero.offload_param=cpu", "zero.stage=3"]),
     ("nvme-optimizer-stage", {"zero.offload_optimizer": "nvme", "zero.nvme_path": "/d", "zero.stage": 2}, 1, GPU, ["zero.stage=3"]),
     (

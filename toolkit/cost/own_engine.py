@@ -259,7 +259,11 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
 
 
 def _step_copies(w: Workload, stage: int) -> float:
-    """DeepSpeed's ZeRO-2 and 3 flatten a rank's gradients once more for the step, in fp32."""
+    """DeepSpeed's ZeRO-2 and 3 flatten a rank's gradients once more for the step, in fp32; Muon computes on whole matrices."""
+    if w.optimizer.whole:
+        # in bf16 as gathered, three iterates and their product at most; in fp32 the update, scaled and cut
+        matrices = [weight.count for weight in w.model.layer if weight.group == "matrix"]
+        return 20.0 * max(matrices)
     if w.zero < 2 or w.offload_optimizer != "none":
         return 0.0
     return 4 * w.parameters_on(stage) / w.shards

@@ -19,6 +19,7 @@ from toolkit.engine.deepspeed_state import DeepSpeedState
 from toolkit.engine.muon import Muon, Ranks, WeightPart
 from toolkit.errors import ConfigError, LayoutError, name_of, raised_by
 from toolkit.model.init import named_weights
+from toolkit.parallel.agree import everywhere
 
 ParameterGroup = dict[str, Any]
 OptimizerFactory = Callable[[list[ParameterGroup]], torch.optim.Optimizer]
@@ -80,13 +81,21 @@ def plugged_in(factory: OptimizerFactory, groups: list[ParameterGroup], config: 
             why="each rank holds a piece of a weight there",
             fix="Set zero.stage=0 and parallel.tp=1.",
         )
-    try:
-        made = factory(groups)
-    except Exception as error:
-        raise raised_by(f"the optimizer {name}", error, rank=rank) from error
-    if not isinstance(made, torch.optim.Optimizer):
-        raise ConfigError(f"the optimizer {name} returned {made!r}", fix="Return a torch.optim.Optimizer over the groups it is given.")
-    return made
+    made: list[torch.optim.Optimizer] = []
+
+    def make() -> None:
+        try:
+            result = factory(groups)
+        except Exception as error:
+            raise raised_by(f"the optimizer {name}", error, rank=rank) from error
+        if not isinstance(result, torch.optim.Optimizer):
+            raise ConfigError(
+                f"the optimizer {name} returned {result!r}", fix="Return a torch.optim.Optimizer over the groups it is given."
+            )
+        made.append(result)
+
+    everywhere(make)
+    return made[0]
 
 
 class Several(torch.optim.Optimizer):

@@ -22,7 +22,7 @@ Hook = Callable[["Step"], None]
 @dataclass(frozen=True, kw_only=True)
 class Extensions:
     """Code of the user's own that the loop runs. loss: toolkit.engine.loss says what it is given
-    and returns.
+    and returns. optimizer: toolkit.engine.optimizers.plugged_in says the same of it.
 
     on_step: after each optimizer step, and its evaluation where one was due; on_eval: after an
     evaluation; on_save: once a checkpoint of the step has been taken, which with
@@ -30,20 +30,21 @@ class Extensions:
     """
 
     loss: Callable[..., Any] | None = None
+    optimizer: Callable[..., Any] | None = None
     on_step: tuple[Hook, ...] = ()
     on_eval: tuple[Hook, ...] = ()
     on_save: tuple[Hook, ...] = ()
 
     @classmethod
-    def of(cls, *, loss: Any = None, **hooks: Any) -> Extensions:
+    def of(cls, *, loss: Any = None, optimizer: Any = None, **hooks: Any) -> Extensions:
         """From what a user writes, one hook or several; raises ConfigError for what cannot be
         called.
         """
         several = {name: tuple(given) if isinstance(given, Sequence) else (given,) for name, given in hooks.items() if given is not None}
-        for name, given in [("loss", loss), *((name, one) for name, these in several.items() for one in these)]:
+        for name, given in [("loss", loss), ("optimizer", optimizer), *((name, one) for name, these in several.items() for one in these)]:
             if given is not None and not callable(given):
                 raise ConfigError(f"{name}={given!r} cannot be called", fix="Give a function.")
-        return cls(loss=loss, **several)
+        return cls(loss=loss, optimizer=optimizer, **several)
 
 
 @dataclass

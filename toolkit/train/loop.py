@@ -98,7 +98,7 @@ class Run:
         self.train_batches = self._reader(train_set, workers=config.data.workers, consumed=self.checkpoints.consumed_samples)
         blank = self.checkpoints.weights is not None
         chunks = build_chunks(config, layout, device=world.device, partition=partitioner(config, ds_config), blank=blank)
-        self.engine = Engine(chunks, config, layout, ds_config)
+        self.engine = Engine(chunks, config, layout, ds_config, optimizer=extensions.optimizer)
         self.checkpoints.attach(self.engine, train_set)
         t = config.train
         self.schedule = Schedule(self.engine.views, layout, seq_length=t.seq_length, micro_batch_size=t.micro_batch_size, loss=self.loss)
