@@ -6,7 +6,7 @@ COMPAT_PYTHON ?= $(firstword $(shell for p in python3.12 python3.13 "$$HOME"/.py
 	"$$p" -c 'import ensurepip' >/dev/null 2>&1 && echo "$$p"; done))
 COMPAT_VENV ?= .venv-compat
 
-.PHONY: help quickstart test test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert score-planner report-example clean
+.PHONY: help quickstart test test-all mutants test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert score-planner report-example clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -30,8 +30,14 @@ quickstart: $(VENV)/.run  ## train a small Llama on real text with 2 CPU process
 	$(BIN)/toolkit train launch/recipes/quickstart.yaml --num-procs 2
 	@$(BIN)/python launch/next_steps.py runs/quickstart
 
-test: $(VENV)/.dev  ## all tests, in an environment of their own
+test: $(VENV)/.dev  ## what a change must pass, in an environment of its own
 	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.dev  ## all tests, with the long ones: the whole grid of layouts, NVMe offload, models larger than memory
+	$(BIN)/python -m pytest --all-cells
+
+mutants: $(VENV)/.dev  ## break the project in a hundred places, each must turn a test red; the table of docs/tests.md
+	$(BIN)/python -m tests.mutants.run --write docs/tests.md
 
 $(COMPAT_VENV)/.dev: pyproject.toml constraints.txt
 	$(COMPAT_PYTHON) -m venv $(COMPAT_VENV)
@@ -62,6 +68,7 @@ format: $(VENV)/.dev
 docs: $(VENV)/.run  ## the generated tables of docs/
 	$(BIN)/python -m toolkit.parallel.rules > docs/rules.md
 	$(BIN)/python -m toolkit.config.schema_docs > docs/configuration.md
+	$(BIN)/python -m toolkit.config.deepspeed_docs > docs/deepspeed.md
 
 bench-search: $(VENV)/.run  ## how long the planner searches, into docs/tune.md
 	$(BIN)/python -m tests.bench.search --write docs/tune.md

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.builds import end_build, start_build
 from tests.pool import Pool
 from toolkit.cluster.locks import check_extension_locks, extension_folders
 from toolkit.errors import MachineError
@@ -27,6 +28,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TORCH_EXTENSIONS_DIR"] = str(
     Path(__file__).parents[1] / "build" / f"extensions-py{sys.version_info.major}{sys.version_info.minor}"
 )
+
+# compiled anew in each session: one that was killed while it linked would leave a library that no later session can load
+INDUCTOR = tempfile.TemporaryDirectory(prefix="inductor-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = INDUCTOR.name
 
 # one ninja for the tests and what they start: another version knows nothing of a build and compiles it anew
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -47,23 +52,23 @@ class Extensions:
 
     def __init__(self, folder: Path, names: set[str]) -> None:
         self.logs = {name: folder / f"{name}.log" for name in EXTENSIONS}
+        self.builds = {name: self._start(name) for name in sorted(names)}
+
+    def _start(self, name: str) -> subprocess.Popen[bytes]:
+        folders = {name, "pin_memory"} if name == "async_io" else {name}
         try:
-            check_extension_locks(names | {"pin_memory"} if "async_io" in names else names)
+            check_extension_locks(folders)
         except MachineError:  # an earlier session of these tests was killed
-            for lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("*/lock"):
-                lock.unlink()
-        builder = {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}
-        code = "import os; os.nice(5)\nfrom deepspeed.ops.op_builder import {0}\n{0}().load(verbose=False)"
-        self.builds = {}
-        for name in sorted(names):
-            env = {**os.environ, "DS_ACCELERATOR": "cpu", "MAX_JOBS": "2"}
-            with self.logs[name].open("w") as log:
-                self.builds[name] = subprocess.Popen(
-                    [sys.executable, "-c", code.format(builder[name])], env=env, stdout=log, stderr=log, start_new_session=True
-                )
+            for folder in folders:
+                (Path(os.environ["TORCH_EXTENSIONS_DIR"]) / folder / "lock").unlink(missing_ok=True)
+        builder = {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}[name]
+        code = f"os.nice(5)\nfrom deepspeed.ops.op_builder import {builder}\n{builder}().load(verbose=False)"
+        return start_build(code, log=self.logs[name], env={**os.environ, "DS_ACCELERATOR": "cpu", "MAX_JOBS": "2"})
 
     def wait(self, name: str) -> None:
         """Return once an extension is there; skip the test where the machine cannot build it."""
+        if name not in self.builds:
+            self.builds[name] = self._start(name)
         if self.builds[name].wait(timeout=900) != 0:
             text = self.logs[name].read_text()
             if name == "async_io" and "libaio" in text:
@@ -75,9 +80,7 @@ class Extensions:
     def close(self) -> None:
         """End what is still compiling, and take away the lock that a killed build leaves for the next one to wait on."""
         for name, build in self.builds.items():
-            if build.poll() is None:
-                os.killpg(build.pid, signal.SIGKILL)
-                build.wait()
+            if end_build(build):
                 for folder in extension_folders():
                     for part in (name, "pin_memory"):
                         (folder / part / "lock").unlink(missing_ok=True)
@@ -97,11 +100,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start compiling as soon as it is clear that offload will be tested."""
+    """Start compiling as soon as it is clear that offload will be tested; what no test's name tells is started when it is asked for."""
     waiting = [i.name for i in session.items if "extension" in getattr(i, "fixturenames", ())]
-    names = {"cpu_adam"} if waiting else set()
-    names |= {"async_io"} if any("nvme" in name for name in waiting) else set()
-    if names and not session.config.option.collectonly:
+    names = {"cpu_adam"} if any("cpu" in name or "offload" in name for name in waiting) else set()
+    names |= {"cpu_adam", "async_io"} if any("nvme" in name for name in waiting) else set()
+    if waiting and not session.config.option.collectonly:
         folder = Path(session.config._tmp_path_factory.mktemp("extensions"))  # type: ignore[attr-defined]
         session.config.extensions = Extensions(folder, names)  # type: ignore[attr-defined]
 
@@ -118,11 +121,17 @@ def extension(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text with structure enough to learn from."""
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of texts with structure enough to learn from."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(50)]
     folder = tmp_path_factory.mktemp("text")
     for number in range(40):
         (folder / f"{number:02}.txt").write_text(" ".join(draw.choices(words, k=200)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def text(documents: Path) -> Path:
+    """What a run trains on; tests/checkpoint has a smaller one of its own."""
+    return documents

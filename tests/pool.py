@@ -69,8 +69,10 @@ class Pool:
         return [results[r] for r in range(world_size)]
 
     def _start(self) -> None:
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["tests.preload"])  # torch, megatron-core and deepspeed are imported once for all
+        # torch, megatron-core and deepspeed are imported once for all: by a server, or by who runs one test after the other
+        context: Any = mp.get_context(os.environ.get("TESTS_POOL_START", "forkserver"))
+        if context.get_start_method() == "forkserver":
+            context.set_forkserver_preload(["tests.preload"])
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             stacks = Path(self.folder.name) / f"stacks-{rank}"

@@ -12,8 +12,8 @@ import pytest
 
 # from the ground up: a room imports only rooms before it
 HOUSE = [
-    *("errors", "files", "tensors", "arch", "config", "parallel", "hardware", "runfolder", "cluster", "cost", "plan", "evidence"),
-    *("data", "model", "engine", "checkpoint", "convert", "train", "inference", "profile", "rehearse", "report", "supervise"),
+    *("errors", "files", "tensors", "arch", "config", "parallel", "hardware", "runfolder", "cluster", "data", "cost", "plan", "evidence"),
+    *("model", "engine", "checkpoint", "convert", "train", "inference", "profile", "rehearse", "report", "supervise"),
     *("trainer", "cli"),
 ]
 ROOT = Path(__file__).parents[1] / "toolkit"

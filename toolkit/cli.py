@@ -9,17 +9,16 @@ from typing import Annotated
 
 import typer
 
+from toolkit import __version__
 from toolkit.checkpoint.commands import app as checkpoint_app
 from toolkit.convert.commands import app as convert_app
-from toolkit.errors import ConfigError, ToolkitError
+from toolkit.errors import ConfigError, ToolkitError, at_least_one
 from toolkit.evidence.commands import calibrate
-from toolkit.plan.commands import tune
+from toolkit.plan.commands import log_to_stderr, tune
 from toolkit.profile.commands import profile
 from toolkit.report.commands import report
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Train GPT and Llama on megatron-core × DeepSpeed."
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train GPT and Llama on megatron-core × DeepSpeed.")
 data_app = typer.Typer(no_args_is_help=True, help="Text to tokens.")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
@@ -28,6 +27,22 @@ app.command()(tune)
 app.command()(calibrate)
 app.command()(profile)
 app.command()(report)
+
+NO = 1  # exit code of a question whose answer is no
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"toolkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def command(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    """Train GPT and Llama on megatron-core × DeepSpeed."""
+
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, each replacing one key of the YAML")]
 
@@ -46,8 +61,9 @@ def train(
     from toolkit.config.load import load_config
     from toolkit.train.resolve import resolve
 
-    processes = (gpu_count() or 1) if num_procs is None else num_procs
-    resolve(load_config(config, overrides or []), max(1, processes))  # what is wrong is said before any process starts
+    at_least_one("--num-procs", num_procs)
+    processes = num_procs or gpu_count() or 1
+    resolve(load_config(config, overrides or []), processes)  # what is wrong is said before any process starts
     raise typer.Exit(run_local(config, overrides or [], num_procs=processes, environ={**os.environ, PLANNED: "1"}))
 
 
@@ -63,7 +79,7 @@ def estimate(
     out: Annotated[Path | None, typer.Option(help="where --jsonl writes its predictions")] = None,
     calibration: Annotated[Path | None, typer.Option(help="scalars of your own, from toolkit calibrate")] = None,
 ) -> None:
-    """Say how much memory a run needs and how long a step takes, without a GPU."""
+    """Say how much memory a run needs and how long a step takes, without a GPU; exit code 1 where it does not fit."""
     if jsonl is not None:
         from toolkit.evidence.published import predict_file
 
@@ -77,16 +93,20 @@ def estimate(
     import json
 
     from toolkit.config.load import load_config
+    from toolkit.data.vocabulary import with_vocabulary
     from toolkit.hardware.catalogue import parse_hardware, with_host_gib
-    from toolkit.plan.show import estimate_json, estimate_text
+    from toolkit.plan.show import estimate_json, estimate_text, fits
 
-    loaded, cluster = load_config(config, overrides or []), parse_hardware(hardware, extra=hardware_file)
+    if as_json:
+        log_to_stderr()
+    loaded, cluster = with_vocabulary(load_config(config, overrides or [])), parse_hardware(hardware, extra=hardware_file)
     if host_gib is not None:
         cluster = with_host_gib(cluster, host_gib)
     if as_json:
         typer.echo(json.dumps(estimate_json(loaded, cluster, calibrated=calibration), indent=1))
     else:
         typer.echo(estimate_text(loaded, cluster, calibrated=calibration), nl=False)
+    raise typer.Exit(0 if fits(loaded, cluster) else NO)
 
 
 @data_app.command("prepare")
@@ -102,6 +122,7 @@ def prepare_data(
     from toolkit.cluster.environment import usable_cores
     from toolkit.data.prepare import prepare
 
+    at_least_one("--workers", workers)
     manifest = prepare(source, tokenizer=tokenizer, out=out, text_key=text_key, workers=workers or usable_cores(), overwrite=overwrite)
     typer.echo(f"{out}: {manifest.documents:,} documents, {manifest.tokens:,} tokens of {manifest.tokenizer.vocab_size:,} ids")
 
@@ -111,7 +132,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("megatron").setLevel(logging.ERROR)  # it names options that are absent
     try:
-        app()
+        app(prog_name="toolkit")
     except ToolkitError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(error.exit_code) from None

@@ -52,6 +52,12 @@ class TrainingError(ToolkitError):
     exit_code = 3
 
 
+class Stopped(ToolkitError):
+    """A signal has ended the run after a whole step and before its last one; what was to be saved is saved."""
+
+    exit_code = 143  # 128 + SIGTERM, which is what the launcher sends to the ranks whatever it has received
+
+
 class OutOfMemory(ToolkitError):
     """A rank's memory ended: which part asked for it, on which rank, stage and layer, and what would fit."""
 
@@ -74,3 +80,9 @@ def raised_by(what: str, error: BaseException, *, rank: int | None = None, kind:
         why=next(iter(str(error).strip().splitlines()), ""),
         fix=f"Look at {theirs[-1].filename}, line {theirs[-1].lineno}." if theirs else "",
     )
+
+
+def at_least_one(option: str, value: int | None) -> None:
+    """Refuse a number of processes below 1; None leaves it open."""
+    if value is not None and value < 1:
+        raise ConfigError(f"{option} {value} is less than 1", why="it is a number of processes", fix=f"Set {option} to 1 or more.")

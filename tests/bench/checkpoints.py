@@ -24,6 +24,7 @@ from tests.checkpoint import synthetic
 from tests.checkpoint.run import Sequences, prepared
 from tests.checkpoint.watched import watched
 from tests.pool import Pool
+from tests.rank import Rank
 
 log = logging.getLogger("bench")
 
@@ -45,34 +46,14 @@ def model_of(gib: float) -> dict[str, Any]:
 
 def run(argument: dict[str, Any]) -> dict[str, list[float]]:
     """On every rank: train STEPS steps and save after each; then let DeepSpeed save, too."""
-    from tests.parity.run import micro_batches
-    from toolkit.checkpoint.session import Checkpoints
-    from toolkit.config.load import parse_config
-    from toolkit.engine.schedule import Schedule
-    from toolkit.engine.zero import Engine, partitioner
-    from toolkit.model.build import build_chunks
-    from toolkit.parallel.deepspeed_json import deepspeed_config
-    from toolkit.parallel.rules import check
     from toolkit.runfolder.metrics import StepRecord
-    from toolkit.train.world import World, connect
 
-    config = parse_config(argument["config"])
-    world = World.from_environment()
-    layout = check(config, world.size)
-    connect(world, layout, seed=config.run.seed)
-    checkpoints = Checkpoints(config, layout, prepared(config.run.dir))
-    ds_config = deepspeed_config(config, layout)
-    chunks = build_chunks(config, layout, device=world.device, partition=partitioner(config, ds_config))
-    engine = Engine(chunks, config, layout, ds_config)
-    checkpoints.attach(engine, Sequences())
-    t = config.train
-    schedule = Schedule(engine.views, layout, seq_length=t.seq_length, micro_batch_size=t.micro_batch_size)
-    micro = list(micro_batches(config, layout, layout.coordinates(world.rank).dp, 1))
+    rank = Rank(argument["config"], data=(prepared(Path(argument["config"]["run"]["dir"])), Sequences()))
+    engine, checkpoints, micro = rank.engine, rank.checkpoints, rank.micro(1)
     found: dict[str, list[float]] = {"pause": [], "write": [], "deepspeed": []}
     assert checkpoints.saver is not None
     for step in range(1, STEPS + 1):
-        engine.begin()
-        schedule(lambda: iter(micro), num_microbatches=layout.num_microbatches)
+        rank.forward_backward(micro)
         engine.finish()
         record = StepRecord(step, 0.0, 0.0, 0.0, 0, 0.0, 0.0, None, 0.0, 0.0, 0.0)
         checkpoints.save(record, last=False)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
-from tests.parity.run import digests, micro_batches
+from tests.parity.run import digests
+from tests.rank import Rank
 
 TOKENS = 250
 
@@ -69,40 +68,17 @@ def config_of(folder: Path, keys: dict[str, Any], *, steps: int, checkpoint: dic
 
 def train(raw: dict[str, Any]) -> dict[str, Any]:
     """Losses and norms of the steps taken, and the digests of all parameters at the end."""
-    from toolkit.checkpoint.session import Checkpoints
-    from toolkit.checkpoint.start import starting_weights
-    from toolkit.config.load import parse_config
-    from toolkit.engine.schedule import Schedule
-    from toolkit.engine.zero import Engine, partitioner
-    from toolkit.model.build import build_chunks
-    from toolkit.parallel.deepspeed_json import deepspeed_config
-    from toolkit.parallel.rules import check
     from toolkit.runfolder.metrics import StepRecord
     from toolkit.train.lr import learning_rate
-    from toolkit.train.world import World, connect
 
-    config = parse_config(raw)
-    world = World.from_environment()
-    layout = check(config, world.size)
-    connect(world, layout, seed=config.run.seed)
-    checkpoints = Checkpoints(config, layout, prepared(config.run.dir), weights=starting_weights(config))
-    ds_config = deepspeed_config(config, layout)
-    chunks = build_chunks(config, layout, device=world.device, partition=partitioner(config, ds_config))
-    engine = Engine(chunks, config, layout, ds_config)
-    checkpoints.attach(engine, Sequences())
-    t = config.train
-    schedule = Schedule(engine.views, layout, seq_length=t.seq_length, micro_batch_size=t.micro_batch_size)
-    at = layout.coordinates(world.rank)
+    rank = Rank(raw, data=(prepared(Path(raw["run"]["dir"])), Sequences()))
+    config, engine, checkpoints = rank.config, rank.engine, rank.checkpoints
     losses, norms = [], []
-    for step in range(checkpoints.step + 1, t.steps + 1):
-        micro = list(micro_batches(config, layout, at.dp, step))
-        engine.set_lr(learning_rate(config.optimizer, step=step - 1, total_steps=t.steps))
-        engine.begin()
-        loss = schedule(lambda: iter(micro), num_microbatches=layout.num_microbatches)  # noqa: B023
-        norms.append(float(engine.finish()))
-        total = torch.zeros(()) if loss is None or at.tp else loss / layout.dp
-        dist.all_reduce(total)
-        losses.append(float(total))
+    for step in range(checkpoints.step + 1, config.train.steps + 1):
+        engine.set_lr(learning_rate(config.optimizer, step=step - 1, total_steps=config.train.steps))
+        loss, norm = rank.step(step)
+        losses.append(loss)
+        norms.append(norm)
         checkpoints.save(StepRecord(step, 0.0, 0.0, 0.0, 0, 0.0, 0.0, None, 0.0, 0.0, 0.0), last=False)
         checkpoints.commit()
     checkpoints.settle()
@@ -111,6 +87,6 @@ def train(raw: dict[str, Any]) -> dict[str, Any]:
         "first": checkpoints.step + 1,
         "losses": losses,
         "norms": norms,
-        "digests": digests(engine, chunks, config.model.spec, tp=at.tp),
+        "digests": digests(engine, rank.chunks, config.model.spec, tp=rank.at.tp),
         "scale": engine.loss_scale,
     }

@@ -1,18 +1,20 @@
-"""A run that was stopped and resumed ends with the same bits as one that was not."""
+"""A run of the training program that was stopped and resumed ends with the same bits as one that was not."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.checkpoint.run import config_of
+from tests import loop
 from tests.pool import Pool
 
 STEPS, SAVED = 5, 3
-TRAIN = "tests.checkpoint.run:train"
+FIGURES = ("step", "loss", "grad_norm", "lr", "tokens", "eval_loss", "loss_scale", "skipped")
+TRAIN = "tests.loop:train"
 
 
 def cell(world: int, stage: int, **keys: Any) -> tuple[int, dict[str, Any]]:
@@ -49,35 +51,46 @@ def _parameter(c: tuple[int, dict[str, Any]]) -> Any:
     return pytest.param(c, id=name(c), marks=[pytest.mark.all_cells] if "nvme" in c[1].values() else [])
 
 
+def figures(run: Path) -> list[dict[str, Any]]:
+    """What a run's metrics say of its steps, without times and memory."""
+    return [{k: line.get(k) for k in FIGURES} for line in loop.metrics(run)]
+
+
 @pytest.mark.parametrize("c", [_parameter(c) for c in CELLS])
 def test_resumed_equals_uninterrupted(
-    c: tuple[int, dict[str, Any]], pool: Pool, tmp_path: Path, compiled: Callable[[dict[str, Any]], None]
+    c: tuple[int, dict[str, Any]], pool: Pool, documents: Path, tmp_path: Path, compiled: Callable[[dict[str, Any]], None]
 ) -> None:
     world, keys = c
     compiled(keys)
-    saving = config_of(tmp_path, keys, steps=STEPS, checkpoint={"every": SAVED})
-    whole = pool.run(TRAIN, world, saving, deadline_s=300)
-    resumed = pool.run(TRAIN, world, config_of(tmp_path, keys, steps=STEPS, checkpoint={"resume": "must"}), deadline_s=300)
-    for rank, (one, two) in enumerate(zip(whole, resumed, strict=True)):
-        assert two["first"] == SAVED + 1
-        for what in ("losses", "norms"):
-            assert two[what] == one[what][SAVED:], f"{what} on rank {rank}"
-        assert two["digests"] == one["digests"] and two["scale"] == one["scale"], f"rank {rank}"
+    keys = keys | {"train.steps": STEPS, "train.eval_every": 2, "train.eval_steps": 1, "checkpoint.every": SAVED}
+    saved, last = (f"checkpoints/step-{step:08d}" for step in (SAVED, STEPS))
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    pool.run(TRAIN, world, loop.config_of(documents, whole, keys), deadline_s=300)
+    shutil.copytree(whole / saved, resumed / saved)
+    pool.run(TRAIN, world, loop.config_of(documents, resumed, keys | {"checkpoint.resume": "must"}), deadline_s=300)
+    assert [f["step"] for f in figures(resumed)] == list(range(SAVED + 1, STEPS + 1))
+    assert figures(resumed) == figures(whole)[SAVED:]
+    one, two = loop.tensors(whole / last), loop.tensors(resumed / last)
+    assert one.keys() == two.keys() and len(one) > 3 * world - 2
+    assert not [key for key in one if one[key] != two[key]], "weights, moments and random generators"
 
 
-def test_another_micro_batch_goes_on_with_the_same_samples(pool: Pool, tmp_path: Path) -> None:
-    keys = {"zero.stage": 1, "train.micro_batch_size": 2}
-    whole = pool.run(TRAIN, 2, config_of(tmp_path, keys, steps=STEPS, checkpoint={"every": SAVED}), deadline_s=300)[0]
-    keys["train.micro_batch_size"] = 4
-    resumed = pool.run(TRAIN, 2, config_of(tmp_path, keys, steps=STEPS, checkpoint={}), deadline_s=300)[0]
-    assert resumed["first"] == SAVED + 1
-    assert resumed["losses"] == pytest.approx(whole["losses"][SAVED:], rel=1e-5)
+def test_another_micro_batch_goes_on_with_the_same_samples(pool: Pool, documents: Path, tmp_path: Path) -> None:
+    keys = {"zero.stage": 1, "train.micro_batch_size": 2, "train.steps": STEPS, "checkpoint.every": SAVED}
+    pool.run(TRAIN, 2, loop.config_of(documents, tmp_path / "whole", keys), deadline_s=300)
+    saved = f"checkpoints/step-{SAVED:08d}"
+    shutil.copytree(tmp_path / "whole" / saved, tmp_path / "resumed" / saved)
+    pool.run(TRAIN, 2, loop.config_of(documents, tmp_path / "resumed", keys | {"train.micro_batch_size": 4}), deadline_s=300)
+    whole, resumed = figures(tmp_path / "whole"), figures(tmp_path / "resumed")
+    assert [f["step"] for f in resumed] == [SAVED + 1, STEPS]
+    assert [f["loss"] for f in resumed] == pytest.approx([f["loss"] for f in whole[SAVED:]], rel=1e-5)
 
 
-def test_saving_changes_nothing(pool: Pool, tmp_path: Path) -> None:
-    keys = {"zero.stage": 3, "train.precision": "bf16", "model.dropout": 0.1}
-    runs = [
-        pool.run(TRAIN, 2, config_of(tmp_path / str(i), keys, steps=3, checkpoint=checkpoint), deadline_s=300)
-        for i, checkpoint in enumerate(({}, {"every": 1, "async_save": True}, {"every": 1, "async_save": False}))
-    ]
-    assert runs[1] == runs[0] and runs[2] == runs[0]
+def test_saving_changes_nothing(pool: Pool, documents: Path, tmp_path: Path) -> None:
+    base = {"zero.stage": 3, "train.precision": "bf16", "model.dropout": 0.1, "train.steps": 3}
+    ways = ({}, {"checkpoint.every": 1, "checkpoint.async_save": True}, {"checkpoint.every": 1, "checkpoint.async_save": False})
+    runs = [tmp_path / str(i) for i in range(len(ways))]
+    for run, way in zip(runs, ways, strict=True):
+        pool.run(TRAIN, 2, loop.config_of(documents, run, base | way), deadline_s=300)
+    assert figures(runs[1]) == figures(runs[0]) and figures(runs[2]) == figures(runs[0])
+    assert loop.tensors(runs[1] / "checkpoints/step-00000003") == loop.tensors(runs[2] / "checkpoints/step-00000003")

@@ -117,7 +117,7 @@ def test_the_json_fills_what_the_yaml_leaves_open(tmp_path: Path) -> None:
             },
         },
         "tensorboard": {"enabled": True, "job_name": "mine"},
-        "comms_logger": {"enabled": True},
+        "comet": {"enabled": True},
         "a_key_of_tomorrow": {"x": [1, "auto"]},
         "steps_per_print": 10,
     }
@@ -129,7 +129,7 @@ def test_the_json_fills_what_the_yaml_leaves_open(tmp_path: Path) -> None:
     result = deepspeed_config(config, check(config, 2))
     assert result["fp16"] == {"enabled": True, "initial_scale_power": 8}
     assert result["zero_optimization"]["offload_optimizer"] == {"device": "nvme", "nvme_path": "/disk", "pin_memory": False}
-    assert (result["comms_logger"], result["a_key_of_tomorrow"], result["steps_per_print"]) == ({"enabled": True}, {"x": [1, "auto"]}, 10)
+    assert (result["comet"], result["a_key_of_tomorrow"], result["steps_per_print"]) == ({"enabled": True}, {"x": [1, "auto"]}, 10)
     assert result["tensorboard"] == {"enabled": True, "output_path": "runs/run/logs", "job_name": "mine"}
     assert not {"optimizer", "scheduler"} & result.keys()
 

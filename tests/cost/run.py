@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.parity.run import micro_batches
+from tests.rank import Rank
 
 
 def measure_cell(cell: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -12,34 +12,19 @@ def measure_cell(cell: dict[str, Any]) -> dict[str, dict[str, float]]:
 
     cell["follow"]: follow every storage as well. cell["hoard"]: let the optimizer keep a second copy of the weights that nothing needs.
     """
-    from toolkit.config.load import parse_config
     from toolkit.cost.workload import Workload
-    from toolkit.engine.schedule import Schedule, observed
-    from toolkit.engine.zero import Engine, partitioner
-    from toolkit.model.build import build_chunks
-    from toolkit.parallel.deepspeed_json import deepspeed_config
-    from toolkit.parallel.rules import check
+    from toolkit.engine.schedule import observed
     from toolkit.profile.live_tensors import Live, StepMeter
     from toolkit.profile.predict import hardware_here, memory
-    from toolkit.train.world import World, connect
 
-    config = parse_config(cell["config"])
-    world = World.from_environment()
-    layout = check(config, world.size)
-    connect(world, layout, seed=config.run.seed)
-    ds_config = deepspeed_config(config, layout)
     with Live() as left:  # by earlier cells of this worker
         pass
-    chunks = build_chunks(config, layout, device=world.device, partition=partitioner(config, ds_config))
-    engine = Engine(chunks, config, layout, ds_config)
-    schedule = Schedule(engine.views, layout, seq_length=config.train.seq_length, micro_batch_size=config.train.micro_batch_size)
-    at = layout.coordinates(world.rank)
+    rank = Rank(cell["config"])
+    config, world, at, engine, chunks = rank.config, rank.world, rank.at, rank.engine, rank.chunks
 
     def step(number: int) -> None:
         # clones: views would keep the whole global batch, which a real loader never makes
-        micro = [{k: v.clone() for k, v in batch.items()} for batch in micro_batches(config, layout, at.dp, number)]
-        engine.begin()
-        schedule(lambda: iter(micro), num_microbatches=layout.num_microbatches)
+        rank.forward_backward([{k: v.clone() for k, v in batch.items()} for batch in rank.micro(number)])
         engine.finish()
 
     step(0)

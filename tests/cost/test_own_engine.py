@@ -13,6 +13,8 @@ from toolkit.config.presets import PRESETS
 from toolkit.cost import own_engine as own
 from toolkit.cost.stack import TOOLKIT
 from toolkit.cost.workload import Workload
+from toolkit.engine.partitions import partitions
+from toolkit.parallel.layout import Layout
 
 
 def _held(w: Workload, stage: int) -> int:
@@ -45,3 +47,21 @@ def test_recompute_keeps_less_and_every_part_is_counted(w: Workload) -> None:
         assert kept == sorted(kept, reverse=True)
     assert set(own.states(w, 0)) == {"parameters", "gradients", "optimizer", "zero buffers"}
     assert all(value >= 0 for value in own.states(w, w.pp - 1).values())
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_groups_are_padded_as_deepspeed_pads_them(world: int, zero: int) -> None:
+    """Odd numbers of weights: what is counted is what toolkit.engine.partitions cuts, which a test holds to real engines."""
+    model = {"num_layers": 1, "hidden_size": 15, "num_attention_heads": 3, "head_dim": 6, "ffn_hidden_size": 7, "vocab_multiple": 5}
+    raw = {"model": model, "train": {"seq_length": 8, "precision": "fp32", "global_batch_size": 6}, "zero": {"stage": zero}}
+    config = parse_config(raw)
+    spec, layout = config.model.spec, Layout.of(config, world)
+    shapes = {w.name: w.shape for w in spec.weights()}
+    cuts = [partitions(list(shapes), shapes, layout, rank=rank, zero_stage=zero, sub_group_size=10**9, tied=None) for rank in range(world)]
+    each = 8 if zero < 2 else 12  # bytes a weight: two moments, and from ZeRO-2 on a copy of the weights
+    for rank in range(world):
+        counted = own.states(Workload.of(config, world), 0, dp_rank=rank)["optimizer"]
+        assert counted == each * sum(cut.numel for cut in cuts[rank]) + 4 * len(cuts[rank])
+    if world > 1 and zero:
+        assert sum(cut.numel for rank in cuts for cut in rank) > spec.parameters, "something must be padded"

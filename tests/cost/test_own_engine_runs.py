@@ -13,7 +13,7 @@ from tests.parity import cells
 from tests.parity.cells import Cell
 from tests.pool import Pool
 
-BOUND = 0.02  # of every part
+BOUND = 0.002  # of every part, and of the peak
 PARTS = ("parameters", "gradients", "optimizer", "zero buffers", "activations", "logits")
 SMALL = 64  # bytes of scalars and flags that no estimate counts
 RESULTS = Path("build/memory.json")
@@ -32,6 +32,16 @@ ALWAYS = (
     "llama-muon-tp2-dp2-sp-zero1-qknorm",
     "llama-sgd-tp2-dp2-zero2",
 )
+
+
+def bound(cell: Cell, part: str) -> float:
+    """How far an estimate may be off. The exceptions are those that are known, and why."""
+    if part == "activations" and cell.keys.get("train.recompute") == "full" and cell.keys.get("parallel.vpp", 1) > 1:
+        return 0.015  # 1.1% and 1.3% too little with two stages of two chunks; nobody has found the tensor yet
+    if part == "peak" and cell.keys.get("zero.stage", 1) < 2:
+        # nothing as large as ZeRO-2's bucket stands beside what comes and goes within single operations, which is only estimated
+        return 0.12
+    return BOUND
 
 
 def grid() -> list[Cell]:
@@ -74,7 +84,7 @@ def test_every_part_is_as_estimated(cell: Cell, pool: Pool, results: dict[str, A
     found = {part: max((off(r["predicted"][part], r["measured"][part]) for r in ranks), key=abs) for part in (*PARTS, "peak")}
     results[cell.id] = {"ranks": cell.world, **found}
     assert all(r["measured"][part] > 0 for r in ranks for part in ("parameters", "gradients", "optimizer", "activations"))
-    wrong = {part: f"{found[part]:+.1%}" for part in PARTS if abs(found[part]) > BOUND}
+    wrong = {part: f"{off_by:+.2%}" for part, off_by in found.items() if abs(off_by) > bound(cell, part)}
     assert not wrong, wrong
 
 

@@ -55,6 +55,8 @@ def config(tmp_path: Path, prefix: Path) -> Callable[..., RunConfig]:
         }
         for name, keys in sections.items():
             raw.setdefault(name, {}).update(keys)
+        if raw["data"].get("blend"):
+            raw["data"].pop("source")
         return RunConfig.model_validate(raw)
 
     return build

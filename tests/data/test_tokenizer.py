@@ -140,3 +140,11 @@ def test_unreachable_hub_is_a_data_error(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(DataError, match=r"data\.tokenizer=some-org/no-model could not be loaded"):
         load_tokenizer("some-org/no-model")
+
+
+def test_a_mistyped_path_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "llama").mkdir()
+    with pytest.raises(DataError, match=r"data.tokenizer=models/lama is not found. Did you mean models/llama\?"):
+        load_tokenizer("models/lama")

@@ -8,40 +8,17 @@ import torch
 
 from tests.parity.cells import Cell
 from tests.pool import Pool
-
-
-def _engine(raw: dict[str, Any], *, optimizer: Any = None) -> tuple[Any, Any, Any, Any]:
-    from toolkit.config.load import parse_config
-    from toolkit.engine.schedule import Schedule
-    from toolkit.engine.zero import Engine, partitioner
-    from toolkit.model.build import build_chunks
-    from toolkit.parallel.deepspeed_json import deepspeed_config
-    from toolkit.parallel.rules import check
-    from toolkit.train.world import World, connect
-
-    config, world = parse_config(raw), World.from_environment()
-    layout = check(config, world.size)
-    connect(world, layout, seed=1)
-    ds_config = deepspeed_config(config, layout)
-    chunks = build_chunks(config, layout, device=world.device, partition=partitioner(config, ds_config))
-    engine = Engine(chunks, config, layout, ds_config, optimizer=optimizer)
-    t = config.train
-    return config, layout, engine, Schedule(engine.views, layout, seq_length=t.seq_length, micro_batch_size=t.micro_batch_size)
+from tests.rank import Rank
 
 
 def fp16_steps(raw: dict[str, Any]) -> list[tuple[float, float]]:
     """(loss scale before the step, gradient norm) of eight steps, in a worker."""
-    from tests.parity.run import micro_batches
-
-    config, layout, engine, schedule = _engine(raw)
-    rank = torch.distributed.get_rank()
+    rank = Rank(raw)
     found = []
     for step in range(8):
-        micro = list(micro_batches(config, layout, layout.coordinates(rank).dp, step))
-        engine.begin()
-        schedule(lambda: iter(micro), num_microbatches=layout.num_microbatches)  # noqa: B023
-        scale = engine.loss_scale
-        found.append((scale, float(engine.finish())))
+        rank.forward_backward(rank.micro(step))
+        scale = rank.engine.loss_scale
+        found.append((scale, float(rank.engine.finish())))
     return found
 
 
@@ -59,7 +36,7 @@ def test_fp16_scale_falls_until_steps_succeed_on_all_ranks_alike(pool: Pool) -> 
 
 def parameter_bytes(raw: dict[str, Any]) -> tuple[int, int]:
     """(elements this rank holds of ZeRO-3 parameters, elements of the whole stage), in a worker."""
-    _, _, engine, _ = _engine(raw)
+    engine = Rank(raw).engine
     held = sum(p.numel() + p.ds_tensor.numel() for p in engine.module.parameters() if not p.ds_persist)
     whole = sum(p.ds_numel for p in engine.module.parameters() if not p.ds_persist)
     return held, whole
@@ -73,16 +50,12 @@ def test_zero3_holds_only_its_part(pool: Pool) -> None:
 
 def broken_loss(raw: dict[str, Any]) -> tuple[float, list[bool]]:
     """Norm after a step whose loss is not finite on one rank, and whether each parameter stayed, in a worker."""
-    from tests.parity.run import micro_batches
-
-    config, layout, engine, schedule = _engine(raw)
-    rank = torch.distributed.get_rank()
+    here = Rank(raw)
+    engine, rank = here.engine, here.world.rank
     before = [p.detach().clone() for p in engine.module.parameters()]
-    micro = list(micro_batches(config, layout, layout.coordinates(rank).dp, 0))
-    engine.begin()
     if rank == 1:
         handle = engine.chunks[0].decoder.layers[0].register_forward_hook(lambda m, i, o: (o[0] * float("nan"), *o[1:]))
-    schedule(lambda: iter(micro), num_microbatches=layout.num_microbatches)
+    here.forward_backward(here.micro(0))
     if rank == 1:
         handle.remove()
     norm = float(engine.finish())

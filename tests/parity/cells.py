@@ -78,6 +78,25 @@ class Cell:
         return self.keys.get("zero.offload_param") == "nvme"
 
     @property
+    def features(self) -> frozenset[tuple[str, Any]]:
+        """What a run consists of, one value of each dimension; `test_the_default_cells_cover` holds them to the cells that always run."""
+        k = self.keys
+        degrees = {d: k.get(f"parallel.{d}", 1) for d in ("tp", "pp", "vpp")}
+        found = degrees | {
+            "dp": self.world // (degrees["tp"] * degrees["pp"]),
+            "world": self.world,
+            "sequence parallel": bool(k.get("parallel.sequence_parallel")),
+            "stage": k.get("zero.stage", 0),
+            "optimizer": k.get("zero.offload_optimizer", "none"),
+            "param": k.get("zero.offload_param", "none"),
+            "family": k.get("model.family", "llama"),
+            "tied": bool(k.get("model.tie_embeddings")),
+            "precision": self.precision,
+            "recompute": k.get("train.recompute", "none"),
+        }
+        return frozenset(found.items())
+
+    @property
     def rare(self) -> bool:
         """Of the whole space, what only `make parity` runs: NVMe, which DeepSpeed compiles minutes for, and CPU offload on 3 or 4
         ranks, half of the suite's time. The cover has offload on 4 ranks in every test run."""
@@ -149,6 +168,7 @@ def llama() -> list[Cell]:
     return cells
 
 
+@functools.cache
 def extras() -> list[Cell]:
     """torch.compile as far as the rules leave it, ZeRO++'s second partition of parameters (hpZ), biases other than the family's,
     overlap_comm, which many a DeepSpeed JSON has, stages that differ because the layers do not divide, and the other families."""
@@ -222,6 +242,50 @@ def _uneven(world: int, layers: int, keys: dict[str, Any]) -> Cell:
     return Cell(world, keys | {"model.num_layers": layers} | batches(dp, keys["parallel.pp"], world))
 
 
+def families() -> list[Cell]:
+    """Every family at every ZeRO stage; those that extras() and cover() have already are left out."""
+    shapes: dict[str, dict[str, Any]] = {"mistral": {"model.sliding_window": 32}, "qwen2": {}, "qwen3": {"model.head_dim": 16}}
+    there = {(c.keys["model.family"], c.keys["zero.stage"]) for c in extras() if "model.family" in c.keys}
+    missing = [(f, stage) for f in shapes for stage in range(4) if (f, stage) not in there]
+    # by turns on two data-parallel and two tensor-parallel ranks
+    layouts: tuple[dict[str, Any], ...] = ({}, {"parallel.tp": 2})
+    return [Cell(2, {"model.family": f, "zero.stage": stage} | shapes[f] | layouts[i % 2]) for i, (f, stage) in enumerate(missing)]
+
+
+def pairs(cell: Cell) -> set[Any]:
+    """What a cell covers: each of its features, and each together with its ZeRO stage."""
+    stage = next(f for f in cell.features if f[0] == "stage")
+    return set(cell.features) | {(stage, f) for f in cell.features}
+
+
+@functools.cache
+def always() -> list[Cell]:
+    """The cells of every test run: special() cells, the pairwise cover, and as few of the whole space as its features need.
+
+    The rest of the space runs with `make parity`.
+    """
+    chosen = [*extras(), *families(), *special(), *cover()]
+    candidates = [c for c in llama() if not c.rare]
+    wanted = set().union(*(pairs(c) for c in candidates)) - set().union(*(pairs(c) for c in chosen))
+    while wanted:
+        best = max(candidates, key=lambda c: len(pairs(c) & wanted))
+        wanted -= pairs(best)
+        chosen.append(best)
+    return chosen
+
+
+def special() -> list[Cell]:
+    """What pairs of features do not name: a tied embedding whose copies ZeRO-2 and 3 hold on two stages, with and without offload, and
+    interleaved chunks whose gradients ZeRO-3 would carry over to the next step."""
+    tied = {"parallel.pp": 2, "model.tie_embeddings": True}
+    return [
+        *(Cell(2, tied | {"zero.stage": stage} | batches(1, 2, 2)) for stage in (2, 3)),
+        Cell(4, tied | {"parallel.tp": 2, "zero.stage": 3, "parallel.sequence_parallel": True} | batches(1, 2, 4)),
+        Cell(2, tied | {"zero.stage": 2, "zero.offload_optimizer": "cpu"} | batches(1, 2, 2)),
+        Cell(2, {"parallel.pp": 2, "parallel.vpp": 2, "zero.stage": 3} | layers(4) | batches(1, 2, 2)),
+    ]
+
+
 FACTORS: dict[str, tuple[Any, ...]] = {
     "parallel.tp": (1, 2, 4),
     "parallel.pp": (1, 2, 4),
@@ -239,6 +303,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 }
 
 
+@functools.cache
 def cover(*, candidates: int = 1500, seed: int = 1) -> list[Cell]:
     """A pairwise cover: each legal pair of two factors' values is in some cell, found greedily.
 

@@ -61,7 +61,7 @@ def test_a_node_whose_ram_is_too_small_does_not_fit() -> None:
     node = parse_hardware("h100-80gb:8")
     assert estimate_json(config, node)["fits"] and not estimate_json(config, with_host_gib(node, 512))["fits"]
     text = estimate_text(config, with_host_gib(node, 512), width=300)
-    assert "does not fit" in text and "461 GiB of RAM to spare" in text and "offload to nvme (zero.nvme_path)" in text
+    assert "does not fit" in text and "461 GiB of RAM to spare" in text and "Offloading to nvme (zero.nvme_path)" in text
     with pytest.raises(ConfigError, match="--host-gib"):
         with_host_gib(node, 0)
 

@@ -217,7 +217,7 @@ def test_verbs_start_without_training_libraries(verb: str, config: Path) -> None
 
 
 def test_deepspeed_json_of_the_user_stays(tmp_path: Path) -> None:
-    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": "auto", "overlap_comm": true}, "wall_clock_breakdown": true}')
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": "auto", "overlap_comm": true}, "memory_breakdown": true}')
     path = tmp_path / "run.yaml"
     model = ", ".join(f"{key}: {value}" for key, value in SHAPE.items())
     path.write_text(f"model: {{{model}}}\nzero: {{config: {tmp_path}/ds.json}}\ntrain: {{global_batch_size: 8, seq_length: 1024}}\n")
@@ -226,4 +226,4 @@ def test_deepspeed_json_of_the_user_stays(tmp_path: Path) -> None:
     )
     assert code == 0, text
     ds_config = json.loads((tmp_path / "plan" / "ds_config.json").read_text())
-    assert ds_config["wall_clock_breakdown"] is True and ds_config["zero_optimization"]["overlap_comm"] is True
+    assert ds_config["memory_breakdown"] is True and ds_config["zero_optimization"]["overlap_comm"] is True

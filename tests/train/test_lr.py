@@ -35,6 +35,10 @@ def test_wsd_holds_and_then_falls() -> None:
     assert lrs[:17] == [1.0] * 17 and lrs[17:] == pytest.approx([0.75, 0.5, 0.25])
 
 
+def test_wsd_falls_over_the_last_tenth() -> None:
+    assert _lrs(schedule="wsd") == [1.0] * 19 + [pytest.approx(0.5)]
+
+
 @given(
     schedule=st.sampled_from(["constant", "linear", "cosine", "wsd"]),
     warmup=st.integers(0, 30),

@@ -87,7 +87,7 @@ def run_local(
     module: str = TRAIN_MODULE,
     environ: Mapping[str, str] | None = None,
 ) -> int:
-    """Train on this machine and return the ranks' exit code: 0, a ToolkitError's code, or 128 + n after signal n.
+    """Train on this machine and return the ranks' exit code: 0, a ToolkitError's code, or 128 + n where signal n ended it early.
 
     The first SIGINT or SIGTERM is passed to every rank, which ends at its next step boundary, however long the step; a second
     one, more than a second later, kills them. (DeepSpeed's launcher alone would tell one rank after the other and kill each
@@ -115,7 +115,7 @@ def run_local(
         process = subprocess.Popen(
             command, env=env, start_new_session=True, preexec_fn=end_with_parent if sys.platform == "linux" else None
         )
-        return _exit_code(_supervise(process, received, module=module), asked=bool(received))
+        return _exit_code(_supervise(process, received, module=module), asked=received[0] if received else None)
     finally:
         for s, handler in previous.items():
             signal.signal(s, handler)
@@ -148,7 +148,12 @@ def read_hostfile(path: Path) -> dict[str, int]:
             f"there is no hostfile {path}", fix="Copy launch/hostfile.example and name your hosts in it, one `HOST slots=RANKS` a line."
         )
     hosts: dict[str, int] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise ConfigError(f"the hostfile {path} cannot be read", why=why or str(error), fix="Check the path and its permissions.") from None
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         match = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)\s*", line.strip())
@@ -206,13 +211,18 @@ def _terminate(ranks: Sequence[psutil.Process]) -> None:
             rank.terminate()
 
 
-def _exit_code(returncode: int, *, asked: bool) -> int:
-    """Unfold the launcher's return code: it ends with sys.exit(-n), seen as 256 - n, when a rank was ended by signal n."""
+def _exit_code(returncode: int, *, asked: int | None) -> int:
+    """Unfold the launcher's return code: it ends with sys.exit(-n), seen as 256 - n, when a rank was ended by signal n.
+
+    asked: the signal that this process was sent, if any. The ranks are ended by SIGTERM whatever it was.
+    """
     by_signal = -returncode if returncode < 0 else 256 - returncode if returncode > 256 - signal.NSIG else 0
+    if asked and signal.SIGTERM in (by_signal, returncode - 128):
+        return 128 + asked
     if not by_signal:
         return returncode
     name = signal.Signals(by_signal).name if by_signal in set(signal.Signals) else f"signal {by_signal}"
-    hint = ": the machine may have run out of memory" if by_signal == signal.SIGKILL and not asked else ""
+    hint = ": the machine may have run out of memory" if by_signal == signal.SIGKILL and asked is None else ""
     logger.error("the run was ended by %s%s", name, hint)
     return 128 + by_signal
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from toolkit.arch.optimizers import OPTIMIZERS
 from toolkit.config.deepspeed_keys import check_keys, copied, read_deepspeed_json
+from toolkit.config.deepspeed_table import SAME
 from toolkit.config.describe import show
 from toolkit.config.explain import validate
 from toolkit.config.schema import RunConfig
@@ -15,19 +16,6 @@ from toolkit.errors import ConfigError
 
 GPUS_PER_NODE = 8  # assumed where hpZ's group size is "auto"
 
-_SAME = {  # a DeepSpeed key and the YAML key that says the same
-    "zero_optimization.stage": "zero.stage",
-    "zero_optimization.offload_optimizer.device": "zero.offload_optimizer",
-    "zero_optimization.offload_optimizer.nvme_path": "zero.nvme_path",
-    "zero_optimization.offload_param.device": "zero.offload_param",
-    "zero_optimization.offload_param.nvme_path": "zero.nvme_path",
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_clipping": "train.grad_clip",
-    "tensorboard.enabled": "log.tensorboard",
-    "wandb.enabled": "log.wandb",
-    "csv_monitor.enabled": "log.csv",
-}
 _OPTIMIZER_DEFAULTS = {  # parameters of DeepSpeed's optimizers that have no key here, with the values that change nothing
     "torch_adam": (True, False),
     "bias_correction": (True,),
@@ -79,10 +67,11 @@ def merge_deepspeed_json(config: RunConfig, *, base: Path | None = None) -> RunC
     check_keys(data, source=source)
     settings = _JsonSettings(source)
     _take_precision(data, settings, config)
-    for dotted, key in _SAME.items():
+    for dotted, key in SAME.items():
         settings.add(key, _pop(data, dotted), place=dotted)
     _take_optimizer(data, settings)
     _take_scheduler(data, settings, config)
+    _take_checkpointing(data, settings, config)
     _check_accumulation(data, settings, config)
     raw = config.model_dump(exclude_unset=True)
     _reconcile(config, settings, raw)
@@ -215,6 +204,21 @@ def _type_and_params(section: Any, name: str, source: str) -> tuple[str, dict[st
     if not isinstance(kind, str) or not isinstance(params, dict):
         raise ConfigError(f"{name}={show(section)} in {source} is not accepted", fix='Write {"type": "...", "params": {...}}.')
     return kind, dict(params)
+
+
+def _take_checkpointing(data: dict[str, Any], settings: _JsonSettings, config: RunConfig) -> None:
+    """DeepSpeed's own recomputation is not used: a checkpoint at every layer is train.recompute: full."""
+    section = data.pop("activation_checkpointing", None) or {}
+    count = section.get("number_checkpoints")
+    if count in (None, 0, "auto"):
+        return
+    if count != config.model.num_layers:
+        raise ConfigError(
+            f"activation_checkpointing.number_checkpoints={show(count)} in {settings.source} cannot be used",
+            why=f"every one of the {config.model.num_layers} layers is recomputed, or none",
+            fix=f"Set it to {config.model.num_layers}, or leave it out and set train.recompute to selective or full.",
+        )
+    settings.add("train.recompute", "full", place=f"activation_checkpointing.number_checkpoints={count}, that is recompute")
 
 
 def _check_accumulation(data: dict[str, Any], settings: _JsonSettings, config: RunConfig) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -12,17 +14,20 @@ from toolkit.config.deepspeed import merge_deepspeed_json
 from toolkit.config.describe import show
 from toolkit.config.explain import somewhere, unknown_key, validate
 from toolkit.config.presets import with_preset
-from toolkit.config.schema import RunConfig
+from toolkit.config.schema import BUILT_IN, RunConfig
 from toolkit.config.yaml_text import read_text, read_yaml, write_yaml
 from toolkit.errors import ConfigError
+
+log = logging.getLogger("toolkit.train")
 
 
 def load_config(path: Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> RunConfig:
     """Read a run's YAML, apply `section.key=value` overrides (or a mapping of them) and validate
     the whole.
 
-    Relative paths in the file are relative to the working folder; zero.config also to the file's
-    own. Raises ConfigError, and nothing else, for anything wrong with the file or the overrides.
+    What the file names to be read (data, tokenizer, weights, a DeepSpeed JSON) is looked for in its
+    own folder first, then in the working folder. What is written (run.dir and the like) is relative
+    to the working folder, as overrides are. Raises ConfigError, and nothing else, for anything wrong with the file or the overrides.
     """
     raw = read_yaml(read_text(path, kind="config file"), source=show(path))
     if raw is None:
@@ -31,7 +36,8 @@ def load_config(path: Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -
         raise ConfigError(
             f"config file {show(path)} holds {show(raw)}, not sections", fix='Start it with "model:" and one "key: value" per line below.'
         )
-    return parse_config(_overridden(raw, overrides), base=Path(path).parent)
+    base = Path(path).parent
+    return parse_config(_with_short_warm_up(raw, _overridden(_beside(raw, base), overrides)), base=base)
 
 
 def as_config(config: RunConfig | Mapping[str, Any] | str | PathLike[str], overrides: Mapping[str, Any] | Sequence[str] = ()) -> RunConfig:
@@ -76,9 +82,58 @@ def parse_config(raw: Mapping[str, Any], *, base: Path | None = None) -> RunConf
     return merge_deepspeed_json(config, base=base)
 
 
-def dump_config(config: RunConfig) -> str:
-    """The config as YAML that load_config() reads back to an equal config, every key written out."""
-    return write_yaml(config.model_dump(mode="json"))
+def dump_config(config: RunConfig, *, open_data: bool = False) -> str:
+    """The config as YAML that load_config() reads back to an equal config, every key written out.
+
+    open_data: leave out the data keys that the user left unset. Written out, a default such as data.tokenizer=bytes would be held
+    against the data, which may have been prepared with another tokenizer.
+    """
+    raw = config.model_dump(mode="json")
+    if open_data:
+        raw["data"] = config.data.model_dump(mode="json", exclude_unset=True)
+    return write_yaml(raw)
+
+
+READ = ("data.source", "data.tokenizer", "checkpoint.init_from")  # paths; data.blend has some as its keys
+PREPARED = (".idx", ".bin", ".manifest.json")  # files of a prepared prefix
+
+
+def _beside(raw: Mapping[Any, Any], base: Path) -> dict[Any, Any]:
+    """The sections of a YAML with paths that are read made absolute where they exist in the YAML's folder."""
+    result = {name: dict(body) if isinstance(body, Mapping) else body for name, body in raw.items()}
+
+    def in_folder(name: Any) -> Any:
+        if not isinstance(name, str) or not name or name in (BUILT_IN, "bytes") or name.startswith(("train:", "~", "/")):
+            return name
+        try:
+            exists = any(os.path.exists(f"{base / name}{end}") for end in ("", *PREPARED))
+        except ValueError:  # a name that no file can have: the schema says so
+            return name
+        return os.path.abspath(base / name) if exists else name
+
+    for dotted in READ:
+        section, key = dotted.split(".")
+        body = result.get(section)
+        if isinstance(body, dict) and key in body:
+            body[key] = in_folder(body[key])
+    data = result.get("data")
+    if isinstance(data, dict) and isinstance(data.get("blend"), Mapping):
+        data["blend"] = {in_folder(name): weight for name, weight in data["blend"].items()}
+    return result
+
+
+def _with_short_warm_up(written: Mapping[Any, Any], raw: dict[Any, Any]) -> dict[Any, Any]:
+    """A run that an override of train.steps cuts short keeps the share of warm-up that its YAML has."""
+    try:
+        before, steps = written["train"]["steps"], raw["train"]["steps"]
+        warm_up = raw["optimizer"]["warmup_steps"]
+        if warm_up != written["optimizer"]["warmup_steps"] or not 0 < steps < warm_up <= before:
+            return raw
+    except (KeyError, TypeError):  # not given, or no numbers: the schema and the rules say so
+        return raw
+    short = warm_up * steps // before
+    log.info("optimizer.warmup_steps=%d is shortened to %d, the same share of train.steps=%d", warm_up, short, steps)
+    return {**raw, "optimizer": {**raw["optimizer"], "warmup_steps": short}}
 
 
 def _check_names(raw: Mapping[Any, Any]) -> None:

@@ -21,6 +21,7 @@ else:
     FamilyName = Literal[tuple(FAMILIES)]
     OptimizerName = Literal[tuple(OPTIMIZERS)]
 
+BUILT_IN = "python-stdlib"  # the data that comes with Python itself
 LARGEST_INT = 2**31 - 1  # sizes beyond this overflow the 32-bit indices of kernels and index files
 
 
@@ -256,7 +257,7 @@ class OptimizerSection(Section):
 
 
 class DataSection(Section):
-    source: str | None = Field("python-stdlib", description="built-in name, text/jsonl/parquet path, hub name, or a prepared prefix")
+    source: str | None = Field(BUILT_IN, description="built-in name, text/jsonl/parquet path, hub name, or a prepared prefix")
     tokenizer: str = Field("bytes", description="bytes, a tokenizer.json, a Hugging Face name, or train:N (BPE of N ids)")
     split: tuple[float, float, float] = Field((98, 1, 1), description="train, valid, test weights")
     blend: dict[str, float] | None = Field(None, description="prepared prefix: weight; instead of source")
@@ -268,6 +269,10 @@ class DataSection(Section):
     def _weights(self) -> DataSection:
         if min(self.split) < 0 or self.split[0] <= 0:
             raise ValueError(f"split={list(self.split)} needs weights >= 0 and a share for train")
+        if self.blend and self.source not in (None, BUILT_IN):
+            raise ValueError(f"source={self.source} beside blend: the two name the data twice. Remove one of them, or set it to null")
+        if self.blend:
+            self.source = None  # the default, which files of earlier versions hold beside a blend
         if self.blend is not None and (not self.blend or any(w <= 0 for w in self.blend.values())):
             raise ValueError("blend needs at least one prefix, and weights > 0")
         return self

@@ -70,9 +70,10 @@ def import_model(
             fix="Set --no-tokenizer to leave it out, and give data.tokenizer one that fits.",
         )
     precision = dtype or _stored(source, plan)
-    tokenizer_spec = _tokenizer(source, out, files, model)
+    tokenizer_spec = _tokenizer(source, files, model)
     raw = _run(model, out, precision=precision, tokenizer=tokenizer_spec)
-    config = parse_config(raw)
+    here = {"data": {"tokenizer": str(out / tokenizer_spec)}} if tokenizer_spec in ("tokenizer.json", ".") else {}
+    config = parse_config({**raw, **here, "checkpoint": {"init_from": str(out)}})  # for readers elsewhere: the file's are relative to it
     # what training starts from need not be what the weights are stored as
     manifest = weights_manifest(config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})}))
     total = sum(_bytes(source, weight, parts, dtype) for weight, parts in plan)
@@ -154,12 +155,12 @@ def _bytes(source: Source, weight: WeightSpec, parts: Sequence[Part], dtype: str
     return weight.count * kind.itemsize
 
 
-def _tokenizer(source: Source, out: Path, files: Mapping[str, bytes], model: ModelSection) -> str | None:
+def _tokenizer(source: Source, files: Mapping[str, bytes], model: ModelSection) -> str | None:
     """What data.tokenizer should be, as far as SRC tells."""
     if "tokenizer.json" in files:
-        return str(out / "tokenizer.json")
+        return "tokenizer.json"  # beside the config that names it
     if {"tokenizer.model", "vocab.json"} & files.keys():
-        return str(out)
+        return "."
     if source.form.name == "nanogpt" and model.vocab_size in _GPT2_IDS:
         return "openai-community/gpt2"
     return None
@@ -180,7 +181,7 @@ def _run(model: ModelSection, out: Path, *, precision: str, tokenizer: str | Non
         },
         "optimizer": {"lr": 2e-5, "warmup_steps": 10},
         "data": {"tokenizer": tokenizer or _UNKNOWN},
-        "checkpoint": {"init_from": str(out)},
+        "checkpoint": {"init_from": "."},  # the folder of this config
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import mmap
 import pickle
@@ -36,6 +37,7 @@ CARRIED = (
     "chat_template.json",
 )
 _TYPES = {text: dtype for dtype, text in DTYPES.items()}
+GGUF_PACKAGES = ("transformers", "gguf", "accelerate")  # the extra `hf`
 _AGAIN = "Download or copy it again."
 
 
@@ -76,7 +78,7 @@ def open_source(path: Path) -> Source:
             return _gguf(path)
         if path.suffix in (".pt", ".pth"):
             return _nanogpt(path)
-        raise ConvertError(f"{path} is a file", why="its config.json lies beside it", fix=f"Name the folder: {path.parent}.")
+        raise ConvertError(f"{path} is a file", why="its config.json lies beside it", fix=f"Name its folder ({path.parent}).")
     if (path / "config.json").is_file():
         return _folder(path)
     if (path / "ckpt.pt").is_file():
@@ -320,13 +322,14 @@ def _nanogpt(path: Path) -> Source:
 
 def _gguf(path: Path) -> Source:
     """Through transformers, which turns the blocks back into numbers; the whole model is in memory."""
-    try:
-        import gguf  # noqa: F401
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as e:
+    if missing := [name for name in GGUF_PACKAGES if importlib.util.find_spec(name) is None]:
         raise ConvertError(
-            f"{path} needs the package {e.name}", why="transformers reads GGUF with it", fix="pip install 'toolkit[hf]'."
-        ) from None
+            f"{path} needs {' and '.join(missing)}, not installed here",
+            why="transformers reads GGUF with them",
+            fix=f"Install them: pip install {' '.join(missing)}.",
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     folder, name = str(path.parent), path.name
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, torch_dtype=torch.float32)

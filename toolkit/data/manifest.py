@@ -9,11 +9,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from toolkit.data.indexed import read_index
 from toolkit.data.tokenizer import BytesTokenizer, SubwordTokenizer, TextTokenizer
+from toolkit.data.vocabulary import SUFFIX
 from toolkit.errors import DataError
 from toolkit.files import FileRecord, file_sha256, write_durably
 
 FORMAT = 1
-SUFFIX = ".manifest.json"
 
 
 class _Part(BaseModel):

@@ -138,7 +138,8 @@ def _finished(prefix: Path, text: Source, *, tokenizer: str, eod: str | None) ->
     except DataError as e:
         log.warning("%s; preparing it again", e)
         return None
-    if (manifest.source, manifest.source_fingerprint, manifest.tokenizer.spec) != (text.spec, text.fingerprint, tokenizer):
+    same_name = manifest.source == text.spec or text.kind == "files"  # files are the same whatever path leads to them
+    if not same_name or (manifest.source_fingerprint, manifest.tokenizer.spec) != (text.fingerprint, tokenizer):
         return None
     if tokenizer == "bytes" or tokenizer.startswith("train:") or not Path(tokenizer).exists():
         return manifest

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from toolkit.config.explain import nearest
+from toolkit.config.schema import BUILT_IN
 from toolkit.errors import DataError
 
 log = logging.getLogger(__name__)
 
-BUILT_IN = "python-stdlib"
+HUB_TIMEOUT_S = 10.0
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 # Tests and vendored tools are not typical text; the last two differ between builds of one Python version.
 _SKIP_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
@@ -54,6 +56,19 @@ def is_source_path(spec: str) -> bool:
     return path.exists() or spec.startswith(("/", "./", "../", "~")) or spec.endswith(SUFFIXES)
 
 
+def refuse_mistyped(spec: str, *, key: str, fix: str) -> None:
+    """Refuse a name that could be a hub's `owner/name`, and is far more like a path here: its folder is there, and one in it is near.
+
+    The hub would be asked for it again and again, for half a minute without a network. Raises DataError with the near path.
+    """
+    parent, slash, last = spec.rpartition("/")
+    if not slash or not Path(parent).is_dir():
+        return
+    there = {p.name.removesuffix(".idx").removesuffix(".bin") for p in Path(parent).iterdir() if not p.name.startswith(".")}
+    if near := nearest(last, there):
+        raise DataError(f"{key}={spec} is not found", fix=f"Did you mean {parent}/{near}? {fix}")
+
+
 def open_source(spec: str, *, text_key: str = "text") -> Source:
     """Resolve a source spec without reading its text.
 
@@ -67,9 +82,11 @@ def open_source(spec: str, *, text_key: str = "text") -> Source:
     if not is_source_path(spec):
         if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?(:[^:]*){0,2}", spec):
             raise DataError(f"data.source={spec}", why="no such file, and not a dataset's name", fix=_HOW_TO_SET)
+        refuse_mistyped(spec, key="data.source", fix=_HOW_TO_SET)
         return Source(spec=spec, kind="hub", text_key=text_key, fingerprint=_digest("hub", spec, text_key))
     path = Path(spec).expanduser()
     if not path.exists():
+        refuse_mistyped(spec, key="data.source", fix=_HOW_TO_SET)
         raise DataError(f"data.source={spec}", why="no such file or folder", fix=_HOW_TO_SET)
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
@@ -172,6 +189,8 @@ def _load(path: str, *, name: str, config: str | None = None, split: str = "trai
     """Rows of Hugging Face `datasets`, streamed; every failure becomes a DataError that names the source."""
     import datasets
 
+    if "data_files" not in options:
+        _ask_hub(path)
     try:
         yield from datasets.load_dataset(path, config, split=split, streaming=True, **options)
     except DataError:
@@ -185,6 +204,20 @@ def _load(path: str, *, name: str, config: str | None = None, split: str = "trai
             "or set data.source to a local file or folder."
         )
         raise DataError(f"data.source={name} could not be read", why=first, fix=hint) from None
+
+
+def _ask_hub(name: str) -> None:
+    """Ask the hub once for a data set: where it does not answer, what is cached has to do, without half a minute of retries."""
+    import datasets
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
+    except huggingface_hub.errors.HfHubHTTPError:
+        return  # it answers: that it lacks the data set, or keeps it to some, is said when it is loaded
+    except Exception:
+        log.info("the Hugging Face hub does not answer: looking for %s in the cache", name)
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def _texts(rows: Iterator[dict[str, Any]], *, name: str, text_key: str) -> Iterator[str]:

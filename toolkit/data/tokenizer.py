@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from toolkit.data.sources import refuse_mistyped
 from toolkit.errors import DataError
 from toolkit.files import write_durably
 
@@ -222,7 +223,9 @@ def _find(spec: str) -> tuple[str, str | None]:
         config = path.with_name("tokenizer_config.json")
         return text, _named_eod(config.read_text(encoding="utf-8") if config.is_file() else None)
     if spec.startswith(("/", "./", "../", "~")) or spec.endswith((".json", ".model")) or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", spec):
+        refuse_mistyped(spec, key="data.tokenizer", fix=_HOW_TO_SET)
         raise DataError(f"data.tokenizer={spec}", why="no such file or folder", fix=_HOW_TO_SET)
+    refuse_mistyped(spec, key="data.tokenizer", fix=_HOW_TO_SET)
     return _from_hub(spec)
 
 

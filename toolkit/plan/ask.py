@@ -9,6 +9,7 @@ from typing import Any
 
 from toolkit.config.load import as_config
 from toolkit.config.schema import RunConfig
+from toolkit.data.vocabulary import with_vocabulary
 from toolkit.hardware.calibration import scale_for
 from toolkit.hardware.catalogue import parse_hardware
 from toolkit.plan.search import Limits, Objective
@@ -34,7 +35,9 @@ def estimate(
     hardware: `GPU:PER_NODExNODES`, such as "h100-80gb:8x4". Raises LayoutError for a layout that
     could not be trained there.
     """
-    return estimate_json(as_config(config, overrides), parse_hardware(hardware, extra=hardware_file), calibrated=calibration)
+    return estimate_json(
+        with_vocabulary(as_config(config, overrides)), parse_hardware(hardware, extra=hardware_file), calibrated=calibration
+    )
 
 
 def tune(
@@ -70,7 +73,7 @@ def make_question(
     """The question for tune() from names and files."""
     cluster = parse_hardware(hardware, extra=hardware_file)
     return Question(
-        config=config,
+        config=with_vocabulary(config),
         hardware=cluster,
         fixed=parse_fixes(fix),
         limits=Limits(steps=config.train.steps),

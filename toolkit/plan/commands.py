@@ -55,7 +55,7 @@ def tune(
 
     width = max(120, shutil.get_terminal_size((150, 24)).columns)
     if as_json:
-        _log_to_stderr()
+        log_to_stderr()
     for name, value, least in (
         ("--top", top, 1),
         ("--trials", trials, 0),
@@ -107,8 +107,8 @@ def _question(
     return make_question(load_config(config, overrides), hardware, fix=fixed, hardware_file=hardware_file, calibration=calibration)
 
 
-def _log_to_stderr() -> None:
-    """Progress of trials beside JSON, not in it."""
+def log_to_stderr() -> None:
+    """Send what is logged to stderr: beside the JSON on stdout, not in it."""
     for handler in logging.getLogger().handlers:
         if type(handler) is logging.StreamHandler and handler.stream is sys.stdout:
             handler.setStream(sys.stderr)

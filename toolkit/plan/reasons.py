@@ -142,6 +142,14 @@ def size(nbytes: float) -> str:
     return f"{nbytes / 2**10:.0f} KiB"
 
 
+def duration(seconds: float) -> str:
+    """A time in the unit that people use for one so long."""
+    for unit, scale, least in (("days", 86400.0, 2 * 86400.0), ("hours", 3600.0, 2 * 3600.0), ("min", 60.0, 120.0)):
+        if seconds >= least:
+            return f"{seconds / scale:,.1f} {unit}"
+    return f"{seconds:.3g} s"
+
+
 def share(after: float, before: float) -> str:
     """A ratio as people say it: +12 %, −3 %, 1.9×."""
     ratio: Any = after / before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -14,6 +15,8 @@ from toolkit.parallel.case import Machine
 from toolkit.parallel.rules import violations
 
 Option = dict[str, Any]
+
+MOST_TIMES = 1024  # as many GPUs as there are, up to which enough ones are looked for
 
 
 def nearest_fit(config: RunConfig, world_size: int, hardware: Hardware, *, machine: Machine, ran_out: bool = False) -> str:
@@ -36,13 +39,39 @@ def nearest_fit(config: RunConfig, world_size: int, hardware: Hardware, *, machi
             return f"Set {_text(option)}: the estimate is then {need / GIB:.2f} GiB."
         if smallest is None or need < smallest[0]:
             smallest = need, option
+    more = enough_gpus(config, world_size, hardware, machine=machine)
     if smallest is None:
         on_host = "cpu" in (config.zero.offload_optimizer, config.zero.offload_param)
-        return f"Use more ranks{', offload to nvme (zero.nvme_path)' if on_host else ''} or a smaller model."
+        where = "The RAM of a node is the limit here, not GPU memory. " if on_host else ""
+        return f"{where}{more or 'Use more ranks.'}{' Offloading to nvme (zero.nvme_path) takes no RAM.' if on_host else ''}"
     return (
         f"No single setting here fits: the smallest, {_text(smallest[1])}, still needs {smallest[0] / GIB:.2f} GiB. "
-        "Use more ranks (parallel.tp, parallel.pp), a shorter train.seq_length or a smaller model."
+        f"{more or 'Use more ranks (parallel.tp, parallel.pp).'} A shorter train.seq_length or a smaller model needs less."
     )
+
+
+def enough_gpus(config: RunConfig, world_size: int, hardware: Hardware, *, machine: Machine) -> str:
+    """The fewest GPUs, doubling from those there are, on which a legal layout of this config fits, as a sentence; "" where none does.
+
+    Looked at: the config's own layout with more copies, and a higher tensor or pipeline degree, with its recompute or full.
+    """
+    p, most = config.parallel, world_size * MOST_TIMES
+    while world_size < most and hardware.gpu.accelerator:
+        world_size *= 2
+        larger = replace(hardware, nodes=max(1, world_size // hardware.gpus_per_node))
+        if larger.count != world_size:
+            larger = replace(hardware, gpus_per_node=world_size, nodes=1)
+        for tp, pp, recompute in product((1, 2, 4, 8), (1, 2, 4, 8, 16), (config.train.recompute, "full")):
+            option: Option = {"parallel.tp": p.tp * tp, "parallel.pp": p.pp * pp, "train.recompute": recompute}
+            changed = with_keys(config, option)
+            if changed is None or violations(changed, world_size, machine=machine):
+                continue
+            memory = estimate(Workload.of(changed, world_size), larger)
+            if memory.host_fits and memory.worst.device <= memory.capacity - HEADROOM:
+                now = {"parallel.tp": p.tp, "parallel.pp": p.pp, "train.recompute": config.train.recompute}
+                news = {key: value for key, value in option.items() if value != now[key]}
+                return f"{world_size} GPUs are enough{f', with {_text(news)}' if news else ''}."
+    return ""
 
 
 def options(config: RunConfig) -> Iterator[Option]:

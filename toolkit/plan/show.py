@@ -13,6 +13,7 @@ from toolkit.cost.workload import Workload
 from toolkit.hardware import calibration
 from toolkit.hardware.catalogue import Hardware
 from toolkit.parallel import rules
+from toolkit.plan.reasons import duration
 from toolkit.plan.remedy import nearest_fit
 
 
@@ -33,6 +34,7 @@ def estimate_json(config: RunConfig, hardware: Hardware, *, calibrated: Path | N
         "layout": {name: getattr(workload, name) for name in ("tp", "pp", "vpp", "cp", "dp", "zero", "micro", "microbatches")},
         "remark": remark,
         "fits": memory.fits and memory.host_fits,
+        "limits": [name for name, enough in (("device", memory.fits), ("host", memory.host_fits)) if not enough],
         "remedy": _remedy(config, memory, hardware),
         "capacity_gib": round(memory.capacity / GIB, 3),
         "worst_rank": _first_rank(workload, worst.stage),
@@ -88,11 +90,19 @@ def estimate_text(config: RunConfig, hardware: Hardware, *, calibrated: Path | N
     out.print("one optimizer step", style="italic")
     out.print(_time_table(time))
     out.print(
-        f"step {time.step:.3g} s · {time.tokens / time.step:,.0f} tokens/s · {time.tokens_per_s_per_gpu:,.0f} tokens/s per GPU · MFU {mfu(w, time, hardware):.1%}",
+        f"step {duration(time.step)} · {time.tokens / time.step:,.0f} tokens/s · {time.tokens_per_s_per_gpu:,.0f} tokens/s per GPU · MFU {mfu(w, time, hardware):.1%}",
         highlight=False,
     )
+    steps = config.train.steps
+    out.print(f"the whole run of {steps:,} steps: {duration(time.step * steps)}", highlight=False)
     text = out.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+
+
+def fits(config: RunConfig, hardware: Hardware) -> bool:
+    """Whether the estimate fits into the devices and, where states are offloaded, into the RAM of a node."""
+    memory = estimate(Workload.of(config, hardware.count), hardware)
+    return memory.fits and memory.host_fits
 
 
 def _check(config: RunConfig, hardware: Hardware) -> str:
@@ -155,7 +165,10 @@ def _verdict(memory: MemoryEstimate, w: Workload, hardware: Hardware) -> str:
     worst = memory.worst
     where = f"stage {worst.stage} (from rank {_first_rank(w, worst.stage)})"
     unit, size = _unit(worst.device)
-    text = f"{'fits' if memory.fits and memory.host_fits else 'does not fit'}: {where} needs {worst.device / size:.1f} {unit} of {memory.capacity / GIB:.1f} GiB"
+    device = "GPU memory" if hardware.gpu.accelerator else "memory"
+    limits = [name for name, enough in ((device, memory.fits), ("the RAM of a node", memory.host_fits)) if not enough]
+    verdict = "fits" if not limits else f"does not fit into {' and '.join(limits)}"
+    text = f"{verdict}: {where} needs {worst.device / size:.1f} {unit} of {memory.capacity / GIB:.1f} GiB"
     if not memory.fits:
         text += f", {(worst.device + HEADROOM - memory.capacity) / GIB:.1f} GiB too much with {HEADROOM / GIB:.0f} GiB of headroom"
     if memory.host or memory.nvme:

@@ -133,7 +133,7 @@ class Space:
         """Every way to cut the model that breaks no rule with one copy and micro-batches of one, with its legal shardings.
 
         More copies and larger micro-batches can only break further rules; those are asked again for each candidate. A degree
-        that is illegal beside degrees of 1, or a sharding on one GPU, is left out at once.
+        that is illegal beside degrees of 1, or a sharding on the fewest GPUs it can have (one, or hpZ's group), is left out at once.
         """
         whole = Structure(tp=1, pp=1, vpp=1, cp=1, sp=False)
         shardings = self._legal(whole, self.shardings())
@@ -195,7 +195,8 @@ class Space:
         return [v for v in divisors(divided) if self.allows(axis, v)]
 
     def _legal(self, cut: Structure, shardings: Sequence[Sharding]) -> list[Sharding]:
-        return [s for s in shardings if any(self.legal(cut, 1, 1, recompute, s) for recompute in self.recomputes())]
+        fewest = max(1, self.case.hpz)  # hpZ's groups are made of whole copies, so there are at least as many as one group holds
+        return [s for s in shardings if any(self.legal(cut, fewest, 1, recompute, s) for recompute in self.recomputes())]
 
 
 def spec(hardware: Hardware, gpus: int) -> str:

@@ -104,7 +104,8 @@ def run_trials(question: Question, plans: Sequence[Plan], folder: Path, *, steps
 
 def trial_config(config: RunConfig, plan: Plan, folder: Path, *, steps: int) -> tuple[RunConfig, Path]:
     """A plan's config cut down to a few steps without evaluation, checkpoints and monitors, and the folder of its trial."""
-    raw = planned(config, plan).model_dump()
+    tuned = planned(config, plan)
+    raw = tuned.model_dump() | {"data": tuned.data.model_dump(exclude_unset=True)}
     raw["train"] |= {"steps": steps, "eval_every": 0, "eval_steps": 0}
     for section, settings in QUIET.items():
         raw[section] |= settings
@@ -112,7 +113,7 @@ def trial_config(config: RunConfig, plan: Plan, folder: Path, *, steps: int) -> 
         :12
     ]
     place = folder / name
-    raw["data"]["cache_dir"] = raw["data"]["cache_dir"] or config.run.dir.parent / "data"  # one for all trials
+    raw["data"]["cache_dir"] = config.data.cache_dir or config.run.dir.parent / "data"  # one for all trials
     raw["run"]["dir"] = place / "run"
     return validate(raw), place
 
@@ -136,7 +137,7 @@ def read_trial(plan: Plan, place: Path) -> Trial | None:
 def _run(plan: Plan, config: RunConfig, place: Path, *, deadline_s: float) -> Trial:
     place.mkdir(parents=True, exist_ok=True)
     (place / "run" / "metrics.jsonl").unlink(missing_ok=True)  # of a trial that was cut off
-    write_durably(place / "run.yaml", dump_config(config))
+    write_durably(place / "run.yaml", dump_config(config, open_data=True))
     command = [sys.executable, "-m", "toolkit.cli", "train", str(place / "run.yaml"), "--num-procs", str(plan.gpus)]
     with (place / "log.txt").open("wb") as output:
         process = subprocess.Popen(

@@ -11,9 +11,10 @@ from toolkit.config.schema import RunConfig
 from toolkit.cost.memory import GIB, HOST_SHARE, MemoryEstimate, estimate
 from toolkit.cost.workload import Workload
 from toolkit.errors import ConfigError, LayoutError
-from toolkit.hardware.catalogue import Hardware, catalogue, with_host_gib
+from toolkit.hardware import calibration
+from toolkit.hardware.catalogue import Gpu, Hardware, catalogue, with_host_gib
 from toolkit.parallel import rules
-from toolkit.plan.reasons import differences, layout_words, share, size
+from toolkit.plan.reasons import differences, duration, layout_words, share, size
 from toolkit.plan.search import Limits, Objective, Plan, SearchResult, search
 from toolkit.plan.show import count
 from toolkit.plan.space import AXES, Space, spec
@@ -98,9 +99,9 @@ def tune(question: Question, *, top: int = 10, what_if: bool = True) -> Answer:
 
 
 def planned(config: RunConfig, plan: Plan) -> RunConfig:
-    """The config with a plan's settings in it, validated."""
+    """The config with a plan's settings in it, validated; data keys that the user left unset stay so."""
     w = plan.workload
-    raw = config.model_dump()
+    raw = config.model_dump() | {"data": config.data.model_dump(exclude_unset=True)}
     for axis, (dotted, _) in AXES.items():
         if dotted:
             section, name = dotted.split(".")
@@ -137,14 +138,16 @@ def _nothing_legal(question: Question) -> LayoutError:
     raw = question.config.model_dump()
     raw["parallel"] |= {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "sequence_parallel": False}
     offloads = any(question.fixed.get(axis, ("none",))[0] != "none" for axis in ("offload_optimizer", "offload_param"))
-    raw["zero"] |= {"stage": 3 if offloads else 1, "offload_optimizer": "none", "offload_param": "none"}
+    case = question.space().case
+    highest = offloads or case.hpz > 1 or case.qwz or case.qgz
+    raw["zero"] |= {"stage": 3 if highest else 1, "offload_optimizer": "none", "offload_param": "none"}
     raw["train"] |= {"micro_batch_size": 1, "recompute": "none"}
     for axis, values in question.fixed.items():
         if dotted := AXES[axis][0]:
             section, name = dotted.split(".")
             raw[section][name] = values[0]
     p = raw["parallel"]
-    world = p["tp"] * p["pp"] * p["cp"] * question.fixed.get("dp", (1,))[0]
+    world = p["tp"] * p["pp"] * p["cp"] * question.fixed.get("dp", (max(1, case.hpz),))[0]
     fixed = ", ".join(f"{axis}={'|'.join(str(v).lower() for v in values)}" for axis, values in question.fixed.items())
     where = f"no layout is legal{f' with {fixed} fixed' if fixed else ''} on {_gpus(question)}"
     try:
@@ -175,7 +178,7 @@ def _nothing_meets(question: Question) -> LayoutError:
     if limits.max_step_s is not None:
         fastest = replace(question, limits=free, objective="tokens/s").ask(top=1).plans[0]
         texts.append(
-            f"--max-step {limits.max_step_s:g} s: the fastest plan ({layout_words(fastest.workload)}, {fastest.gpus} GPUs) takes {fastest.time.step:.3g} s"
+            f"--max-step {limits.max_step_s:g} s: the fastest plan ({layout_words(fastest.workload)}, {fastest.gpus} GPUs) takes {duration(fastest.time.step)}"
         )
         fixes.append(f"--max-step {fastest.time.step:.3g}")
     if limits.max_cost is not None:
@@ -209,8 +212,9 @@ def _nothing_fits(question: Question) -> LayoutError:
             f"offloads {size(memory.host)} to a node's RAM, {size(memory.host - memory.room)} more than the {size(memory.room)} that are free there"
         )
     alone = [m.worst.device for m, w in sized if m.host_fits]
+    binds = [name for name, fits in (("GPU memory", taken + headroom <= capacity), ("the RAM of a node", memory.host_fits)) if not fits]
     return LayoutError(
-        f"{count(workload.model.parameters)} parameters fit in no legal layout on {_gpus(question)}",
+        f"{count(workload.model.parameters)} parameters fit in no legal layout on {_gpus(question)}, limited by {' and '.join(binds)}",
         why=f"the one that comes nearest ({layout_words(workload)}) {' and '.join(misses)}",
         fix=" ".join(_remedies(question, min(alone, default=None))),
     )
@@ -265,8 +269,8 @@ def _remedies(question: Question, least: float | None) -> Iterator[str]:
             break
     gib = (least or 0) + question.limits.headroom
     larger = sorted((g for g in catalogue().values() if g.accelerator and g.memory_gib * GIB >= gib), key=lambda g: g.memory_gib)
-    if least is not None and hardware.gpu.accelerator and gib > hardware.gpu.memory_gib * GIB:
-        yield f"A GPU of {size(gib)} would do, " + (f"such as {larger[0].name}." if larger else "which none in the catalogue has.")
+    if least is not None and hardware.gpu.accelerator and gib > hardware.gpu.memory_gib * GIB and larger:
+        yield f"A GPU of {size(gib)} would do, such as {larger[0].name.upper()}."
 
 
 def _tried(question: Question) -> Plan | None:
@@ -277,9 +281,9 @@ def _tried(question: Question) -> Plan | None:
 def _changes(question: Question) -> Iterator[tuple[str, Question]]:
     """The what-if questions: larger device memory, faster links, more nodes, a longer sequence."""
     hardware, gpu = question.hardware, question.hardware.gpu
-    larger = min((g.memory_gib for g in catalogue().values() if g.accelerator and g.memory_gib > 1.1 * gpu.memory_gib), default=None)
-    if larger is not None and gpu.accelerator:
-        yield f"{larger:g} GiB a GPU", replace(question, hardware=replace(hardware, gpu=replace(gpu, memory_gib=larger)))
+    if gpu.accelerator and (larger := _next_larger(gpu)):
+        swapped = replace(hardware, gpu=replace(larger, host_gib=gpu.host_gib))  # in the same nodes
+        yield f"{larger.name.upper()} instead", replace(question, hardware=swapped, scale=_scale_of(larger, question))
     if hardware.nodes > 1:
         yield "a network twice as fast", replace(question, hardware=replace(hardware, nic_gb_s=2 * hardware.nic_gb_s))
     elif hardware.count > 1:
@@ -291,6 +295,19 @@ def _changes(question: Question) -> Iterator[tuple[str, Question]]:
     raw["train"]["seq_length"] *= 2
     raw["model"]["max_position_embeddings"] = max(raw["model"]["max_position_embeddings"], raw["train"]["seq_length"])
     yield f"sequences of {raw['train']['seq_length']:,} tokens", replace(question, config=validate(raw))
+
+
+def _next_larger(gpu: Gpu) -> Gpu | None:
+    """The GPU with the next more memory: of the same generation where there is one, else of any."""
+    larger = [g for g in catalogue().values() if g.accelerator and g.memory_gib > 1.1 * gpu.memory_gib]
+    return min(larger, key=lambda g: (g.scale != gpu.scale, g.memory_gib), default=None)
+
+
+def _scale_of(gpu: Gpu, question: Question) -> float | None:
+    """The step-time scale of another GPU; as for the question's own where both share one."""
+    if gpu.scale == question.hardware.gpu.scale:
+        return question.scale
+    return calibration.scale_for(gpu, question.config.train.precision)
 
 
 def _what_if(answer: Answer, change: str, question: Question) -> WhatIf:

@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 from toolkit.cost.memory import GIB
-from toolkit.plan.reasons import degree_words, layout_words, limits, memory_words, safer, state_words, why_not
+from toolkit.plan.reasons import degree_words, duration, layout_words, limits, memory_words, safer, state_words, why_not
 from toolkit.plan.search import Plan
 from toolkit.plan.show import count, mfu
 from toolkit.plan.space import AXES, spec
@@ -85,6 +85,10 @@ def tune_text(answer: Answer, *, width: int = 150) -> str:
     for line in limits(best):
         out.print(f"  {line}", highlight=False, soft_wrap=True)
     out.print(f"  memory: {memory_words(best, headroom=question.limits.headroom)}", highlight=False, soft_wrap=True)
+    steps = question.limits.steps
+    whole = f"  the whole run of {steps:,} steps: {duration(best.time.step * steps)}"
+    whole += f", {best.time.step * steps * best.gpus / 3600:,.0f} GPU hours" if question.hardware.gpu.accelerator else ""
+    out.print(whole, highlight=False, soft_wrap=True)
     if line := safer(result.plans):
         out.print(f"  {line}", highlight=False, soft_wrap=True)
     if len(result.plans) > 1:
@@ -115,8 +119,8 @@ def trials_text(answer: Answer, trials: list[Trial], *, width: int = 150) -> str
             f"{degree_words(w)} · micro {w.micro}",
             f"{state_words(w)} · recompute {w.recompute}",
             t.status,
-            f"{t.step_s:.3g} s" if t.step_s else "",
-            f"{t.plan.time.step:.3g} s",
+            duration(t.step_s) if t.step_s else "",
+            duration(t.plan.time.step),
             tokens,
             f"{t.memory_gib:.2f}" if t.memory_gib else "",
         )
@@ -142,7 +146,7 @@ def _table(answer: Answer) -> Any:
         table.add_column("GPU hours" if question.limits.price is None else "cost", justify="right")
     for number, plan in enumerate(answer.result.plans, start=1):
         w = plan.workload
-        row = [str(number), degree_words(w), state_words(w), w.recompute, str(w.micro), str(plan.gpus), f"{plan.time.step:.3g} s"]
+        row = [str(number), degree_words(w), state_words(w), w.recompute, str(w.micro), str(plan.gpus), duration(plan.time.step)]
         row += [f"{plan.tokens_per_s:,.0f}", f"{mfu(w, plan.time, question.hardware):.1%}", f"{plan.worst.device / GIB:.1f}"]
         row.append(f"{question.limits.cost(plan.time.step, plan.gpus):,.0f}")
         table.add_row(*row[: len(table.columns)], style="bold" if plan is best else None)

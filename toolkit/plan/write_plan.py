@@ -38,7 +38,7 @@ def write_plan(question: Question, plan: Plan, out: Path, *, ranking: dict[str, 
     )
     command = launch_command('"$(dirname "$0")/run.yaml"', question.hardware, plan.gpus)
     files = {
-        "run.yaml": dump_config(config),
+        "run.yaml": dump_config(config, open_data=True),
         "ds_config.json": json.dumps(deepspeed_config(config, layout), indent=2) + "\n",
         "launch.sh": f'#!/usr/bin/env bash\n# Written by toolkit tune: {plan.gpus} × {question.hardware.gpu.name}\n{hosts}exec {command} "$@"\n',
         "tune.json": json.dumps(ranking, indent=1) + "\n",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from toolkit.errors import ConfigError
+from toolkit.errors import ConfigError, at_least_one
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, each replacing one key of the YAML")]
 
@@ -31,8 +31,9 @@ def profile(
         raise ConfigError(f"--steps {steps} leaves nothing to time", fix="Set it to 1 or more.")
     if memory_limit is not None and not memory_limit > 0:
         raise ConfigError(f"--memory-limit {memory_limit:g} leaves nothing", fix="Set it to the GiB a rank may take.")
-    processes = (gpu_count() or 1) if num_procs is None else num_procs
-    resolve(load_config(config, overrides or []), max(1, processes))  # what is wrong is said before any process starts
+    at_least_one("--num-procs", num_procs)
+    processes = num_procs or gpu_count() or 1
+    resolve(load_config(config, overrides or []), processes)  # what is wrong is said before any process starts
     extra = [f"--steps={steps}"] + ([f"--memory-limit={memory_limit}"] if memory_limit is not None else [])
     # KINETO_LOG_LEVEL: torch's profiler would write its starts and stops between the tables
     environ = {"KINETO_LOG_LEVEL": "99", **os.environ, PLANNED: "1"}

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from toolkit.errors import ToolkitError
+from toolkit.errors import Stopped, ToolkitError
 from toolkit.train.program import quiet, say
 
 
@@ -23,6 +23,8 @@ def main(arguments: list[str]) -> int:
         from toolkit.trainer import Trainer
 
         Trainer(Path(arguments[0]), overrides=arguments[1:]).fit()
+    except Stopped as stopped:  # said already, in the line after its last step
+        return stopped.exit_code
     except ToolkitError as error:
         say(error, rank=rank, local_rank=local_rank)
         return error.exit_code

@@ -24,7 +24,7 @@ from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import build_datasets
 from toolkit.data.given import GivenData
 from toolkit.data.loader import batches
-from toolkit.errors import DataError, ToolkitError, TrainingError
+from toolkit.errors import DataError, Stopped, ToolkitError, TrainingError
 from toolkit.hardware.catalogue import peak_flops
 from toolkit.parallel.agree import everywhere
 from toolkit.runfolder.files import write_machine, write_run
@@ -121,7 +121,7 @@ class Run:
         asks for an end; the last one's record.
         """
         t = self.config.train
-        record = None
+        record, stopping = None, 0
         for step in range(self.checkpoints.step + 1, t.steps + 1):
             record, stopping = self._step(step)
             if t.eval_every and (step % t.eval_every == 0 or step == t.steps):
@@ -140,6 +140,8 @@ class Run:
                     log.info("stopped after step %d, as %s asked", step, who)
                 break
         self._end_together()
+        if record is not None and stopping == BY_SIGNAL and record.step < t.steps:
+            raise Stopped(f"the run was stopped after step {record.step} of {t.steps}", fix="Start it again to go on from its checkpoint.")
         return record
 
     def close(self) -> None:

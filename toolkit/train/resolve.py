@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 from toolkit.checkpoint.claim import checkpoint_folder
 from toolkit.checkpoint.manifest import Manifest, discover
 from toolkit.checkpoint.start import starting_weights
-from toolkit.cluster.environment import gpu_count
+from toolkit.cluster.environment import PLANNED, gpu_count
+from toolkit.cluster.needs import check_needs
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData, resolve_data
 from toolkit.data.given import GivenData
@@ -57,6 +59,8 @@ def resolve(config: RunConfig, world_size: int, *, given: GivenData | None = Non
     config.run.dir = config.run.dir.expanduser()
     _fit_micro_batch(config, world_size)
     check(config, world_size, machine=machine())
+    if PLANNED not in os.environ:  # a rank whose starter has looked already
+        check_needs(config)
     data = _prepared(config) if given is None else _given(config, given)
     layout = check(config, world_size, machine=machine())
     weights = starting_weights(config)

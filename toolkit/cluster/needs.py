@@ -1,0 +1,95 @@
+"""What a run needs of this machine beside its processes, checked before any of them starts: a compiler, libaio, a disk, packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from toolkit.config.schema import RunConfig
+from toolkit.errors import ConfigError, MachineError
+
+MONITORS = {"log.tensorboard": "tensorboard", "log.wandb": "wandb"}
+# what DeepSpeed's own check compiles: a program that calls libaio
+LIBAIO = "#include <libaio.h>\nint main(void) { return io_submit(0, 0, 0); }\n"
+
+
+def check_needs(config: RunConfig) -> None:
+    """Raise MachineError or ConfigError for what the run would stumble over minutes later, with what to install or set."""
+    for key, package in MONITORS.items():
+        section, name = key.split(".")
+        if getattr(getattr(config, section), name) and importlib.util.find_spec(package) is None:
+            raise MachineError(
+                f"{key}=true needs the package {package}, which is not installed",
+                fix=f"Install it (pip install {package}), or set {key} to false.",
+            )
+    zero = config.zero
+    devices = {"zero.offload_optimizer": zero.offload_optimizer, "zero.offload_param": zero.offload_param}
+    on_nvme = [key for key, device in devices.items() if device == "nvme"]
+    if zero.offload_optimizer != "none":
+        _check_compiler("zero.offload_optimizer", zero.offload_optimizer, "cpu_adam")
+    if on_nvme:
+        _check_folder(zero.nvme_path)
+        _check_compiler(on_nvme[0], "nvme", "async_io")
+        _check_libaio(on_nvme[0])
+
+
+def _check_folder(path: Path | None) -> None:
+    """The folder for NVMe can be made and written to."""
+    try:
+        folder = Path(path or "").expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as e:
+        raise ConfigError(
+            f"zero.nvme_path={path} cannot be written to",
+            why=(e.strerror or str(e)).lower(),
+            fix="Set it to a folder on a local disk that you may write to.",
+        ) from None
+
+
+def _check_compiler(key: str, device: str, extension: str) -> None:
+    if _compiler("CXX", "c++", "g++") is None and not any(_built(extension)):
+        raise MachineError(
+            f"{key}={device} needs a C++ compiler, and there is none on the PATH",
+            why=f"DeepSpeed compiles its extension {extension} at first use",
+            fix="Install one (g++), or set it to none.",
+        )
+
+
+def _check_libaio(key: str) -> None:
+    if any(_built("async_io")):
+        return
+    compiler = _compiler("CC", "cc", "gcc")
+    flags = [*shlex.split(os.environ.get("CFLAGS", "")), *shlex.split(os.environ.get("LDFLAGS", ""))]
+    if compiler is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [*compiler, "-x", "c", "-", *flags, "-laio", "-o", str(Path(folder, "program"))]
+            if subprocess.run(command, input=LIBAIO, text=True, capture_output=True).returncode == 0:
+                return
+    raise MachineError(
+        f"{key}=nvme needs libaio with its headers, and they are not found",
+        why="DeepSpeed's async_io extension, which reads and writes the disk, is compiled with them",
+        fix="Install libaio-dev (libaio-devel on RPM systems), or name its folders in CFLAGS and LDFLAGS, or offload to cpu.",
+    )
+
+
+def _compiler(variable: str, *usual: str) -> list[str] | None:
+    """The compiler's command, of an environment variable or by a usual name."""
+    for words in (shlex.split(os.environ.get(variable, "")), *([name] for name in usual)):
+        if words and shutil.which(words[0]):
+            return words
+    return None
+
+
+def _built(extension: str) -> Iterator[Path]:
+    """Libraries of an extension that came compiled with DeepSpeed."""
+    spec = importlib.util.find_spec("deepspeed")
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        yield from Path(place, "ops").glob(f"**/{extension}_op*.so")
