@@ -16,11 +16,11 @@ from tests.checkpoint import synthetic
 from tests.checkpoint.run import config_of
 from tests.checkpoint.runs import Run, metrics, write_config
 from tests.parity.cells import BOUNDS
-from tests.pool import Pool
+from tests.pool import CellFailed, Pool
 from toolkit.arch.optimizers import OPTIMIZERS
 from toolkit.arch.spec import Cut
 from toolkit.checkpoint.identity import check_same_states
-from toolkit.checkpoint.manifest import discover, read_manifest, verify_files
+from toolkit.checkpoint.manifest import discover, read_manifest, verify_files, write_manifest
 from toolkit.checkpoint.reshard import reshard
 from toolkit.checkpoint.target import Target
 from toolkit.checkpoint.whole import MASTER, WholeCheckpoint, layout_of_manifest, model_spec
@@ -142,6 +142,18 @@ def test_states_of_another_optimizer_are_refused(tmp_path: Path) -> None:
     text = r"optimizer\.name=adamw \(exp_avg, exp_avg_sq\), and this run's muon keeps momentum_buffer, exp_avg, exp_avg_sq"
     with pytest.raises(CheckpointError, match=text):
         check_same_states(manifest, config, path=tmp_path)
+
+
+def test_states_of_an_optimizer_that_was_plugged_in_are_refused_without_it(pool: Pool, tmp_path: Path) -> None:
+    """Its config names another one: here, sgd's states under adamw's name."""
+    run(pool, tmp_path, {"optimizer.name": "sgd", "model.num_layers": 1}, leg(1, 1), steps=LEG)
+    folder = tmp_path / f"checkpoints/step-{LEG:08d}"
+    manifest = read_manifest(folder)
+    section = manifest.config["optimizer"] | {"name": "adamw"}
+    write_manifest(folder, manifest.model_copy(update={"config": manifest.config | {"optimizer": section}}))
+    for one in (leg(1, 1), leg(2, 1)):
+        with pytest.raises(CellFailed, match="has the states momentum_buffer, and this run's adamw keeps exp_avg, exp_avg_sq"):
+            run(pool, tmp_path, {"model.num_layers": 1}, one, steps=2 * LEG)
 
 
 def check_cut(one: Path, other: Path) -> set[str]:

@@ -12,7 +12,7 @@ toolkit.engine.optimizers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from toolkit.arch.spec import Group, WeightSpec
@@ -51,10 +51,14 @@ class OptimizerGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSpec:
-    """An optimizer. title: one line for docs/configuration.md. matrices, others: the rules for the
-    matrices of layers, and for embeddings, the output layer, norms and biases. on_cpu: DeepSpeed can
-    update offloaded weights with it. momentum, nesterov: defaults of the config's keys, None where it has
-    no such thing. json: what a DeepSpeed JSON calls it in optimizer.type."""
+    """An optimizer.
+
+    title: one line for docs/configuration.md. matrices, others: the rules for the matrices of layers,
+    and for embeddings, the output layer, norms and biases. on_cpu: DeepSpeed can update offloaded
+    weights with it. momentum, nesterov: defaults of the config's keys, None where it has no such thing.
+    json: what a DeepSpeed JSON calls it in optimizer.type; json_settings: keys of the config's section,
+    with the values that mean what DeepSpeed does under that name.
+    """
 
     name: str
     title: str
@@ -64,6 +68,7 @@ class OptimizerSpec:
     momentum: float | None = None
     nesterov: bool | None = None
     json: tuple[str, ...] = ()
+    json_settings: tuple[tuple[str, str], ...] = ()
 
     @property
     def whole(self) -> bool:
@@ -90,6 +95,15 @@ class OptimizerSpec:
     def group_of(self, weight: Group, *, tied: bool = False) -> int:
         """Index in groups of a weight. tied: it is a copy of an embedding that two stages share."""
         return next(i for i, group in enumerate(self.groups) if group.tied == tied and weight in group.weights)
+
+    def with_settings(self, *, momentum: float | None, nesterov: bool | None) -> OptimizerSpec:
+        """The same with the config's settings (None: the default). SGD without momentum keeps no state."""
+        momentum = self.momentum if momentum is None else momentum
+        nesterov = self.nesterov if nesterov is None else nesterov
+        if (momentum, nesterov) == (self.momentum, self.nesterov):
+            return self
+        spec = replace(self, momentum=momentum, nesterov=nesterov)
+        return replace(spec, matrices=PLAIN_SGD, others=PLAIN_SGD) if self.others == SGD and momentum == 0 else spec
 
     @cached_property
     def indices(self) -> tuple[tuple[Group, int], ...]:
@@ -132,6 +146,7 @@ OPTIMIZERS: Mapping[str, OptimizerSpec] = {
             momentum=0.95,
             nesterov=True,
             json=("Muon",),
+            json_settings=(("adjust_lr", "original"),),
         ),
     )
 }

@@ -38,7 +38,7 @@ def fill(state: EngineState, whole: WholeCheckpoint, *, tp: int, tp_rank: int, w
             step = whole.numbers.get("step") if there.counted and not weights_only else None
             state.fill(i, read, keys=(MASTER,) if weights_only else tuple(there.keys), step=step)
 
-    everywhere(lambda: check_fits(state, whole, tp=tp))
+    everywhere(lambda: check_fits(state, whole, tp=tp, weights_only=weights_only))
     state.before_set()
     try:
         everywhere(fill_all)
@@ -47,8 +47,8 @@ def fill(state: EngineState, whole: WholeCheckpoint, *, tp: int, tp_rank: int, w
     state.after_set()
 
 
-def check_fits(state: EngineState, whole: WholeCheckpoint, *, tp: int) -> None:
-    """CheckpointError where a checkpoint lacks a parameter of this rank, or has it with another shape or cut."""
+def check_fits(state: EngineState, whole: WholeCheckpoint, *, tp: int, weights_only: bool) -> None:
+    """CheckpointError where a checkpoint lacks a parameter of this rank, or has it with another shape, cut or optimizer's states."""
     for name, here in state.parameters.items():
         cut, there = Cut(here["dim"], here["blocks"]), whole.parameter(name)
         shape = cut.whole(here["shape"], tp)
@@ -57,4 +57,11 @@ def check_fits(state: EngineState, whole: WholeCheckpoint, *, tp: int) -> None:
                 f"{name} has shape {there.shape} in {whole.folder} and {shape} in this run",
                 why="the checkpoint is of another model",
                 fix="Set the model section as it was when the checkpoint was saved.",
+            )
+    for i in range(0 if weights_only else len(state)):
+        if problem := state.foreign(i, whole.keys(state.members(i)[0])):
+            raise CheckpointError(
+                f"{whole.folder} does not fit this run",
+                why=problem,
+                fix="Use the optimizer that it was saved with, or start from its weights with checkpoint.init_from.",
             )

@@ -148,8 +148,8 @@ def _take_optimizer(data: dict[str, Any], settings: _JsonSettings) -> None:
         name, place = "adamw" if decoupled else "adam", f"{place} with adam_w_mode={show(decoupled)}"
     params.pop("adam_w_mode", None)
     settings.add("optimizer.name", name, place=f"{place}, that is name")
-    if name == "muon":
-        settings.add("optimizer.adjust_lr", "original", place=f"{place} (DeepSpeed's scaling), that is adjust_lr")
+    for key, value in OPTIMIZERS[name].json_settings:
+        settings.add(f"optimizer.{key}", value, place=f"{place} (what DeepSpeed's does), that is {key}")
     keys = OPTIMIZERS[name].keys
     for key, value in params.items():
         if key in keys:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +9,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationInfo,
 
 from toolkit.arch.families import FAMILIES
 from toolkit.arch.family import Family
-from toolkit.arch.optimizers import OPTIMIZERS, PLAIN_SGD, OptimizerSpec
+from toolkit.arch.optimizers import OPTIMIZERS, OptimizerSpec
 from toolkit.arch.spec import ModelSpec
 
 Offload = Literal["none", "cpu", "nvme"]
@@ -23,6 +22,12 @@ else:
 
 BUILT_IN = "python-stdlib"  # the data that comes with Python itself
 LARGEST_INT = 2**31 - 1  # sizes beyond this overflow the 32-bit indices of kernels and index files
+
+
+def _defaults(key: str) -> str:
+    """What a key of the optimizer section is where it is null."""
+    having = {o.name: getattr(o, key) for o in OPTIMIZERS.values() if getattr(o, key) is not None}
+    return ", ".join(f"{str(value).lower()} ({name})" for name, value in having.items())
 
 
 class Section(BaseModel):
@@ -214,8 +219,8 @@ class OptimizerSection(Section):
     min_lr: float = Field(0.0, ge=0, description="learning rate the schedule ends at")
     betas: tuple[float, float] = Field((0.9, 0.95), description="Adam's moment decay rates")
     eps: float = Field(1e-8, gt=0, description="Adam's denominator term")
-    momentum: float | None = Field(None, ge=0, lt=1, description="of sgd and muon; null: 0.9 (sgd), 0.95 (muon)")
-    nesterov: bool | None = Field(None, description="of sgd and muon: step ahead with the momentum; null: false (sgd), true (muon)")
+    momentum: float | None = Field(None, ge=0, lt=1, description=f"null: {_defaults('momentum')}; other optimizers have none")
+    nesterov: bool | None = Field(None, description=f"step ahead with the momentum; null: {_defaults('nesterov')}")
     adjust_lr: Literal["match_rms_adamw", "original"] = Field(
         "match_rms_adamw",
         description="of muon's matrices: lr x 0.2 sqrt(longer side), so that one lr fits all weights; or x sqrt(rows / columns)",
@@ -238,9 +243,9 @@ class OptimizerSection(Section):
         spec = OPTIMIZERS[self.name]
         for key in ("momentum", "nesterov"):
             if getattr(self, key) is not None and getattr(spec, key) is None:
-                raise ValueError(
-                    f"{key}={getattr(self, key)} with name={self.name}, which has none. Set it to null, or name to sgd or muon"
-                )
+                names = " or ".join(o.name for o in OPTIMIZERS.values() if getattr(o, key) is not None)
+                given = str(getattr(self, key)).lower()
+                raise ValueError(f"{key}={given} with name={self.name}, which has none. Set it to null, or name to {names}")
         if self.spec.nesterov and not self.spec.momentum:
             raise ValueError("nesterov=true with momentum=0: there is no momentum to step ahead with. Set nesterov to false")
         return self
@@ -248,12 +253,7 @@ class OptimizerSection(Section):
     @property
     def spec(self) -> OptimizerSpec:
         """Which weights are updated by which rule, what is kept for them, and momentum and nesterov as they are used."""
-        spec = OPTIMIZERS[self.name]
-        momentum = spec.momentum if self.momentum is None else self.momentum
-        nesterov = spec.nesterov if self.nesterov is None else self.nesterov
-        if self.name == "sgd" and momentum == 0:
-            spec = replace(spec, matrices=PLAIN_SGD, others=PLAIN_SGD)
-        return replace(spec, momentum=momentum, nesterov=nesterov) if (momentum, nesterov) != (spec.momentum, spec.nesterov) else spec
+        return OPTIMIZERS[self.name].with_settings(momentum=self.momentum, nesterov=self.nesterov)
 
 
 class DataSection(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
+from toolkit.arch.optimizers import OptimizerSpec
 from toolkit.engine.deepspeed_state import DeepSpeedState, full_shape
 from toolkit.engine.partitions import Fragment
 from toolkit.model.init import named_weights
@@ -34,10 +35,12 @@ class EngineState:
         self.held = DeepSpeedState(engine)
         self.swapping = "nvme" in (config.zero.offload_optimizer, config.zero.offload_param)
         """Partitions are read from disk one at a time, and are gone when the next one is."""
+        self.spec = config.model.spec
+        self.optimizer: OptimizerSpec | None = None if engine.plugged_in else config.optimizer.spec
         self.names: dict[int, str] = {}
         self.parameters: dict[str, dict[str, Any]] = {}
         for chunk in engine.chunks:
-            for weight, p in named_weights(chunk, config.model.spec):
+            for weight, p in named_weights(chunk, self.spec):
                 self.names[id(p)] = weight.name
                 self.parameters[weight.name] = {"shape": full_shape(p), "dim": weight.cut.dim, "blocks": weight.cut.blocks}
 
@@ -59,6 +62,8 @@ class EngineState:
         """Give a partition its values; ValueError where they are of another size."""
         swapped = self.held.swap_in(index)
         master, states = self.held.master(index), self.held.states(index)
+        if problem := self.foreign(index, tensors):
+            raise ValueError(problem)
         if tensors[MASTER].numel() != master.numel():
             raise ValueError(f"group {index} has {master.numel()} values here and {tensors[MASTER].numel()} there")
         master.data.copy_(tensors[MASTER])
@@ -106,6 +111,17 @@ class EngineState:
     def fragments(self, i: int) -> list[Fragment]:
         """Which elements of which parameters a partition holds, in its order."""
         return [Fragment(self.names[id(p)], start, at, numel) for p, start, at, numel in self.held.places(i)]
+
+    def foreign(self, i: int, keys: Iterable[str]) -> str:
+        """In words, how a partition's saved states differ from those that its optimizer keeps; "" where they do not, or where nothing
+        is known of the optimizer, or nothing was saved yet."""
+        there = set(keys) - {MASTER, "step"}
+        if self.optimizer is None or not there:
+            return ""
+        group = self.optimizer.group_of(self.spec.weight(self.members(i)[0]).group)
+        here = set(self.optimizer.groups[group].rule.states)
+        mine, theirs = (", ".join(sorted(states)) or "none" for states in (here, there))
+        return f"its optimizer has the states {theirs}, and this run's {self.optimizer.name} keeps {mine}" if here != there else ""
 
     def before_set(self) -> None:
         """Call before the first set()."""

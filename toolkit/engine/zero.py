@@ -95,6 +95,7 @@ class Engine:
         optimizer: OptimizerFactory | None = None,
     ) -> None:
         self.config, self.layout, self.stage = config, layout, config.zero.stage
+        self.plugged_in = optimizer is not None
         self.chunks = list(chunks)
         self.tp_rank = state.get_tensor_model_parallel_rank()
         self.device = _device()
