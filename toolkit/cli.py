@@ -28,6 +28,7 @@ app.command()(calibrate)
 app.command()(profile)
 app.command()(report)
 
+LOCAL = {"localhost", "127.0.0.1"}  # in a hostfile: no ssh is needed
 NO = 1  # exit code of a question whose answer is no
 
 
@@ -52,19 +53,67 @@ def train(
     config: Annotated[Path, typer.Argument(help="the run's YAML")],
     overrides: Overrides = None,
     num_procs: Annotated[int | None, typer.Option(help="processes on this machine; default: its GPUs, or 1")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="`HOST slots=RANKS` a line: start on these hosts, over ssh")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run, and start nothing")] = False,
 ) -> None:
-    """Train on this machine through the deepspeed launcher."""
+    """Train on this machine, or on the hosts of a hostfile, through the deepspeed launcher."""
     import os
 
     from toolkit.cluster.environment import PLANNED, gpu_count
-    from toolkit.cluster.launch import run_local
+    from toolkit.cluster.launch import read_hostfile, run_local, run_on_hosts
     from toolkit.config.load import load_config
     from toolkit.train.resolve import resolve
 
     at_least_one("--num-procs", num_procs)
+    if hostfile is not None:
+        hosts = read_hostfile(hostfile)
+        if num_procs is not None or dry_run:
+            other = "--num-procs" if num_procs is not None else "--dry-run"
+            raise ConfigError(f"{other} beside --hostfile", why="the hostfile says what runs where", fix="Leave one of the two out.")
+        if not hosts.keys() <= LOCAL:
+            resolve(load_config(config, overrides or []), sum(hosts.values()))
+            raise typer.Exit(run_on_hosts(config, overrides or [], hostfile=hostfile))
+        num_procs = sum(hosts.values())
     processes = num_procs or gpu_count() or 1
+    if dry_run:
+        from toolkit.train.dry_run import dry_run as say_what_would_run
+
+        typer.echo(say_what_would_run(config, overrides or [], load_config(config, overrides or []), processes=processes), nl=False)
+        return
     resolve(load_config(config, overrides or []), processes)  # what is wrong is said before any process starts
     raise typer.Exit(run_local(config, overrides or [], num_procs=processes, environ={**os.environ, PLANNED: "1"}))
+
+
+@app.command()
+def init(
+    out: Annotated[Path, typer.Argument(help="YAML to write")] = Path("run.yaml"),
+    model: Annotated[str | None, typer.Option(help="a preset such as llama3.2-1b, or small")] = None,
+    data: Annotated[str | None, typer.Option(help="text, a prepared prefix, a hub name or python-stdlib")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="bytes, a tokenizer.json, a Hugging Face name, or train:N")] = None,
+    hardware: Annotated[str | None, typer.Option(help="GPU:PER_NODExNODES; default: this machine")] = None,
+    steps: Annotated[int, typer.Option(help="optimizer steps")] = 200,
+) -> None:
+    """Write a run's YAML that fits the hardware; what is not given is asked for in a terminal."""
+    from toolkit.cluster.environment import gpu_count
+    from toolkit.hardware.catalogue import parse_hardware
+    from toolkit.plan.here import hardware_here
+    from toolkit.plan.init import SMALL, run_sections, write_config
+
+    def ask(given: str | None, question: str, default: str) -> str:
+        if given is not None or not sys.stdin.isatty():
+            return given or default
+        return str(typer.prompt(question, default=default))
+
+    at_least_one("--steps", steps)
+    cluster = parse_hardware(hardware) if hardware else hardware_here(gpu_count() or 1)
+    if cluster is None:
+        raise ConfigError("this machine's GPU is not in the catalogue", fix="Name a similar one: --hardware GPU:N.")
+    model = ask(model, "model: small, or a preset such as llama3.2-1b", SMALL)
+    data = ask(data, "data: text file or folder, prepared prefix, hub name", "python-stdlib")
+    accelerator = cluster.gpu.accelerator
+    raw = run_sections(model=model, source=data, tokenizer=tokenizer, name=out.stem, steps=steps, accelerator=accelerator)
+    plan, start = write_config(out, raw, cluster)
+    typer.echo(f"{out}: {plan.gpus} of {cluster}, {plan.worst.device / 2**30:.1f} GiB a rank; start it with: {start}")
 
 
 @app.command()

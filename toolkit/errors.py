@@ -83,6 +83,6 @@ def raised_by(what: str, error: BaseException, *, rank: int | None = None, kind:
 
 
 def at_least_one(option: str, value: int | None) -> None:
-    """Refuse a number of processes below 1; None leaves it open."""
+    """Refuse a number below 1 for an option that counts something; None leaves it open."""
     if value is not None and value < 1:
-        raise ConfigError(f"{option} {value} is less than 1", why="it is a number of processes", fix=f"Set {option} to 1 or more.")
+        raise ConfigError(f"{option} {value} is less than 1", fix=f"Set {option} to 1 or more.")

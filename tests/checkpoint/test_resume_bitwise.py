@@ -22,9 +22,11 @@ def cell(world: int, stage: int, **keys: Any) -> tuple[int, dict[str, Any]]:
 
 
 def name(c: tuple[int, dict[str, Any]]) -> str:
-    return "-".join([f"{c[0]}ranks", *(f"{k.split('.')[1]}={v}" for k, v in c[1].items() if k != "model.dropout")])
+    return "-".join([f"{c[0]}ranks", *(f"{k.split('.')[1]}={v}" for k, v in c[1].items() if k not in ("model.dropout", "zero.deepspeed"))])
 
 
+# the loss scale doubles after every second step: a resumed run must know it, and where between two doublings it is
+MOVING_SCALE = {"fp16": {"initial_scale_power": 6, "loss_scale_window": 2}}
 CELLS = [
     cell(1, 0),
     cell(2, 0, train__precision="bf16"),
@@ -36,7 +38,7 @@ CELLS = [
     cell(4, 2, parallel__pp=2, parallel__vpp=2, train__precision="bf16", model__tie_embeddings=True),
     cell(2, 3, train__precision="bf16"),
     cell(4, 3, parallel__tp=2, parallel__pp=2, train__recompute="full"),
-    cell(4, 3, parallel__pp=2, parallel__vpp=2, train__precision="fp16", model__tie_embeddings=True),
+    cell(4, 3, parallel__pp=2, parallel__vpp=2, train__precision="fp16", model__tie_embeddings=True, zero__deepspeed=MOVING_SCALE),
     cell(2, 1, zero__offload_optimizer="cpu", train__precision="bf16"),
     cell(4, 2, parallel__pp=2, zero__offload_optimizer="cpu"),
     cell(2, 3, zero__offload_optimizer="cpu", zero__offload_param="cpu", train__precision="bf16"),

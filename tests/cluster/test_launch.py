@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,8 @@ import pytest
 
 from toolkit.cluster import launch
 from toolkit.cluster.environment import deepspeed_env_lines, device_ids, export_environment, rank_environment
-from toolkit.cluster.launch import cluster_command, local_command, main, read_hostfile
-from toolkit.errors import ConfigError, ToolkitError
+from toolkit.cluster.launch import check_reachable, cluster_command, local_command, main, read_hostfile
+from toolkit.errors import ConfigError, MachineError, ToolkitError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMOKE = "tests.cluster.smoke"
@@ -202,3 +203,11 @@ def test_ranks_do_not_outlive_a_killed_toolkit(tmp_path: Path) -> None:
     wait_for(tmp_path, "stopped-0")
     process.communicate(timeout=240)  # ends when the last rank has closed its output
     assert not ranks_of(str(tmp_path))
+
+
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="there is no ssh client")
+def test_a_host_that_ssh_does_not_reach_is_named() -> None:
+    with pytest.raises(
+        MachineError, match=r"host node-1\.invalid of the hostfile is not reachable by ssh: .*Make `ssh node-1\.invalid true` work"
+    ):
+        check_reachable(["node-1.invalid"])

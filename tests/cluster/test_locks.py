@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -105,3 +106,18 @@ def test_the_folder_is_the_one_torch_builds_in(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     built_in = Path(cpp_extension._get_build_directory("slow", verbose=False))
     assert [f.resolve() for f in extension_folders()] == [built_in.parent.resolve()]
+
+
+def test_a_word_is_said_before_an_extension_compiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    with caplog.at_level(logging.INFO):
+        check_extension_locks({"cpu_adam"})
+        assert [r.message for r in caplog.records] == ["compiling DeepSpeed's extension cpu_adam, once on this machine: about a minute"]
+        caplog.clear()
+        (tmp_path / "cpu_adam").mkdir()
+        (tmp_path / "cpu_adam" / "cpu_adam.so").touch()
+        check_extension_locks({"cpu_adam"})
+        check_extension_locks()
+    assert caplog.records == []

@@ -58,7 +58,8 @@ def test_groups_are_padded_as_deepspeed_pads_them(world: int, zero: int) -> None
     config = parse_config(raw)
     spec, layout = config.model.spec, Layout.of(config, world)
     shapes = {w.name: w.shape for w in spec.weights()}
-    cuts = [partitions(list(shapes), shapes, layout, rank=rank, zero_stage=zero, sub_group_size=10**9, tied=None) for rank in range(world)]
+    groups = [[w.name for w in group] for group in config.optimizer.spec.split(spec.weights(), tied=None)]
+    cuts = [partitions(groups, shapes, layout, rank=rank, zero_stage=zero, sub_group_size=10**9) for rank in range(world)]
     each = 8 if zero < 2 else 12  # bytes a weight: two moments, and from ZeRO-2 on a copy of the weights
     for rank in range(world):
         counted = own.states(Workload.of(config, world), 0, dp_rank=rank)["optimizer"]

@@ -27,6 +27,9 @@ def test_no_step_beats_the_peak_of_its_gpus(w: Workload) -> None:
     tokens, gpus = w.microbatches * w.micro * w.dp * w.seq, w.tp * w.pp * w.cp * w.dp
     assert time.tokens_per_s_per_gpu == pytest.approx(tokens / time.step / gpus)
     assert time.step >= tokens * w.model.flops_per_token(0) / (gpus * H100.gpu.peak(w.precision))
+    if w.pp == 1:  # all weights' multiplies, forward and two gradients, of all micro-batches
+        multiplies = step_time(w, H100, scale=1.0).parts["matmul"]
+        assert multiplies >= tokens * w.model.flops_per_token(0) / (gpus * H100.gpu.peak(w.precision) * H100.gpu.matmul)
     assert all(value >= 0 for value in time.parts.values())
 
 
@@ -100,6 +103,7 @@ def test_a_ring_sends_what_the_ring_algorithm_sends() -> None:
 def test_ranks_of_a_node_share_its_network() -> None:
     """Data-parallel groups of TP 8 hold one rank a node each, so each sends through one port; without TP eight rings use all."""
     alone, together = network.group(H100, size=4, stride=8), network.group(H100, size=32, stride=1)
+    assert alone.gb_s == pytest.approx(H100.nic_gb_s * network.NETWORK)
     assert together.gb_s == pytest.approx(min(8 * alone.gb_s, 450 * network.FABRIC))
 
 

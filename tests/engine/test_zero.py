@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import pytest
 import torch
 
 from tests.parity.cells import Cell
@@ -70,3 +72,15 @@ def test_no_rank_applies_a_step_that_is_not_finite_on_one(pool: Pool) -> None:
                 cell = Cell(2, {**keys, "zero.stage": stage, "train.precision": precision})
                 for norm, same in pool.run("tests.engine.test_zero:broken_loss", 2, cell.raw(), deadline_s=120):
                     assert norm == -1.0 and all(same), cell.id
+
+
+def norms_of(square_sums: list[float]) -> list[float]:
+    """Global norms of this rank's sums of squares, each rank with one more of it, in a worker."""
+    from toolkit.engine.grads import global_norm
+
+    return [float(global_norm(torch.tensor(s * (1 + torch.distributed.get_rank())))) for s in square_sums]
+
+
+def test_a_norm_that_is_not_finite_is_marked_on_all_ranks(pool: Pool) -> None:
+    expected = [3.0**0.5, 0.0, -1.0, -1.0]
+    assert pool.run("tests.engine.test_zero:norms_of", 2, [1.0, 0.0, math.inf, math.nan], deadline_s=60) == [pytest.approx(expected)] * 2

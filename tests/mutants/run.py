@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 from tests.mutants.mutants import ROOT, Mutant, load
 
@@ -88,8 +89,9 @@ def start_test(copy: Path, test: str, finish: Callable[[int | None, str, float],
 
 def _run_pytest(copy: Path, test: str) -> int:
     """In the forked process: forget this project, and find the copy under its names."""
-    for name in [n for n in sys.modules if n.partition(".")[0] in ("tests", "toolkit", "__main__")]:
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("tests", "toolkit")]:
         del sys.modules[name]
+    sys.modules["__main__"] = ModuleType("__main__")  # servers that tests start would import this file again
     os.chdir(copy)
     sys.path[:] = [str(copy), *(p for p in sys.path if p and Path(p).resolve() != ROOT)]
     os.environ |= {"PYTHONPATH": str(copy), "TESTS_POOL_START": "fork"}
@@ -156,6 +158,8 @@ def run(mutants: Sequence[Mutant], *, jobs: int) -> list[Result]:
         def finish(code: int | None, output: str, seconds: float) -> None:
             path.write_text(whole)
             how = {None: "hangs", 0: "survived", 1: "killed"}.get(code, "error")
+            if how == "killed" and "FAILED " not in output:
+                how = "error"  # of a fixture: the test itself has not looked
             say(f"{how:<8}  {seconds:5.0f} s  {mutant.fault}  [{mutant.file}]")
             results.append(Result(mutant, how, seconds, output))
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.plan.questions import GPUS, identity, one_by_one, question, smaller_memory
-from toolkit.cost.memory import GIB
+from toolkit.cost.memory import GIB, HEADROOM
 from toolkit.hardware.catalogue import parse_hardware
 from toolkit.parallel import rules
 from toolkit.parallel.options import divisors
@@ -102,6 +102,8 @@ def test_memory_and_time_and_price_limits_hold() -> None:
     best = asked.ask(top=1).plans[0]
     roomy = replace(asked, limits=Limits(headroom=60 * GIB)).ask(top=3).plans
     assert roomy and all(plan.worst.device + 60 * GIB <= plan.memory.capacity for plan in roomy)
+    tight = smaller_memory(asked, best.worst.device / GIB + 0.5).ask(top=3).plans
+    assert tight and all(plan.worst.device + HEADROOM <= plan.memory.capacity for plan in tight)
     slow = replace(asked, objective="fewest-gpus", limits=Limits(max_step_s=2 * best.time.step)).ask(top=1).plans[0]
     assert slow.gpus < best.gpus and slow.time.step <= 2 * best.time.step
     budget = Limits(price=2.0, max_cost=1.0, steps=100)

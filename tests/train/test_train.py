@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -114,3 +115,11 @@ def test_every_template_takes_a_step(shared: Started, template: str, extension: 
 def test_zeropp_is_refused_without_cuda(shared: Started) -> None:
     done = shared.train(f"zero.config={TEMPLATES / 'zeropp.json'}", "zero.stage=3", "train.precision=bf16", procs=2)
     assert done.code == 2 and "CUDA" in done.output and "Traceback" not in done.output
+
+
+def test_a_hostfile_of_this_machine_alone_needs_no_ssh(shared: Started, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    words = [_run_dir(shared, "hosts"), "train.steps=2", "parallel.tp=2", "--hostfile", str(tmp_path / "hosts")]
+    done = shared.run([sys.executable, "-m", "toolkit", "train", str(shared.config), *words])
+    assert done.code == 0, done.output
+    assert [r["step"] for r in shared.metrics("hosts")] == [1, 2]

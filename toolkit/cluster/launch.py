@@ -10,13 +10,14 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 TRAIN_MODULE = "toolkit.train"
 POLL_S = 0.2
+SSH_TIMEOUT_S = 10
 SECOND_SIGNAL_S = 1.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -139,6 +141,48 @@ def cluster_command(
     if master_addr:
         command[3:3] = ["--master_addr", master_addr]
     return [*command, module, str(config_path), *overrides]
+
+
+def run_on_hosts(config_path: str | Path, overrides: Sequence[str] = (), *, hostfile: Path) -> int:
+    """Start a run on every host of a hostfile and return the launcher's exit code.
+
+    What the ranks of other hosts need of this environment is exported, unless there is a .deepspeed_env of the user's own. Signals of a terminal reach the launcher, which passes them to the ranks; one sent to this process alone is passed on to it.
+    Raises ConfigError for a wrong hostfile, MachineError for a host that ssh does not reach, or without the launcher.
+    """
+    check_reachable(read_hostfile(hostfile))
+    command = cluster_command(config_path, overrides, hostfile=hostfile)
+    command.insert(1, "--no_ssh_check")
+    env = dict(os.environ)
+    env["PATH"] = rank_environment(1)["PATH"]
+    if "DS_ENV_FILE" not in env and not any(Path(place, ".deepspeed_env").exists() for place in (".", Path.home())):
+        variables = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "toolkit" / "deepspeed_env"
+        export_environment(variables)
+        env["DS_ENV_FILE"] = str(variables)
+    if (launcher := shutil.which(command[0], path=env["PATH"])) is None:
+        raise MachineError("the command deepspeed is not on the PATH", why="it starts the ranks of all hosts", fix="Install deepspeed.")
+    process = subprocess.Popen([launcher, *command[1:]], env=env)
+    previous = {s: signal.signal(s, lambda number, _: process.send_signal(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _exit_code(process.wait(), asked=None)
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+
+def check_reachable(hosts: Iterable[str]) -> None:
+    """Raise MachineError naming a host on which ssh cannot run a command without a password, as the launcher will have to."""
+    if shutil.which("ssh") is None:
+        raise MachineError("the command ssh is not on the PATH", why="other hosts are reached by it", fix="Install an ssh client.")
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_TIMEOUT_S}"]
+    tries = {host: subprocess.Popen(["ssh", *options, host, "true"], stderr=subprocess.PIPE, text=True) for host in hosts}
+    for host, process in tries.items():
+        error = process.communicate()[1]
+        if process.returncode != 0:
+            raise MachineError(
+                f"host {host} of the hostfile is not reachable by ssh",
+                why=(error.strip().splitlines() or ["it gave no reason"])[-1].strip().rstrip("."),
+                fix=f"Make `ssh {host} true` work without a password, or correct the name.",
+            )
 
 
 def read_hostfile(path: Path) -> dict[str, int]:

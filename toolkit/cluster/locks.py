@@ -11,10 +11,12 @@ from pathlib import Path
 
 import psutil
 
+from toolkit.cluster.needs import compiled_with_deepspeed
 from toolkit.errors import MachineError
 
 logger = logging.getLogger(__name__)
 
+BUILD_TIMES = {"cpu_adam": "about a minute", "async_io": "four or five minutes"}  # on two cores
 GRACE_S = 20.0  # between the lock and ninja's start, and between ninja's end and the unlock, no compiler runs
 SHARED_GRACE_S = 900.0  # the compiler may run on another host, unseen from here
 SHARED_FILE_SYSTEMS = (
@@ -62,6 +64,15 @@ def check_extension_locks(names: Iterable[str] | None = None, *, grace_s: float 
         for lock in sorted(folder.glob("*/lock")):
             if wanted is None or lock.parent.name in wanted:
                 _wait_or_refuse(lock, grace_s=grace_s, poll_s=poll_s)
+    for name in sorted(wanted or ()):
+        if not is_built(name):
+            logger.info("compiling DeepSpeed's extension %s, once on this machine: %s", name, BUILD_TIMES.get(name, "a minute or more"))
+
+
+def is_built(name: str) -> bool:
+    """Whether an extension is compiled already, by an earlier run or with DeepSpeed itself."""
+    by_a_run = any((folder / name / f"{name}.so").is_file() for folder in extension_folders())
+    return by_a_run or any(compiled_with_deepspeed(name))
 
 
 def _wait_or_refuse(lock: Path, *, grace_s: float | None, poll_s: float) -> None:

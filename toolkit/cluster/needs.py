@@ -55,7 +55,7 @@ def _check_folder(path: Path | None) -> None:
 
 
 def _check_compiler(key: str, device: str, extension: str) -> None:
-    if _compiler("CXX", "c++", "g++") is None and not any(_built(extension)):
+    if _compiler("CXX", "c++", "g++") is None and not any(compiled_with_deepspeed(extension)):
         raise MachineError(
             f"{key}={device} needs a C++ compiler, and there is none on the PATH",
             why=f"DeepSpeed compiles its extension {extension} at first use",
@@ -64,7 +64,7 @@ def _check_compiler(key: str, device: str, extension: str) -> None:
 
 
 def _check_libaio(key: str) -> None:
-    if any(_built("async_io")):
+    if any(compiled_with_deepspeed("async_io")):
         return
     compiler = _compiler("CC", "cc", "gcc")
     flags = [*shlex.split(os.environ.get("CFLAGS", "")), *shlex.split(os.environ.get("LDFLAGS", ""))]
@@ -88,7 +88,7 @@ def _compiler(variable: str, *usual: str) -> list[str] | None:
     return None
 
 
-def _built(extension: str) -> Iterator[Path]:
+def compiled_with_deepspeed(extension: str) -> Iterator[Path]:
     """Libraries of an extension that came compiled with DeepSpeed."""
     spec = importlib.util.find_spec("deepspeed")
     for place in (spec.submodule_search_locations or []) if spec else []:
