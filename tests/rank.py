@@ -32,6 +32,7 @@ class Rank:
     """Config, layout, model chunks, engine and schedule of this rank, made as the training loop makes them.
 
     data: (prepared data, training set) of a run that resumes, saves, or starts from weights; None: of one that does none of it.
+    optimizer: as the engine's argument.
     """
 
     def __init__(self, raw: dict[str, Any], *, data: tuple[Any, Any] | None = None, optimizer: Any = None) -> None:

@@ -78,7 +78,7 @@ def test_no_run_resumes_from_weights_alone(tmp_path: Path) -> None:
 
     folder = weights(tmp_path / "step-00000007", TENSORS)
     with pytest.raises(CheckpointError, match=r"holds weights without optimizer states.*set checkpoint\.init_from to it"):
-        _check(read_manifest(folder), folder, {})
+        _check(read_manifest(folder), folder, {}, None)
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from tests.parity.cells import CUT_MATRICES, MUON, Cell
 from tests.pool import Pool
-from tests.rank import Rank, micro_batches
+from tests.rank import Rank
 from toolkit.arch.optimizers import OPTIMIZERS
 from toolkit.arch.spec import ModelSpec, WeightSpec
 from toolkit.config.load import parse_config
@@ -73,26 +73,19 @@ class Plain:
                 p[r] = matrix
 
 
-def _engine(raw: dict[str, Any], *, optimizer: Any = None) -> tuple[Any, Any, Any, Any]:
-    rank = Rank(raw, optimizer=optimizer)
-    return rank.config, rank.layout, rank.engine, rank.schedule
-
-
 def both(raw: dict[str, Any]) -> dict[str, Any]:
     """Losses of our engine and of a plain loop, the largest difference of any weight, and how far the weight that moved least and the
     one that moved most came, in a worker."""
     from toolkit.model.build import build_chunks
 
-    config, layout, engine, schedule = _engine(raw)
-    (chunk,) = build_chunks(config, layout, device=torch.device("cpu"), partition=None)
+    rank = Rank(raw)
+    config, engine = rank.config, rank.engine
+    (chunk,) = build_chunks(config, rank.layout, device=torch.device("cpu"), partition=None)
     plain, before = Plain(chunk, config), [p.detach().clone() for p in chunk.parameters()]
     losses: list[list[float]] = [[], []]
     for step in range(STEPS):
-        micro = list(micro_batches(config, layout, 0, step))
-        engine.begin()
-        losses[0].append(float(schedule(lambda: iter(micro), num_microbatches=len(micro))))  # noqa: B023
-        engine.finish()
-        total = 0.0
+        losses[0].append(rank.step(step)[0])
+        total, micro = 0.0, rank.micro(step)
         for batch in micro:
             positions = torch.arange(batch["tokens"].shape[1]).expand_as(batch["tokens"])
             loss = chunk(batch["tokens"], positions, None, labels=batch["labels"]).float().mean() / len(micro)
@@ -134,7 +127,8 @@ def test_matrices_are_the_parts_that_other_formats_keep() -> None:
 
 def same_gradients(raw: dict[str, Any]) -> tuple[float, float]:
     """Our Muon and torch's on the same random gradients: how far they end apart, and how far they came, in a worker."""
-    config, _, engine, _ = _engine(raw)
+    rank = Rank(raw)
+    config, engine = rank.config, rank.engine
     muon = engine.optimizer.optimizer.members["muon"]
     (group,) = [g for g in engine.optimizer.param_groups if g["rule"] == "muon"]
     (flat,), spec = group["params"], config.model.spec
@@ -168,14 +162,11 @@ def updates(raw: dict[str, Any]) -> dict[str, torch.Tensor]:
     """How one step moved each matrix's part on this rank, in a worker."""
     from toolkit.model.init import named_weights
 
-    config, layout, engine, schedule = _engine(raw)
-    before = [p.detach().clone() for p in engine.chunks[0].parameters()]
-    micro = list(micro_batches(config, layout, layout.coordinates(torch.distributed.get_rank()).dp, 0))
-    engine.begin()
-    schedule(lambda: iter(micro), num_microbatches=len(micro))
-    engine.finish()
-    named = zip(named_weights(engine.chunks[0], config.model.spec), before, strict=True)
-    return {weight.name: (p.detach() - old) / config.optimizer.lr for (weight, p), old in named if weight.group == "matrix"}
+    rank = Rank(raw)
+    before = [p.detach().clone() for p in rank.chunks[0].parameters()]
+    rank.step(0)
+    named = zip(named_weights(rank.chunks[0], rank.config.model.spec), before, strict=True)
+    return {weight.name: (p.detach() - old) / rank.config.optimizer.lr for (weight, p), old in named if weight.group == "matrix"}
 
 
 def test_muons_updates_are_orthogonal_whatever_cuts_the_matrix(pool: Pool) -> None:
@@ -227,18 +218,13 @@ def train_with(argument: tuple[str, dict[str, Any]]) -> list[float] | str:
     """Losses of a few steps with an optimizer of this module, or the user error, in a worker."""
     name, raw = argument
     try:
-        config, layout, engine, schedule = _engine(raw, optimizer=globals()[name] if name else None)
+        rank = Rank(raw, optimizer=globals()[name] if name else None)
     except ToolkitError as error:
         return f"{type(error).__name__}: {error}"
-    losses = []
-    for step in range(STEPS):
-        micro = list(micro_batches(config, layout, layout.coordinates(torch.distributed.get_rank()).dp, step))
-        engine.begin()
-        losses.append(float(schedule(lambda: iter(micro), num_microbatches=len(micro))))  # noqa: B023
-        engine.finish()
+    losses = [rank.step(number)[0] for number in range(STEPS)]
     if name == "SignOfRows":
-        moved = [part.weight.name for group in engine.optimizer.param_groups for part in group["parts"]]
-        assert sorted(moved) == sorted(weight.name for weight in config.model.spec.weights())
+        moved = [part.weight.name for group in rank.engine.optimizer.param_groups for part in group["parts"]]
+        assert sorted(moved) == sorted(weight.name for weight in rank.config.model.spec.weights())
     return losses
 
 
