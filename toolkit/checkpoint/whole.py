@@ -26,7 +26,7 @@ from toolkit.tensors import DTYPES, mapped
 MASTER = "master"
 _TYPES = {text: dtype for dtype, text in DTYPES.items()}
 _BUFFER = 1 << 22  # bytes read at a time where columns have to be picked out
-_SMALL = 1 << 12  # bytes of a row from which on reading it by itself beats reading its neighbours too
+MIN_DIRECT_READ_BYTES = 1 << 12  # a shorter row is read with its neighbours in one go, and picked out in memory
 _OPEN_FILES = 64
 
 
@@ -195,7 +195,7 @@ class WholeCheckpoint:
         at = row * width + column
         if (columns == width or rows == 1) and out.is_contiguous():
             self._read_flat(out.view(-1), p, key, rank, at)
-        elif columns < width and columns * out.element_size() >= _SMALL:
+        elif columns < width and columns * out.element_size() >= MIN_DIRECT_READ_BYTES:
             for i in range(rows):
                 self._read_flat(out[i], p, key, rank, at + i * width)
         else:

@@ -11,7 +11,6 @@ LAUNCH = 2e-6  # seconds between kernels of a full queue
 PROLOGUE = 128  # accumulation steps' worth of time to fill and drain a tile's pipeline
 
 TAIL = 0.3  # waves lost at the end of a long multiply: persistent kernels and the next kernel's start fill the rest
-UNCOVERED = 1.0  # of a multiply's own traffic: a tile's first loads and its store wait, only the loads between run beside the multiplies
 # (rows, columns, share of the best rate): the tile shapes of cuBLAS/CUTLASS; small tiles reload operands more often
 _TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.94), (128, 64, 0.80), (64, 128, 0.80), (64, 64, 0.62))
 
@@ -42,7 +41,7 @@ def matmul_time(m: int, n: int, k: int, *, gpu: Gpu, precision: str, scale: floa
     traffic = batch * (width * (m * k + k * n) + (2 * kept if kept else max(2, width)) * m * n)
     moved = traffic / (gpu.memory_gb_s * GB * STREAM)
     stored = batch * (2 * kept if kept else max(2, width)) * m * n / (gpu.memory_gb_s * GB * STREAM)
-    return LAUNCH + max(best + UNCOVERED * stored, moved)
+    return LAUNCH + max(best + stored, moved)
 
 
 def attention_kernel(gpu: Gpu, kernel: str) -> str:

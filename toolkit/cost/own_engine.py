@@ -86,7 +86,7 @@ def states(w: Workload, stage: int, *, dp_rank: int = 0) -> dict[str, float]:
         parts["zero buffers"] = buckets + 2 * b * max(x.count for x in each + edges) + b * flat / cut
     elif w.zero == 2 and b == 4:
         touched = _touched(w, stage, shares, dp_rank)
-        # interleaved, the last chunk's backward comes first and makes room for all gradients, and for zeros of the others' beside it
+        # with VPP the last chunk allocates gradient buffers for all chunks, plus zeros for the others
         parts["gradients"] = 4 * (sum(touched) + (sum(touched[:-1]) if touched[-1] else 0))
     return {name: float(value) for name, value in parts.items()}
 
@@ -262,7 +262,7 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
     if w.recompute == "full":
         redone = layer_saved(replace(w, recompute="none"), cpu=cpu) - t / w.sequence_shards * b * s.hidden
     stream = t / w.sequence_shards * b * s.hidden
-    # the product has gone when the gradients of the gate's halves come: as much freed as one of three takes
+    # the gate's product is already freed when the gradients of its two halves come: two of three buffers remain
     widest = t * b * max((2 if s.gated else 1) * s.ffn / w.tp, (s.query + s.key_value) / w.tp)
     held = kept["activations"]
     if stage == w.pp - 1:
