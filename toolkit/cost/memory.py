@@ -20,7 +20,6 @@ FRAGMENTATION, PIPELINE_FRAGMENTATION = 0.07, 0.25  # of what comes and goes eac
 HEADROOM = 1.0 * GIB  # a run that needs more than the device's memory less this counts as not fitting
 HOST_SHARE = 0.9  # of a node's RAM that offloaded states may take beside the system and the data loaders
 BUCKET = 5e8  # DeepSpeed's default reduce and gather bucket, elements
-LIVE = 1e9  # DeepSpeed's default stage3_max_live_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +139,7 @@ def zero_buffers(w: Workload, params: float) -> float:
     if w.zero == 2:
         return 2 * b * min(BUCKET, layer)
     largest = s.rows * s.hidden / w.tp  # the embedding or the output matrix, gathered, and its gradient
-    return b * (min(BUCKET, params) + min(LIVE, params) + 2 * largest)
+    return b * (min(BUCKET, params) + min(own.MAX_LIVE, params) + 2 * largest)
 
 
 def host_bytes(w: Workload, hardware: Hardware) -> tuple[float, float]:
@@ -215,5 +214,5 @@ def _step(w: Workload, params: float) -> dict[str, float]:
         and w.width == 2
         and w.offload_optimizer == "none"
     ):
-        return {"working set": 4 * min(params / w.shards, LIVE if w.zero == 3 else params)}
+        return {"working set": 4 * min(params / w.shards, own.MAX_LIVE if w.zero == 3 else params)}
     return {}
