@@ -79,16 +79,20 @@ def write_stream(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest, total = hashlib.sha256(), 0
-    with path.open("xb", buffering=0) as f:
-        for data in chain((len(text).to_bytes(8, "little") + text,), (_bytes(t) for _, _, pieces in entries.values() for t in pieces)):
-            view = memoryview(data)
-            for start in range(0, len(view), _CHUNK):
-                piece = view[start : start + _CHUNK]
-                digest.update(piece)
-                total += len(piece)
-                while len(piece):  # an unbuffered file may write less than it is given
-                    piece = piece[f.write(piece) :]
-        os.fsync(f.fileno())
+    try:
+        with path.open("xb", buffering=0) as f:
+            for data in chain((len(text).to_bytes(8, "little") + text,), (_bytes(t) for _, _, pieces in entries.values() for t in pieces)):
+                view = memoryview(data)
+                for start in range(0, len(view), _CHUNK):
+                    piece = view[start : start + _CHUNK]
+                    digest.update(piece)
+                    total += len(piece)
+                    while len(piece):  # an unbuffered file may write less than it is given
+                        piece = piece[f.write(piece) :]
+            os.fsync(f.fileno())
+    except OSError as e:
+        e.filename = e.filename or str(path)  # a failed write does not say of which file
+        raise
     if total != 8 + len(text) + offset:
         raise ValueError(f"{path} got {total} bytes, and its header tells of {8 + len(text) + offset}")
     return FileRecord(name=path.name, bytes=total, sha256=digest.hexdigest())
