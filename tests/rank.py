@@ -32,13 +32,14 @@ class Rank:
     """Config, layout, model chunks, engine and schedule of this rank, made as the training loop makes them.
 
     data: (prepared data, training set) of a run that resumes, saves, or starts from weights; None: of one that does none of it.
-    optimizer: as the engine's argument.
+    optimizer: as the engine's argument. loss: a function to train with instead of the mean.
     """
 
-    def __init__(self, raw: dict[str, Any], *, data: tuple[Any, Any] | None = None, optimizer: Any = None) -> None:
+    def __init__(self, raw: dict[str, Any], *, data: tuple[Any, Any] | None = None, optimizer: Any = None, loss: Any = None) -> None:
         from toolkit.checkpoint.session import Checkpoints
         from toolkit.checkpoint.start import starting_weights
         from toolkit.config.load import parse_config
+        from toolkit.engine.loss import Loss
         from toolkit.engine.schedule import Schedule
         from toolkit.engine.zero import Engine, partitioner
         from toolkit.model.build import build_chunks
@@ -61,7 +62,10 @@ class Rank:
         if data is not None:
             self.checkpoints.attach(self.engine, data[1])
         t = self.config.train
-        self.schedule = Schedule(self.engine.views, self.layout, seq_length=t.seq_length, micro_batch_size=t.micro_batch_size)
+        self.loss = Loss(loss)
+        self.schedule = Schedule(
+            self.engine.views, self.layout, seq_length=t.seq_length, micro_batch_size=t.micro_batch_size, loss=self.loss
+        )
 
     def micro(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step."""
@@ -77,4 +81,6 @@ class Rank:
     def forward_backward(self, micro: list[Batch]) -> Tensor | None:
         """The schedule over some micro-batches; the update is left to engine.finish()."""
         self.engine.begin()
-        return self.schedule(lambda: iter(micro), num_microbatches=self.layout.num_microbatches)
+        loss = self.schedule(lambda: iter(micro), num_microbatches=self.layout.num_microbatches)
+        assert self.loss.error is None, self.loss.error
+        return loss

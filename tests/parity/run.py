@@ -19,8 +19,9 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
     cell["mutation"]: name of a function of tests.parity.mutations that breaks the engine first. cell["loss"]: name of a function of
     tests.parity.losses to train with.
     """
+    from tests.parity import losses as own_losses
 
-    rank = Rank(cell["config"])
+    rank = Rank(cell["config"], loss=getattr(own_losses, cell["loss"]) if cell.get("loss") else None)
     if cell.get("mutation"):
         from tests.parity import mutations
 
