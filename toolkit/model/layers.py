@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -160,7 +161,10 @@ def local_spec(config: TransformerConfig, *, num_layers: int) -> TransformerBloc
     parts: Any = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = norm
     if getattr(config, "mlp_bias", config.add_bias_linear) != config.add_bias_linear:
-        parts.mlp.module = BiasedMLP
+        if isinstance(parts.mlp, ModuleSpec):
+            parts.mlp.module = BiasedMLP
+        else:  # from megatron-core 0.19 on, the class's own maker with its submodules
+            parts.mlp = functools.partial(BiasedMLP.as_mlp_submodule, **parts.mlp.keywords)  # type: ignore[attr-defined]
     attention = parts.self_attention.submodules
     attention.core_attention = SdpaAttention
     if config.qk_layernorm:
