@@ -126,6 +126,10 @@ class Recorder(TorchDispatchMode):
         self._works: dict[int, int] = {}
         self.keeps_going: Callable[[str], None] | None = None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch's wrapper against it would cost more than most operators
+
     # -- operators ----------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
