@@ -21,11 +21,11 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
     connect(World(rank, size, 0), layout, seed=config.run.seed)
     recorder = Recorder("cpu", rank=rank)
     play = Play(config, layout, rank, recorder)
-    with recorder, recorder.messages(), torch.autograd.set_multithreading_enabled(False):
+    with recorder, recorder.wire.written(), torch.autograd.set_multithreading_enabled(False):
         play.build()
         for _ in range(2):
             meter = play.step()
-    groups = list(recorder.groups)
+    groups = list(recorder.wire.groups)
     return {
         "parts": dict(meter.measured.parts),
         "peak": recorder.step.peak.nbytes,

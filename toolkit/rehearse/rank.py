@@ -27,7 +27,8 @@ from toolkit.parallel.layout import Layout
 from toolkit.profile.live_tensors import RECOMPUTED, STATIC, Saved, StepMeter
 from toolkit.rehearse import device as stand_ins
 from toolkit.rehearse.price import Price
-from toolkit.rehearse.record import Recorder, Step
+from toolkit.rehearse.record import Recorder
+from toolkit.rehearse.step import Step
 from toolkit.train.world import World, connect
 
 Progress = Callable[[str, float], None]
@@ -41,14 +42,14 @@ class SavedByPart(Saved):
     def _pack(self, tensor: Tensor) -> Any:
         held = super()._pack(tensor)
         address = tensor.untyped_storage()._cdata
-        if self.part != RECOMPUTED and self.recorder.part.get(address) == "working set" and address in self.holders:
-            self.recorder.move(address, self.part)
+        if self.part != RECOMPUTED and self.recorder.storages.part.get(address) == "working set" and address in self.holders:
+            self.recorder.storages.move(address, self.part)
         return held
 
     def _freed(self, address: int, nbytes: int, part: str) -> None:
         super()._freed(address, nbytes, part)
-        if address not in self.holders and self.recorder.part.get(address) in ("activations", "logits"):
-            self.recorder.move(address, "working set")
+        if address not in self.holders and self.recorder.storages.part.get(address) in ("activations", "logits"):
+            self.recorder.storages.move(address, "working set")
 
 
 def rehearse(
@@ -77,10 +78,10 @@ def rehearse(
     connect(World(rank, world, 0), layout, seed=config.run.seed)
     play = Play(config, layout, rank, recorder, device)
     # one thread: the backward then has the caller's stack, and no two threads take turns
-    with device.tensors(), recorder, recorder.messages(), torch.autograd.set_multithreading_enabled(False):
+    with device.tensors(), recorder, recorder.wire.written(), torch.autograd.set_multithreading_enabled(False):
         progress("model and engine", 0.1)
         play.build()
-        built = {"seconds": time.perf_counter() - started, "reserved": recorder.allocator.peak_reserved}
+        built = {"seconds": time.perf_counter() - started, "reserved": recorder.storages.allocator.peak_reserved}
         for number in range(steps):
             progress(f"step {number + 1}", (number + 0.5) / (steps + 0.5))
             meter = play.step()
@@ -91,12 +92,12 @@ def rehearse(
         **asdict(at),
         "parts": {part: meter.measured.parts.get(part, 0) for part in (*STATIC, "activations", "logits")},
         "allocated": recorder.step.peak.nbytes,
-        "peak_reserved": recorder.allocator.peak_reserved,
-        "retries": recorder.allocator.retries,
-        "overdrawn": recorder.allocator.overdrawn,
+        "peak_reserved": recorder.storages.allocator.peak_reserved,
+        "retries": recorder.storages.allocator.retries,
+        "overdrawn": recorder.storages.allocator.overdrawn,
         "microbatches": layout.num_microbatches,
         "step": recorder.step.as_json(),
-        "groups": [compressed(ranks) for ranks in recorder.groups],
+        "groups": [compressed(ranks) for ranks in recorder.wire.groups],
         "built": built,
         "seconds": time.perf_counter() - started,
     }
@@ -124,7 +125,7 @@ class Play:
         recorder.step = Step()
         recorder.phase = "start"
         for part, tensors in reversed(held_tensors(engine).items()):
-            recorder.assign(part, tensors)
+            recorder.storages.assign(part, tensors)
         recorder.step.peak.nbytes = 0
         meter = StepMeter(engine, follow=False)
         saved = SavedByPart(tensor for tensors in held_tensors(engine).values() for tensor in tensors)
@@ -141,7 +142,7 @@ class Play:
             recorder.phase = "between"
 
         with ExitStack() as stack:
-            for context in (recorder.modules(engine.chunks), meter, observed(around)):
+            for context in (recorder.running.followed(engine.chunks), meter, observed(around)):
                 stack.enter_context(context)
             micro = [self._batch() for _ in range(self.layout.num_microbatches)]
             engine.begin()
