@@ -91,6 +91,7 @@ def rehearse(
         "stage": at.pp,
         **asdict(at),
         "parts": {part: meter.measured.parts.get(part, 0) for part in (*STATIC, "activations", "logits")},
+        "host": {**meter.measured.host, "peak": recorder.host.peak, "pinned": recorder.host.pinned},
         "allocated": recorder.step.peak.nbytes,
         "peak_reserved": recorder.storages.allocator.peak_reserved,
         "retries": recorder.storages.allocator.retries,
@@ -100,6 +101,7 @@ def rehearse(
         "groups": [compressed(ranks) for ranks in recorder.wire.groups],
         "built": built,
         "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time(),
     }
 
 
