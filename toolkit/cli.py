@@ -66,6 +66,7 @@ def train(
     from toolkit.cluster.environment import PLANNED, gpu_count
     from toolkit.cluster.launch import read_hostfile, run_local, run_on_hosts
     from toolkit.config.load import load_config
+    from toolkit.train.console import launcher_log
     from toolkit.train.resolve import resolve
 
     at_least_one("--num-procs", num_procs)
@@ -84,8 +85,9 @@ def train(
 
         typer.echo(say_what_would_run(config, overrides or [], load_config(config, overrides or []), processes=processes), nl=False)
         return
-    resolve(load_config(config, overrides or []), processes)  # what is wrong is said before any process starts
-    raise typer.Exit(run_local(config, overrides or [], num_procs=processes, environ={**os.environ, PLANNED: "1"}))
+    resolved = resolve(load_config(config, overrides or []), processes)  # what is wrong is said before any process starts
+    with launcher_log(resolved.config.run.dir):
+        raise typer.Exit(run_local(config, overrides or [], num_procs=processes, environ={**os.environ, PLANNED: "1"}))
 
 
 @app.command()

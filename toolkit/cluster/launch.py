@@ -257,6 +257,7 @@ def _supervise(process: subprocess.Popen[bytes], received: list[int], *, module:
         if len(received) == handled:
             continue
         handled = len(received)
+        clear_line()
         if handled > 1:
             logger.warning("second signal: killing the ranks")
             os.killpg(process.pid, signal.SIGKILL)
@@ -265,6 +266,12 @@ def _supervise(process: subprocess.Popen[bytes], received: list[int], *, module:
             _terminate(now)
         elif not ranks:
             process.terminate()  # the launcher is still importing: there is no rank to end properly
+
+
+def clear_line() -> None:
+    """Make room on a terminal for a line of this process, where rank 0's progress bar may stand."""
+    if sys.stdout.isatty():
+        sys.stdout.write("\r\x1b[2K")
 
 
 def _ranks(launcher: int, *, module: str) -> list[psutil.Process]:
