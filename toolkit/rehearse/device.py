@@ -242,8 +242,7 @@ def _cuda(device: Device, *, gpu: str, memory: int, gpus: int) -> None:
             listener.sync("event.synchronize")
 
         def elapsed_time(self, other: Any) -> float:
-            listener.sync("event.elapsed_time")
-            return 1.0
+            return 1.0  # of two events that have passed: it waits for none
 
     class Stream:
         cuda_stream, device = 0, here
