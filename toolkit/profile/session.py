@@ -132,8 +132,8 @@ class Session:
         engine: Any = self.run.engine
         run: Any = self.run
         finish = clock.timed("optimizer", engine.finish)
-        load = clock.timed("data wait", run._next)
-        with observed(clock.part), wire.counting(), replaced(run, "_next", load), replaced(engine, "finish", finish):
+        load = clock.timed("data wait", run._fetch)
+        with observed(clock.part), wire.counting(), replaced(run, "_fetch", load), replaced(engine, "finish", finish):
             dist.barrier()
             clock.take()
             wire.forget()
