@@ -10,9 +10,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 ANSWER = "the answer: "
@@ -60,7 +62,7 @@ def played(raw: dict[str, Any], *, world: int, rank: int = 0, **more: Any) -> It
     from toolkit.engine import zero
     from toolkit.parallel.layout import Layout
     from toolkit.rehearse import device as stand_ins
-    from toolkit.rehearse.rank import Play
+    from toolkit.rehearse.program import Play
     from toolkit.rehearse.record import Recorder
     from toolkit.train.world import World, connect
 
@@ -72,8 +74,14 @@ def played(raw: dict[str, Any], *, world: int, rank: int = 0, **more: Any) -> It
     stand_ins.install_optimizer(zero.deepspeed)
     stand_ins.open_world(rank, world)
     connect(World(rank, world, 0), layout, seed=config.run.seed)
-    play = Play(config, layout, rank, recorder, device, **more)
-    with device.tensors(), recorder, recorder.wire.written(), torch.autograd.set_multithreading_enabled(False):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        device.tensors(),
+        recorder,
+        recorder.wire.written(),
+        torch.autograd.set_multithreading_enabled(False),
+    ):
+        play = Play(config, layout, rank, recorder, folder=Path(folder) / "run", **more)
         play.build()
         yield play
 

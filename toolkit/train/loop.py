@@ -212,10 +212,11 @@ class Run:
         failed = self.checkpoints.failed or self.error is not None
         worst = torch.tensor([float(asks), waited, float(used), float(failed)], dtype=torch.float64, device=device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        asked, wait, memory, any_failed = worst.tolist()
+        # all in one copy to the host, which waits for the device each time it asks
+        mean_loss, grad_norm, asked, wait, memory, any_failed = torch.cat([total.double(), norm.double().reshape(1), worst]).tolist()
         if any_failed:
             self._end_together()
-        return float(total), int(asked), float(norm), wait, memory
+        return mean_loss, int(asked), grad_norm, wait, memory
 
     @property
     def error(self) -> ToolkitError | None:
