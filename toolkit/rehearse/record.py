@@ -22,6 +22,7 @@ from toolkit.rehearse.storages import Storages
 from toolkit.rehearse.wire import Wire
 
 _VIEWS = {"_unsafe_view", "_reshape_alias", "detach", "alias", "lift_fresh", "detach_", "set_", "resize_"}
+_ON_THE_HOST = ("data/loader.py", "checkpoint/save.py")  # pinned batches and generators' states are there on purpose
 _NO_KERNEL = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "device", "is_pinned", "sym_size", "sym_numel"}
 
 
@@ -107,9 +108,8 @@ class Recorder(TorchDispatchMode):
         inputs = [t for value in (*args, *kwargs.values()) for t in tensors_of(value)]
         places = {device_of(t) for t in (*inputs, *outputs)}
         if self.kind not in places:
-            # pinned batches and generators' states are on the host on purpose
-            if self.kind == "cuda" and any(t.numel() > 16 for t in outputs):
-                self.step.elsewhere[name, here()] += 1
+            if self.kind == "cuda" and any(t.numel() > 16 for t in outputs) and not (place := here()).startswith(_ON_THE_HOST):
+                self.step.elsewhere[name, place] += 1
             return
         if kind == "copy" and len(places) > 1:
             big = max((t.numel() * t.element_size() for t in (*inputs, *outputs)), default=0)
