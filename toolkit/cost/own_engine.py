@@ -216,17 +216,25 @@ def norm_saved(w: Workload, width: int, *, cpu: bool) -> float:
     return w.width * width + 2 * (w.width if cpu else 4)
 
 
+def _saved_by_chunk(w: Workload, stage: int, *, cpu: bool) -> list[float]:
+    """Bytes that each model chunk of a stage keeps of one micro-batch."""
+    each = [w.layers_in(stage, chunk) * layer_saved(w, cpu=cpu) for chunk in range(w.vpp)]
+    if stage == 0:
+        each[0] += w.tokens * (8 + (1 if w.tp > 1 else 0))  # token ids, and which of them are this rank's
+    if stage == w.pp - 1:
+        each[-1] += w.tokens / w.sequence_shards * norm_saved(w, w.model.hidden, cpu=cpu)
+    return each
+
+
 def stage_saved(w: Workload, stage: int, *, cpu: bool) -> dict[str, float]:
     """Bytes a stage keeps for backwards at its fullest moment: activations of all micro-batches in flight, and the logits of one."""
     s, b, t = w.model, w.width, w.tokens
-    each = [w.layers_in(stage, chunk) * layer_saved(w, cpu=cpu) for chunk in range(w.vpp)]
+    each = _saved_by_chunk(w, stage, cpu=cpu)
     once = logits = 0.0
     if stage == 0:
-        each[0] += t * (8 + (1 if w.tp > 1 else 0))  # token ids, and which of them are this rank's
         once += 8 * w.seq if s.positions else 0  # positions, the same tensor for every micro-batch
     if stage == w.pp - 1:
         whole = t / w.sequence_shards
-        each[-1] += whole * norm_saved(w, s.hidden, cpu=cpu)
         logits = whole * b * s.hidden + t * (4 * s.rows / w.tp + 9)  # the output layer's input, fp32 softmax, targets and their mask
     if w.recompute == "full" and s.rotary:
         once += 4 * w.seq * s.head_dim * w.vpp  # RoPE's angles, of which megatron-core makes one tensor for all of a chunk's layers
@@ -304,6 +312,8 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
             "activations": held - held / min(warmup(stage=0, pp=w.pp, vpp=w.vpp, microbatches=w.microbatches) + 1, w.microbatches * w.vpp),
             "working set": b * s.rows * s.hidden / w.tp + stream,
         }
+    if w.zero < 2 and w.offload_optimizer != "none":
+        _grow(w, stage, found, cpu=cpu)
     buckets = w.zero == 2 and w.offload_optimizer == "none"
     if buckets and w.shards > 1:
         found |= _reductions(w, stage, held, redone=redone)
@@ -314,6 +324,10 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
     if stage == w.pp - 1:
         # the loss overwrites its fp32 logits with the softmax and that with the gradient; in 16 bits the logits as multiplied stay too
         found["loss"] = {**kept, "working set": stream + (t * s.rows / w.tp * b if b < 4 else 0.0)}
+        if w.zero < 2 and w.offload_optimizer != "none":
+            # the output layer's gradient is whole before it is added
+            whole = (t * s.rows + s.rows * s.hidden) / w.tp * b
+            found["output layer"] = {"activations": kept["activations"], "working set": whole + stream}
         if w.zero == 3:
             found["loss"]["working set"] -= w.width * _largest(w, stage) if w.shards > 1 else 0  # its gradient is not there yet
         if w.zero == 3:  # base counts the weight and its gradient
@@ -324,6 +338,33 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
             first = max(t * s.rows, s.rows * s.hidden) / w.tp * b
             found["output layer"] = {"activations": kept["activations"], "working set": first + 2 * stream}
     return found
+
+
+def _grow(w: Workload, stage: int, found: dict[str, dict[str, float]], *, cpu: bool) -> None:
+    """Correct a backward's moment where gradients are not there from the start: ZeRO-1 with its optimizer offloaded.
+
+    Autograd makes each chunk's gradients in its first backward, when what earlier forwards have kept begins to go. The worst backward is
+    found by following the schedule, a chunk at a time.
+    """
+    each, layers = _saved_by_chunk(w, stage, cpu=cpu), sum(x.count for x in layer_weights(w))
+    before, after = edge_weights(w, stage)
+    gradients = [w.width * layers * w.layers_in(stage, chunk) for chunk in range(w.vpp)]
+    gradients[0] += w.width * sum(x.count for x in before)
+    gradients[-1] += w.width * sum(x.count for x in after)
+    total, absent, now, best = sum(gradients), float(sum(gradients)), 0.0, (0.0, float(sum(gradients)))
+    made: set[int] = set()
+    for work in order(stage=stage, pp=w.pp, vpp=w.vpp, microbatches=w.microbatches):
+        now += each[work.chunk] if work.kind == "forward" else 0.0
+        best = max(best, (now, absent), key=lambda moment: moment[0] - moment[1])
+        if work.kind == "backward":
+            now -= each[work.chunk]
+            made.add(work.chunk)
+            absent = float(total - sum(gradients[chunk] for chunk in made))
+    fullest = stage_saved(w, stage, cpu=cpu)["activations"]
+    least = max(0.0, fullest - best[0])
+    for name in found.keys() & {"backward", "embedding"}:
+        found[name]["activations"] = max(0.0, found[name]["activations"] - least)
+    found["backward"]["gradients"] = -best[1]
 
 
 def _reductions(w: Workload, stage: int, held: float, *, redone: float) -> dict[str, dict[str, float]]:
