@@ -16,6 +16,7 @@ from toolkit.cost.workload import Workload
 from toolkit.parallel.order import order, warmup
 
 MAX_LIVE = 1e9  # DeepSpeed's default stage3_max_live_parameters
+SUB_GROUP = 1e9  # elements that ZeRO-3 steps at a time: DeepSpeed's default sub_group_size
 ALIGN = 2  # DeepSpeed pads each optimizer group of ZeRO-0/1/2 to this many elements per data-parallel rank
 
 
@@ -267,17 +268,72 @@ def known(w: Workload) -> bool:
 def gathered(w: Workload, stage: int) -> float:
     """Bytes of weights that ZeRO-3 holds whole at the end of a forward, and the gradient of the largest one.
 
-    Where every forward is followed by its backward (no pipeline, or its last stage), DeepSpeed sees that weights are needed again soon
-    and keeps up to stage3_max_live_parameters of them; elsewhere each is freed after its use.
+    Where every forward is followed by its backward, DeepSpeed sees that weights are needed again soon and keeps up to
+    stage3_max_live_parameters of them: without a pipeline, on its last stage, and where a stage goes on long enough with one forward and
+    one backward of the same chunk (see foreseen). Elsewhere each is freed after its use.
     """
-    if w.zero < 3 or w.shards == 1:
+    if not _gathers(w):
         return 0.0
-    before, after = edge_weights(w, stage)
     largest = _largest(w, stage)
-    if w.vpp > 1 or stage < w.pp - 1:
-        return 2.0 * w.width * largest
-    every = layer_weights(w) * w.layers_on(stage) + before + after
-    return w.width * (min(MAX_LIVE, sum(x.count for x in every if x.count > w.persist)) + largest)
+    if w.vpp == 1 and stage == w.pp - 1:
+        return w.width * (min(MAX_LIVE, _cut_weights(w, stage, 0)) + largest)
+    kept = [_cut_weights(w, stage, f) for f, back in foreseen(w, stage) if back == f]
+    # two layers' uses must not be further apart than stage3_max_reuse_distance, which is as large
+    near = max((n for n in kept if 2 * n <= MAX_LIVE), default=0)
+    return w.width * max(2.0 * largest, near + largest)
+
+
+def prefetched(w: Workload, stage: int) -> dict[int, float]:
+    """Bytes of weights beyond gathered() that ZeRO-3 holds early in a forward whose modules it foresees, by model chunk.
+
+    Each module's fetch begins at least one more gather, so that soon all weights of the chunk are there, or
+    stage3_max_live_parameters and the one that went beyond (partitioned_param_coordinator.py, fetch_sub_module).
+    """
+    if not _gathers(w):
+        return {}
+    there, largest = gathered(w, stage), _largest(w, stage)
+    live = {f: w.width * min(MAX_LIVE + largest, _cut_weights(w, stage, f)) for f, _ in foreseen(w, stage)}
+    return {f: nbytes - there for f, nbytes in live.items() if nbytes > there}
+
+
+def foreseen(w: Workload, stage: int) -> list[tuple[int, int]]:
+    """Forwards whose order of modules DeepSpeed knows when they begin: their chunk, and that of the backward it expects next (-1: none).
+
+    It writes down what runs from one forward to the next. What it has written it foresees from then on, until something else runs: that
+    passage is lost, and the next one is written (partitioned_param_coordinator.py, trace_prologue and reset_step).
+    """
+    passages: list[list[tuple[str, int]]] = []
+    for work in list(order(stage=stage, pp=w.pp, vpp=w.vpp, microbatches=w.microbatches)) * 2:  # the second step knows the first
+        if work.kind == "forward":
+            passages.append([])
+        passages[-1].append((work.kind, work.chunk))
+    written: list[tuple[str, int]] | None = None
+    known, found = False, []
+    for i, passage in enumerate(passages):
+        if not known and written is not None:
+            known = True
+        elif not known:
+            written = passage  # this one is being written
+            continue
+        assert written is not None
+        if passage == written[: len(passage)]:
+            back = next((chunk for kind, chunk in written[1:] if kind == "backward"), -1)
+            found += [(passage[0][1], back)] if i >= len(passages) // 2 else []
+        else:
+            known, written = False, None
+    return found
+
+
+def _gathers(w: Workload) -> bool:
+    """Whether ZeRO-3's weights have to be made whole: they are cut, or lie in host memory."""
+    return w.zero == 3 and (w.shards > 1 or w.offload_param != "none")
+
+
+def _cut_weights(w: Workload, stage: int, chunk: int) -> int:
+    """Elements of the weights of a chunk that ZeRO-3 does not keep whole anyway."""
+    before, after = edge_weights(w, stage)
+    ends = (before if chunk == 0 else []) + (after if chunk == w.vpp - 1 else [])
+    return sum(x.count for x in layer_weights(w) * w.layers_in(stage, chunk) + ends if x.count > w.persist)
 
 
 def _largest(w: Workload, stage: int) -> int:
@@ -305,8 +361,17 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
         held -= t / w.sequence_shards * norm_saved(w, s.hidden, cpu=cpu)  # the final norm's backward is over
     found = {
         "backward": {"activations": held, "working set": redone + widest + 2 * stream},
-        "optimizer step": {"working set": _step_copies(w, stage)},
+        # no weight is whole any more, which base counts, and no bucket is there
+        "optimizer step": {"working set": _step_copies(w, stage) - gathered(w, stage)},
     }
+    if w.zero == 2 and w.offload_optimizer == "none":
+        found["optimizer step"]["zero buffers"] = -states(w, stage)["zero buffers"]
+    if w.zero < 3 and (b < 4 or w.zero == 2 or w.offload_optimizer != "none"):
+        # a product's gradients: those of its output, its input (gathered from sequence parallel ranks) and its weight, before it is added
+        inputs = t * b * s.hidden if w.sequence_shards > 1 else 0.0
+        weight = b * max(x.count for x in layer_weights(w))
+        wide = t * b * (2 if s.gated else 1) * s.ffn / w.tp
+        found["weight gradient"] = {"activations": held, "working set": redone + wide + inputs + weight + stream}
     if stage == 0 and w.zero < 2:  # its last gradient is the embedding's, whole
         found["embedding"] = {
             "activations": held - held / min(warmup(stage=0, pp=w.pp, vpp=w.vpp, microbatches=w.microbatches) + 1, w.microbatches * w.vpp),
@@ -314,8 +379,12 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
         }
     if w.zero < 2 and w.offload_optimizer != "none":
         _grow(w, stage, found, cpu=cpu)
+    for chunk, more in prefetched(w, stage).items():
+        # early in a forward: what it keeps itself is not there yet
+        running = _saved_by_chunk(w, stage, cpu=cpu)[chunk]
+        found[f"forward of chunk {chunk}"] = {"activations": max(0.0, held - running), "working set": more + widest / 2 + 4 * stream}
     buckets = w.zero == 2 and w.offload_optimizer == "none"
-    if buckets and w.shards > 1:
+    if w.zero == 2 and w.shards > 1:
         found |= _reductions(w, stage, held, redone=redone)
     if s.tied and w.pp == 1 and not (b == 4 and w.zero < 2):
         # a tied weight's gradient from the output layer waits for the embedding's, which comes last
@@ -329,7 +398,7 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
             whole = (t * s.rows + s.rows * s.hidden) / w.tp * b
             found["output layer"] = {"activations": kept["activations"], "working set": whole + stream}
         if w.zero == 3:
-            found["loss"]["working set"] -= w.width * _largest(w, stage) if w.shards > 1 else 0  # its gradient is not there yet
+            found["loss"]["working set"] -= w.width * _largest(w, stage) if _gathers(w) else 0  # its gradient is not there yet
         if w.zero == 3:  # base counts the weight and its gradient
             found["output layer"] = {"activations": kept["activations"], "working set": t * s.rows / w.tp * b + 2 * stream}
         if buckets:
@@ -352,6 +421,7 @@ def _grow(w: Workload, stage: int, found: dict[str, dict[str, float]], *, cpu: b
     gradients[0] += w.width * sum(x.count for x in before)
     gradients[-1] += w.width * sum(x.count for x in after)
     total, absent, now, best = sum(gradients), float(sum(gradients)), 0.0, (0.0, float(sum(gradients)))
+    first = best  # of the first chunk's backwards, at their ends
     made: set[int] = set()
     for work in order(stage=stage, pp=w.pp, vpp=w.vpp, microbatches=w.microbatches):
         now += each[work.chunk] if work.kind == "forward" else 0.0
@@ -360,11 +430,13 @@ def _grow(w: Workload, stage: int, found: dict[str, dict[str, float]], *, cpu: b
             now -= each[work.chunk]
             made.add(work.chunk)
             absent = float(total - sum(gradients[chunk] for chunk in made))
+            first = max(first, (now, absent), key=lambda moment: moment[0] - moment[1]) if work.chunk == 0 else first
     fullest = stage_saved(w, stage, cpu=cpu)["activations"]
-    least = max(0.0, fullest - best[0])
-    for name in found.keys() & {"backward", "embedding"}:
-        found[name]["activations"] = max(0.0, found[name]["activations"] - least)
-    found["backward"]["gradients"] = -best[1]
+    for name in ("backward", "weight gradient"):
+        found[name]["activations"] = max(0.0, found[name]["activations"] - max(0.0, fullest - best[0]))
+        found[name]["gradients"] = -best[1]
+    if "embedding" in found:
+        found["embedding"] |= {"activations": first[0], "gradients": -first[1]}
 
 
 def _reductions(w: Workload, stage: int, held: float, *, redone: float) -> dict[str, dict[str, float]]:
@@ -386,23 +458,28 @@ def _reductions(w: Workload, stage: int, held: float, *, redone: float) -> dict[
         ordered = [(x, 0) for x in before if chunk == 0]
         ordered += [(x, layer) for layer in range(count) for x in layer_weights(w)]
         ordered += [(x, count) for x in after if chunk == w.vpp - 1]
-        filled, inside = 0, 0
+        filled, inside = 0, 0.0
         for weight, layer in reversed(ordered):
             left = held - running * (1 - layer / max(1, count)) - first
             if weight.count > w.bucket:
                 found[f"gradient of {weight.count} elements at layer {layer}"] = {
                     "activations": left,
-                    "working set": 2.0 * w.width * weight.count,
+                    "working set": 2.0 * w.width * weight.count + _upcast(w, weight, part),
                 }
             elif filled + weight.count > w.bucket:
-                found[f"bucket of chunk {chunk} at layer {layer}"] = {"activations": left, "working set": w.width * filled + redone}
-                filled, inside = 0, 0
+                sent = w.width * filled + max(redone, inside)
+                found[f"bucket of chunk {chunk} at layer {layer}"] = {"activations": left, "working set": sent}
+                filled, inside = 0, 0.0
             if weight.count <= w.bucket:
                 filled += weight.count
-                inside = max(inside, min(weight.count, part) if weight.group != 2 else ceil(weight.count / w.shards))
-        copied = 4.0 * inside if w.width < 4 else 0.0
-        found[f"last bucket of chunk {chunk}"] = {"activations": held - running, "working set": w.width * filled + copied}
+                inside = max(inside, _upcast(w, weight, part))
+        found[f"last bucket of chunk {chunk}"] = {"activations": held - running, "working set": w.width * filled + inside}
     return found
+
+
+def _upcast(w: Workload, weight: RankWeight, part: int) -> float:
+    """Bytes of a weight's gradient as it is added to this rank's share: in 16 bits its part of the share, copied to fp32."""
+    return 4.0 * (min(weight.count, part) if weight.group != 2 else ceil(weight.count / w.shards)) if w.width < 4 else 0.0
 
 
 def _step_copies(w: Workload, stage: int) -> float:
@@ -413,4 +490,5 @@ def _step_copies(w: Workload, stage: int) -> float:
         return 20.0 * max(matrices)
     if w.zero < 2 or w.offload_optimizer != "none":
         return 0.0
-    return 4 * w.parameters_on(stage) / w.shards
+    part = w.parameters_on(stage) / w.shards
+    return 4 * (min(part, SUB_GROUP) if w.zero == 3 else part)
