@@ -180,9 +180,13 @@ def thinned(samples: list[tuple[float, int]], *, most: int) -> list[tuple[float,
 
 @dataclass
 class StepMemory:
-    """One optimizer step's bytes on this rank. parts: the largest of each; samples: (seconds, live bytes) over time."""
+    """One optimizer step's bytes on this rank.
+
+    parts: the largest of each; host: of each static part in host memory, beside a GPU; samples: (seconds, live bytes) over time.
+    """
 
     parts: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
     peak: int = 0
     samples: list[tuple[float, int]] = field(default_factory=list)
 
@@ -250,3 +254,5 @@ class StepMeter:
     def _note(self) -> None:
         for part, by_device in inventory(self.engine).items():
             self.measured.parts[part] = max(self.measured.parts.get(part, 0), by_device.get(self.kind, 0))
+            if self.kind != "cpu":
+                self.measured.host[part] = max(self.measured.host.get(part, 0), by_device.get("cpu", 0))

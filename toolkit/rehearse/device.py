@@ -35,6 +35,9 @@ class Listener:
     def used_elsewhere(self, tensor: Any, stream: int) -> None:
         """Tensor.record_stream."""
 
+    def pinned(self, tensor: Any) -> None:
+        """A tensor has been copied to page-locked host memory."""
+
     def memory(self, what: str) -> int:
         """An answer for torch.cuda.memory_allocated and its like."""
         return 0
@@ -127,6 +130,7 @@ def _values(device: Device) -> None:
     def pin(self: Any, *_: Any, **__: Any) -> Any:
         copy = self.clone()
         setattr(copy, pinned, True)
+        device.listener.pinned(copy)
         return copy
 
     def values(self: Any) -> Any:

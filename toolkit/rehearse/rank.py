@@ -78,6 +78,7 @@ def rehearse(
         **asdict(at),
         "parts": {part: meter.measured.parts.get(part, 0) for part in (*STATIC, "activations", "logits")},
         **answer,
+        "host": {**meter.measured.host, "peak": recorder.host.peak, "pinned": recorder.host.pinned},
         "retries": recorder.storages.allocator.retries,
         "overdrawn": recorder.storages.allocator.overdrawn,
         "microbatches": layout.num_microbatches,
@@ -85,6 +86,7 @@ def rehearse(
         "groups": [compressed(ranks) for ranks in recorder.wire.groups],
         "built": built,
         "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time(),
     }
 
 

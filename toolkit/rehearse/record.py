@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolkit.rehearse.device import Listener
+from toolkit.rehearse.host import HostMemory
 from toolkit.rehearse.modules import Modules
 from toolkit.rehearse.place import device_of, here, tensors_of
 from toolkit.rehearse.price import Price
@@ -33,6 +34,7 @@ class Recorder(TorchDispatchMode):
         self.kind, self.price, self.rank = kind, price, rank
         self.step = Step()
         self.storages = Storages(kind, capacity=capacity)
+        self.host = HostMemory()
         self.running = Modules()
         self.wire = Wire(rank, price=price, step=lambda: self.step, stream=lambda: self.stream)
         self.phase = "building"
@@ -59,6 +61,8 @@ class Recorder(TorchDispatchMode):
         for tensor in tensors_of(result):
             if self.storages.see(tensor, stream=self.stream):
                 self._grown(func)
+            elif self.kind == "cuda":
+                self.host.see(tensor)
         if kind != "none":
             self._kernel(func, kind, args, kwargs or {}, result)
         return result
@@ -165,6 +169,9 @@ class Recorder(TorchDispatchMode):
     def memory(self, what: str) -> int:
         return self.storages.answer(what)
 
+    def pinned(self, tensor: Any) -> None:
+        self.host.pin(tensor)
+
     def used_elsewhere(self, tensor: Any, stream: int) -> None:
         """The model frees such blocks at once; the real allocator waits for the other stream."""
 
@@ -187,3 +194,7 @@ class Told(Listener):
 
     def memory(self, what: str) -> int:
         return self.recorder.memory(what) if self.recorder is not None else 0
+
+    def pinned(self, tensor: Any) -> None:
+        if self.recorder is not None:
+            self.recorder.pinned(tensor)
