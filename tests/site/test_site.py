@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.report.conftest import Browser, browser
+
+__all__ = ["browser"]
+
 pytest.importorskip("material", reason="the site needs mkdocs-material: pip install -c constraints.txt '.[docs]'")
 
 ROOT = Path(__file__).parents[2]
@@ -47,3 +51,9 @@ def test_readme_names_every_page() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     linked = set(re.findall(r"\]\((docs/[^)#]+\.md)", readme))
     assert {p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/**/*.md")} - linked == set()
+
+
+def test_a_page_from_a_disk_can_be_searched(site: Path, browser: Browser) -> None:
+    """A browser starts no worker from a file, so docs/assets/iframe-worker.js must stand for one."""
+    page = browser.run(site / "docs/how-to/own-data.html", "--virtual-time-budget=20000", "--dump-dom", query="?q=recompute")
+    assert re.search(r"md-search-result__meta\">\s*\d+ matching documents", page), "no result"
