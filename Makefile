@@ -6,7 +6,7 @@ COMPAT_PYTHON ?= $(firstword $(shell for p in python3.12 python3.13 "$$HOME"/.py
 	"$$p" -c 'import ensurepip' >/dev/null 2>&1 && echo "$$p"; done))
 COMPAT_VENV ?= .venv-compat
 
-.PHONY: help quickstart test test-all mutants test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert score-planner rehearsal report-example recipes clean
+.PHONY: help quickstart test test-all mutants test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert score-planner rehearsal report-example recipes site clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -24,6 +24,10 @@ $(VENV)/.dev: $(VENV)/.run
 
 $(VENV)/.bench: $(VENV)/.run
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.run
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	touch $@
 
 quickstart: $(VENV)/.run  ## train a small Llama on real text with 2 CPU processes
@@ -69,6 +73,12 @@ docs: $(VENV)/.run  ## the generated tables of docs/
 	$(BIN)/python -m toolkit.parallel.rules > docs/rules.md
 	$(BIN)/python -m toolkit.config.schema_docs > docs/configuration.md
 	$(BIN)/python -m toolkit.config.deepspeed_docs > docs/deepspeed.md
+	$(BIN)/python -m tests.site.reference
+	$(BIN)/python -m tests.site.counterparts
+
+site: $(VENV)/.docs  ## the pages as a site in build/site, which fetches nothing; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "built: build/site/index.html"
 
 bench-search: $(VENV)/.run  ## how long the planner searches, into docs/tune.md
 	$(BIN)/python -m tests.bench.search --write docs/tune.md
