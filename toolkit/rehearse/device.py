@@ -197,6 +197,9 @@ def _operators(device: Device) -> None:
         return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     anything.scaled_dot_product_attention = attention
+    # it changes what is there and returns nothing, and torch has no word for that without data
+    Device.missing = torch.library.Library("aten", "IMPL", "Meta")  # type: ignore[attr-defined]
+    Device.missing.impl("_fused_sgd_", lambda *_, **__: None)  # type: ignore[attr-defined]
     if device.kind == "cuda":
         _fused_rms_norm()
 
