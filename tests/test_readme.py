@@ -16,7 +16,7 @@ from toolkit.config.load import load_config, parse_config
 from toolkit.parallel.rules import Machine, check
 
 ROOT = Path(__file__).parents[1]
-RECIPES = {"quickstart.yaml": 2, "llama3.2-1b.yaml": 8, "llama2-7b.yaml": 8, "llama3-70b.yaml": 64}
+RECIPES = {"quickstart.yaml": 2, "llama3.2-1b.yaml": 8, "llama2-7b.yaml": 8, "llama3-70b.yaml": 64, "llama3.1-8b-one-gpu.yaml": 1}
 COMMANDS = [line.split("  #")[0].strip() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("toolkit ")]
 
 
