@@ -41,6 +41,11 @@ def degrees(cell: Cell) -> tuple[int, int, int]:
     return tuple(cell.keys.get(f"parallel.{d}", 1) for d in ("tp", "pp", "vpp"))  # type: ignore[return-value]
 
 
+def overlaps(cell: Cell) -> bool:
+    """Whether DeepSpeed's overlap_comm is on."""
+    return "overlap_comm" in cell.keys.get("zero.deepspeed", {}).get("zero_optimization", {})
+
+
 @functools.cache
 def cover() -> list[Cell]:
     """As few of the default cells as have every feature of them all; the fewest stages and ranks first."""
@@ -199,12 +204,11 @@ ON_CPU = {
 @every_cell
 def test_the_host_waits_where_it_is_known_to(cell: Cell, answers: list[dict[str, Any]]) -> None:
     k = cell.keys
-    overlaps = "overlap_comm" in k.get("zero.deepspeed", {}).get("zero_optimization", {})
     applies = {
         "": True,
         OPTIMIZER_ON_CPU: k.get(OPTIMIZER_ON_CPU) == "cpu",
         ZERO_3: k.get(ZERO_3) == 3,
-        "ZeRO-3, or overlap_comm at ZeRO-2": k.get(ZERO_3) == 3 or (k.get(ZERO_3) == 2 and overlaps),
+        "ZeRO-3, or overlap_comm at ZeRO-2": k.get(ZERO_3) == 3 or (k.get(ZERO_3) == 2 and overlaps(cell)),
     }
     for a in answers:
         n, w = a["microbatches"] * degrees(cell)[2], 10 * k.get("model.num_layers", 2) + 4
@@ -232,8 +236,8 @@ def test_operators_run_on_the_device(cell: Cell, answers: list[dict[str, Any]]) 
 @every_cell
 def test_the_next_batch_is_on_its_way_before_the_host_waits(cell: Cell, answers: list[dict[str, Any]]) -> None:
     """Fetched once the loss had been read, it left the device idle."""
-    if cell.uses("cpu") or cell.keys.get(ZERO_3) == 3:
-        return  # there the host waits in each forward too
+    if cell.uses("cpu") or cell.keys.get(ZERO_3) == 3 or overlaps(cell):
+        return  # there the host waits in each forward or backward too
     for a in answers:
         if a["stage"] not in (0, degrees(cell)[1] - 1):
             continue  # reads no data
