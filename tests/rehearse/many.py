@@ -49,7 +49,7 @@ def config_of(cell: Cell) -> dict[str, Any]:
 
 def share(argument: dict[str, Any]) -> None:
     """Within the stand-ins: the jobs by turns in as many forks as there are cores."""
-    import toolkit.rehearse.rank  # noqa: F401  imported once for all
+    import toolkit.rehearse.rank  # noqa: F401  imported once for all, and before tests.pool tells DeepSpeed of the CPU
 
     gc.collect()
     gc.freeze()  # else each rehearsal's end walks through what the libraries hold

@@ -356,6 +356,10 @@ def _cuda(device: Device, *, gpu: str, memory: int, gpus: int) -> None:
         setattr(c, name, lambda *_, what=what: listener.memory(what))
     for name in ("empty_cache", "reset_peak_memory_stats", "reset_max_memory_cached", "reset_max_memory_allocated"):
         setattr(c, name, lambda *_, what=name: listener.memory(what))
+    c.set_per_process_memory_fraction = lambda *_, **__: None
+    c.nccl.version = lambda: (2, 0, 0)
+    c.memory._record_memory_history = lambda *_, **__: None
+    c.memory._dump_snapshot = lambda path="dump_snapshot.pickle": Path(path).write_bytes(b"")
     c.nvtx.range_push = lambda *_, **__: None
     c.nvtx.range_pop = lambda *_, **__: None
     tensor: Any = torch.Tensor
