@@ -10,7 +10,7 @@ import pytest
 
 from tests.cost.test_own_engine_runs import grid
 from tests.parity.cells import Cell
-from tests.rehearse.against import STATES, Point, compare
+from tests.rehearse.against import STATES, Point, compare, kept
 from toolkit.config.load import parse_config
 from toolkit.parallel.layout import Layout
 from toolkit.rehearse import match, play
@@ -72,7 +72,8 @@ def test_a_cell_runs_on_the_gpu_and_its_ranks_agree(cell: Cell, request: pytest.
         assert a["allocated"] <= a["peak_reserved"]
         if cell.uses("cpu"):
             continue
-        off = compare(Point(cell.id, cell.raw(), cell.world, a["stage"]), a)["off"]
+        point = Point(cell.id, cell.raw(), cell.world, a["stage"])
+        off = compare(point, kept(point, a))["off"]
         assert all(abs(off[part]) < 0.01 for part in STATES), off
         devices = [row for row in a["step"]["elsewhere"] if "random.py" not in row[1] and row[1]]
         assert devices == []

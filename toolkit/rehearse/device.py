@@ -62,9 +62,9 @@ class Device:
     @contextlib.contextmanager
     def tensors(self) -> Iterator[None]:
         """Within this context every new tensor is one without data."""
-        from torch._subclasses.fake_tensor import FakeTensorMode
+        from toolkit.rehearse.shapes import ShapeMode
 
-        class Mode(FakeTensorMode):
+        class Mode(ShapeMode):
             avoid_device_init = self.kind == "cuda"  # torch.tensor(…, device="cuda") would ask for real memory there
 
         if self._mode is None:

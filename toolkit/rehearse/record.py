@@ -40,6 +40,10 @@ class Recorder(TorchDispatchMode):
         self.device: Any = None  # toolkit.rehearse.device.Device, whose current stream operators go to
         self._kinds: dict[Any, str] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch's wrapper against it would cost more than most operators
+
     # -- operators ----------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
