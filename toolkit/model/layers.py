@@ -153,8 +153,11 @@ def mask_padding(output_layer: torch.nn.Module, *, vocab_size: int, rows: int) -
     output_layer.register_forward_hook(hook)
 
 
-def local_spec(config: TransformerConfig, *, num_layers: int) -> TransformerBlockSubmodules:
-    """Spec of a stage chunk of `num_layers` layers from PyTorch modules, right under sequence parallelism."""
+def local_spec(config: TransformerConfig, *, num_layers: int, attention: tuple[type, type] | None = None) -> TransformerBlockSubmodules:
+    """Spec of a stage chunk of `num_layers` layers from PyTorch modules, right under sequence parallelism.
+
+    attention: classes to put in the place of megatron-core's SelfAttention and of the core attention in it.
+    """
     rms = config.normalization == "RMSNorm"
     norm = RMSNorm if rms else LayerNorm
     layer = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
@@ -165,10 +168,12 @@ def local_spec(config: TransformerConfig, *, num_layers: int) -> TransformerBloc
             parts.mlp.module = BiasedMLP
         else:  # from megatron-core 0.19 on, the class's own maker with its submodules
             parts.mlp = functools.partial(BiasedMLP.as_mlp_submodule, **parts.mlp.keywords)  # type: ignore[attr-defined]
-    attention = parts.self_attention.submodules
-    attention.core_attention = SdpaAttention
+    inner = parts.self_attention.submodules
+    inner.core_attention = SdpaAttention
+    if attention is not None:
+        parts.self_attention.module, inner.core_attention = attention
     if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = QKRMSNorm if rms else QKLayerNorm
+        inner.q_layernorm = inner.k_layernorm = QKRMSNorm if rms else QKLayerNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 

@@ -1,0 +1,72 @@
+"""This rank's part of a model that generates: its layers, and the messages to the ranks beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from toolkit.arch.spec import WeightSpec
+from toolkit.config.schema import RunConfig
+from toolkit.model.build import DTYPES, build_chunks
+from toolkit.model.cache import CachedAttention, CachedSelfAttention, KeyValueCache
+from toolkit.parallel.layout import Coordinates, Layout
+
+
+class Stage:
+    """The layers of this rank, for forward passes alone; process groups must be up.
+
+    read: gives this rank's part of a weight.
+    """
+
+    def __init__(self, config: RunConfig, layout: Layout, *, rank: int, device: torch.device, read: Callable[[WeightSpec], Tensor]) -> None:
+        self.config, self.layout, self.device = config, layout, device
+        self.at = layout.coordinates(rank)
+        self.first, self.last = self.at.pp == 0, self.at.pp == layout.pp - 1
+        self.dtype = DTYPES[config.train.precision]
+        (chunk,) = build_chunks(config, layout, device=device, read=read, attention=(CachedSelfAttention, CachedAttention))
+        self.model: Any = chunk.eval().requires_grad_(False)
+        self.before, self.behind = (layout.rank(replace(self.at, pp=self.at.pp + step)) for step in (-1, 1))
+        self.head = layout.rank(Coordinates(tp=0, cp=0, dp=self.at.dp, pp=layout.pp - 1))
+        """The rank that chooses tokens for this copy of the model."""
+        self.alone = layout.tp * layout.pp == 1
+
+    def cache(self, *, batch: int, length: int, padding: Tensor | None = None) -> KeyValueCache:
+        """An empty cache for `batch` texts of up to `length` tokens."""
+        m = self.config.model
+        inverse = self.model.rotary_pos_emb.inv_freq if m.spec.rotary else None
+        return KeyValueCache(
+            batch=batch,
+            length=length,
+            inverse=inverse,
+            dtype=self.dtype,
+            device=self.device,
+            context=m.max_position_embeddings,
+            padding=padding,
+            window=m.sliding_window,
+        )
+
+    def forward(self, tokens: Tensor, cache: KeyValueCache) -> Tensor | None:
+        """One pass over new tokens [b, s], through all stages; logits of the last place [b, rows] in fp32 on the last stage, else None."""
+        b, s = tokens.shape
+        if not self.first:
+            hidden = torch.empty((s, b, self.config.model.hidden_size), dtype=self.dtype, device=self.device)
+            dist.recv(hidden, src=self.before)
+            self.model.set_input_tensor(hidden)
+        positions = cache.begin(s)
+        out: Tensor = self.model(tokens, positions, cache.mask(s), inference_context=cache, runtime_gather_output=True)
+        cache.advance(s)
+        if not self.last:
+            dist.send(out.contiguous(), dst=self.behind)
+            return None
+        return out[:, -1].float()
+
+    def share(self, tokens: Tensor) -> None:
+        """Give the tokens that the last stage's first rank chose to every rank of this copy of the model, in place."""
+        if not self.alone:
+            dist.broadcast(tokens, src=self.head, group=parallel_state.get_model_parallel_group())
