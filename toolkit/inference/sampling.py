@@ -11,7 +11,7 @@ from toolkit.inference.request import Sampling
 
 
 def choose(logits: Tensor, sampling: Sampling, *, prompts: list[int], places: list[int]) -> Tensor:
-    """Tokens [b] from logits [b, rows] in fp32; ids that only pad the vocabulary are -inf there.
+    """Tokens [b] from logits [b, vocab] in fp32.
 
     prompts: the number of each row's prompt; places: of the token in its answer, counted from 0.
     """

@@ -116,13 +116,11 @@ def build_chunks(
     partition: Callable[[torch.nn.Parameter], None] | None = None,
     blank: bool = False,
     read: Callable[[WeightSpec], Tensor] | None = None,
-    attention: tuple[type, type] | None = None,
 ) -> list[GPTModel]:
     """The chunks of this rank's stage, initialised; process groups must be up.
 
     partition: called on each parameter once it has its value (ZeRO-3 frees all but its part there). blank: weights are 0,
-    for a checkpoint's to be read into. read: gives this rank's part of a weight, instead of an initial value. attention: as
-    local_spec's.
+    for a checkpoint's to be read into. read: gives this rank's part of a weight, instead of an initial value.
     """
     m = config.model
     assert m.vocab_size is not None, "the vocabulary is known once the data is resolved"
@@ -134,7 +132,7 @@ def build_chunks(
         first = stage == 0 and chunk == 0
         last = stage == layout.pp - 1 and chunk == layout.vpp - 1
         layers = len(layout.layers_of(m.num_layers, stage=stage, chunk=chunk))
-        spec = te_spec(settings) if m.impl == "te" else local_spec(settings, num_layers=layers, attention=attention)
+        spec = te_spec(settings) if m.impl == "te" else local_spec(settings, num_layers=layers)
         with _ParametersOnMeta():
             model = StageModel(
                 settings,

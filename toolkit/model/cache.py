@@ -1,23 +1,16 @@
-"""Attention with a key/value cache, for generating: the layer spec of training with another self-attention in it.
+"""Keys and values of the tokens so far, where each of them is, and who attends to what.
 
-cache = KeyValueCache(batch=2, length=64, inverse=chunk.rotary_pos_emb.inv_freq, dtype=dtype, device=device, context=2048)
-positions = cache.begin(ids.shape[1])
-logits = chunk(ids, positions, cache.mask(ids.shape[1]), inference_context=cache, runtime_gather_output=True)
-cache.advance(ids.shape[1])
+cache = KeyValueCache(batch=2, length=64, rope=rope_frequencies(model), dtype=dtype, device=device, context=2048)
+cache.begin(count)         # once for all layers, before `count` new columns
+keys, values = cache.append(layer, key, value)
+cache.advance(count)
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from megatron.core.inference.contexts.static_context import StaticInferenceContext
-from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
-
-from toolkit.model.layers import SdpaAttention
 
 
 class KeyValueCache(StaticInferenceContext):
@@ -26,8 +19,9 @@ class KeyValueCache(StaticInferenceContext):
     megatron-core's own cache holds keys before rotation, [s, b, groups, d], and turns all of them again for every token.
     Here key_value_memory_dict maps a layer's number to (keys, values), each [b, groups, length, d].
 
-    length: tokens of prompt and answer together; padding: how many columns each row is padded by on the left, [b], None for
-    prompts of one length; inverse: RoPE's inverse wavelengths, None where positions are learned; context: places that the model knows; window: of sliding attention.
+    length: tokens of prompt and answer together; inverse: RoPE's inverse wavelengths, None where positions are learned; context:
+    places that the model knows; padding: how many columns each row is padded by on the left, [b], None for prompts of one length;
+    window: of sliding attention.
     """
 
     def __init__(
@@ -52,6 +46,7 @@ class KeyValueCache(StaticInferenceContext):
             angles = torch.cat((angles, angles), dim=-1)
             self.turns = angles.cos().to(dtype), angles.sin().to(dtype)  # each [length, d]
         self.here: tuple[Tensor, Tensor] | None = None
+        self.mask: Tensor | None = None
 
     @property
     def used(self) -> int:
@@ -61,31 +56,32 @@ class KeyValueCache(StaticInferenceContext):
     def begin(self, count: int) -> Tensor:
         """Place of each of the next `count` columns in its own text, [b, count]; padding counts as place 0.
 
-        How queries and keys turn there is looked up here, once for all layers.
+        How queries and keys turn there, and what they attend to, is worked out here once for all layers.
         """
-        columns = torch.arange(self.used, self.used + count, device=self.device)
+        start, end = self.used, self.used + count
+        self.mask = self._mask(start, end)
+        columns = torch.arange(start, end, device=self.device)
         if self.padding is None:
             if self.turns is not None:
-                cos, sin = (t[self.used : self.used + count, None, None] for t in self.turns)  # [s, 1, 1, d]
+                cos, sin = (t[None, start:end, None, None] for t in self.turns)  # [1, s, 1, 1, d]
                 self.here = cos, sin
             return columns.expand(self.max_batch_size, count)
         # a row that has ended before others may be past the context: its tokens are computed, and nobody looks at them
         positions = (columns - self.padding[:, None]).clamp_(min=0, max=self.context - 1)
         if self.turns is not None:
-            cos, sin = (t[positions.t()].unsqueeze(2) for t in self.turns)  # [s, b, 1, d]
+            cos, sin = (t[positions][:, :, None, None] for t in self.turns)  # [b, s, 1, 1, d]
             self.here = cos, sin
         return positions
 
-    def mask(self, count: int) -> Tensor | None:
-        """Which columns each of the next `count` attends to, [b or 1, 1, count, columns] (True: attends).
+    def _mask(self, start: int, end: int) -> Tensor | None:
+        """Which columns each new one attends to, [b or 1, 1, new, columns] (True: attends).
 
         None where that needs no mask: a first prompt without padding is causal, and a single token sees all before it.
         """
-        used, end = self.used, self.used + count
-        if self.padding is None and (self.window is None or end <= self.window) and (count == 1 or used == 0):
+        if self.padding is None and (self.window is None or end <= self.window) and (end - start == 1 or start == 0):
             return None
         columns = torch.arange(end, device=self.device)
-        rows = torch.arange(used, end, device=self.device)[:, None]
+        rows = columns[start:, None]
         seen = columns <= rows
         if self.window is not None:
             seen &= columns > rows - self.window
@@ -96,7 +92,7 @@ class KeyValueCache(StaticInferenceContext):
         return (seen & real[:, None, :] | (columns == rows))[:, None]
 
     def turn(self, x: Tensor) -> Tensor:
-        """Queries or keys [s, b, heads, d] turned by their positions."""
+        """Queries or keys [b, s, groups, heads, d] turned by their positions."""
         if self.here is None:
             return x
         cos, sin = self.here
@@ -104,14 +100,14 @@ class KeyValueCache(StaticInferenceContext):
         return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep a layer's new keys and values [s, b, groups, d]; all of its so far, [b, groups, columns, d]."""
-        start, end = self.used, self.used + key.shape[0]
+        """Keep a layer's new keys and values [b, s, groups, d]; all of its so far, [b, groups, columns, d]."""
+        start, end = self.used, self.used + key.shape[1]
         if layer not in self.key_value_memory_dict:
-            shape = (key.shape[1], key.shape[2], self.max_sequence_length, key.shape[3])
+            shape = (key.shape[0], key.shape[2], self.max_sequence_length, key.shape[3])
             self.key_value_memory_dict[layer] = key.new_empty(shape), value.new_empty(shape)
         keys, values = self.key_value_memory_dict[layer]
-        keys[:, :, start:end] = key.permute(1, 2, 0, 3)
-        values[:, :, start:end] = value.permute(1, 2, 0, 3)
+        keys[:, :, start:end] = key.transpose(1, 2)
+        values[:, :, start:end] = value.transpose(1, 2)
         return keys[:, :, :end], values[:, :, :end]
 
     def advance(self, count: int) -> None:
@@ -123,48 +119,3 @@ class KeyValueCache(StaticInferenceContext):
     def nbytes(self) -> int:
         """Bytes of keys and values, those of columns not yet used included."""
         return sum(t.nbytes for pair in self.key_value_memory_dict.values() for t in pair)
-
-
-class CachedSelfAttention(SelfAttention):
-    """Self-attention whose keys and values go through a KeyValueCache where it is given one."""
-
-    def _adjust_key_value_for_inference(
-        self, inference_context: Any, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if not isinstance(inference_context, KeyValueCache):
-            return super()._adjust_key_value_for_inference(inference_context, query, key, value, rotary_pos_emb, *args, **kwargs)
-        query, key = inference_context.turn(query), inference_context.turn(key)
-        key, value = inference_context.append(self.layer_number, key, value)
-        return query, key, value, None, AttnMaskType.no_mask, None
-
-
-class CachedAttention(SdpaAttention):
-    """Attention of new queries [s, b, heads, d] to cached keys and values [b, groups, columns, d].
-
-    attention_mask is KeyValueCache.mask()'s; without one a prompt is causal, and a single token sees all columns.
-    """
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        attn_mask_type: Any = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
-    ) -> Tensor:
-        if attn_mask_type is not AttnMaskType.no_mask:  # a forward without a cache
-            return super().forward(query, key, value)
-        s, b, heads, d = query.shape
-        groups = key.shape[1]
-        if s == 1:
-            # query heads of a group are queries at the same place: as rows of one matrix they need no copies of keys
-            q = query.view(b, groups, heads // groups, d)
-            out = F.scaled_dot_product_attention(q, key, value, attn_mask=attention_mask, scale=self.scale)
-            return out.reshape(1, b, heads * d)
-        q = query.permute(1, 2, 0, 3)
-        out = F.scaled_dot_product_attention(
-            q, key, value, attn_mask=attention_mask, is_causal=attention_mask is None, scale=self.scale, enable_gqa=heads != groups
-        )
-        return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)

@@ -153,11 +153,8 @@ def mask_padding(output_layer: torch.nn.Module, *, vocab_size: int, rows: int) -
     output_layer.register_forward_hook(hook)
 
 
-def local_spec(config: TransformerConfig, *, num_layers: int, attention: tuple[type, type] | None = None) -> TransformerBlockSubmodules:
-    """Spec of a stage chunk of `num_layers` layers from PyTorch modules, right under sequence parallelism.
-
-    attention: classes to put in the place of megatron-core's SelfAttention and of the core attention in it.
-    """
+def local_spec(config: TransformerConfig, *, num_layers: int) -> TransformerBlockSubmodules:
+    """Spec of a stage chunk of `num_layers` layers from PyTorch modules, right under sequence parallelism."""
     rms = config.normalization == "RMSNorm"
     norm = RMSNorm if rms else LayerNorm
     layer = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
@@ -168,12 +165,10 @@ def local_spec(config: TransformerConfig, *, num_layers: int, attention: tuple[t
             parts.mlp.module = BiasedMLP
         else:  # from megatron-core 0.19 on, the class's own maker with its submodules
             parts.mlp = functools.partial(BiasedMLP.as_mlp_submodule, **parts.mlp.keywords)  # type: ignore[attr-defined]
-    inner = parts.self_attention.submodules
-    inner.core_attention = SdpaAttention
-    if attention is not None:
-        parts.self_attention.module, inner.core_attention = attention
+    attention = parts.self_attention.submodules
+    attention.core_attention = SdpaAttention
     if config.qk_layernorm:
-        inner.q_layernorm = inner.k_layernorm = QKRMSNorm if rms else QKLayerNorm
+        attention.q_layernorm = attention.k_layernorm = QKRMSNorm if rms else QKLayerNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from toolkit.arch.spec import WeightSpec
 from toolkit.config.schema import RunConfig
 from toolkit.model.build import DTYPES, build_chunks
-from toolkit.model.cache import CachedAttention, CachedSelfAttention, KeyValueCache
+from toolkit.model.cache import KeyValueCache
+from toolkit.model.forward import Decoder
 from toolkit.parallel.layout import Coordinates, Layout
 
 
@@ -29,8 +30,10 @@ class Stage:
         self.at = layout.coordinates(rank)
         self.first, self.last = self.at.pp == 0, self.at.pp == layout.pp - 1
         self.dtype = DTYPES[config.train.precision]
-        (chunk,) = build_chunks(config, layout, device=device, read=read, attention=(CachedSelfAttention, CachedAttention))
+        (chunk,) = build_chunks(config, layout, device=device, read=read)
         self.model: Any = chunk.eval().requires_grad_(False)
+        assert config.model.vocab_size is not None, "a model with weights has a vocabulary"
+        self.decoder = Decoder(self.model, vocab=config.model.vocab_size)
         self.before, self.behind = (layout.rank(replace(self.at, pp=self.at.pp + step)) for step in (-1, 1))
         self.head = layout.rank(Coordinates(tp=0, cp=0, dp=self.at.dp, pp=layout.pp - 1))
         """The rank that chooses tokens for this copy of the model."""
@@ -52,19 +55,20 @@ class Stage:
         )
 
     def forward(self, tokens: Tensor, cache: KeyValueCache) -> Tensor | None:
-        """One pass over new tokens [b, s], through all stages; logits of the last place [b, rows] in fp32 on the last stage, else None."""
+        """One pass over new tokens [b, s], through all stages; logits of the last place [b, vocab] in fp32 on the last stage, else None."""
         b, s = tokens.shape
-        if not self.first:
-            hidden = torch.empty((s, b, self.config.model.hidden_size), dtype=self.dtype, device=self.device)
-            dist.recv(hidden, src=self.before)
-            self.model.set_input_tensor(hidden)
         positions = cache.begin(s)
-        out: Tensor = self.model(tokens, positions, cache.mask(s), inference_context=cache, runtime_gather_output=True)
+        if self.first:
+            hidden = self.decoder.embed(tokens, positions).transpose(0, 1)
+        else:
+            hidden = torch.empty((b, s, self.config.model.hidden_size), dtype=self.dtype, device=self.device)
+            dist.recv(hidden, src=self.before)
+        hidden = self.decoder.hidden(hidden, cache)
         cache.advance(s)
         if not self.last:
-            dist.send(out.contiguous(), dst=self.behind)
+            dist.send(hidden.contiguous(), dst=self.behind)
             return None
-        return out[:, -1].float()
+        return self.decoder.logits(hidden[:, -1:])[:, 0]
 
     def share(self, tokens: Tensor) -> None:
         """Give the tokens that the last stage's first rank chose to every rank of this copy of the model, in place."""
