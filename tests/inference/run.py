@@ -16,6 +16,6 @@ def tokens(asked: dict[str, Any]) -> list[tuple[list[int], str]] | None:
     asked = dict(asked)
     ids = asked.pop("ids")
     sampling = Sampling(**asked.pop("sampling", {}))
-    session = Session(Request(prompts=[], tokenizer="bytes", sampling=sampling, **asked))
+    session = Session(Request(prompts=[], sampling=sampling, **{"tokenizer": "bytes", **asked}))
     answers = session.generate(ids)
     return None if answers is None else [(a.tokens, a.finish) for a in answers]

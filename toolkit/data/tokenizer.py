@@ -96,7 +96,11 @@ class SubwordTokenizer(TextTokenizer):
         if not ids:
             log.warning("tokenizer %s names no end-of-document token: id %d is added for it", spec, self.eod)
         self.vocab_size = max(top, self.eod) + 1
-        self.hash = _content_hash(text)
+
+    @cached_property
+    def hash(self) -> str:  # type: ignore[override]
+        """Worked out when it is asked for: a large vocabulary takes longer to parse than to load."""
+        return _content_hash(self.json or "")
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_slow", "_fast", "_unknown")}
@@ -174,14 +178,17 @@ class SubwordTokenizer(TextTokenizer):
     @cached_property
     def _unknown(self) -> int | None:
         """The id that stands for text without one; None where every text has ids."""
-        model = json.loads(self.json or "{}").get("model") or {}
-        if model.get("type") == "BPE" and model.get("byte_fallback"):
+        model = self._slow.model
+        if getattr(model, "byte_fallback", False):
             return None
-        if isinstance(model.get("unk_id"), int):
-            return int(model["unk_id"])
-        unknown = model.get("unk_token")
-        found = self._slow.token_to_id(unknown) if isinstance(unknown, str) else None
-        return None if found is None else int(found)
+        unknown = getattr(model, "unk_token", None)
+        if isinstance(unknown, str):
+            found = self._slow.token_to_id(unknown)
+            return None if found is None else int(found)
+        if type(model).__name__ == "Unigram":  # shows its own only in its JSON
+            number = (json.loads(self.json or "{}").get("model") or {}).get("unk_id")
+            return int(number) if isinstance(number, int) else None
+        return None
 
 
 def load_tokenizer(spec: str, *, train_on: Iterable[str] | None = None, cache: Path | None = None, eod: str | None = None) -> TextTokenizer:

@@ -37,7 +37,9 @@ def generate(
     """Generate text with a model, cut over as many processes as there are."""
     from toolkit.inference.request import Request, Sampling
     from toolkit.inference.text import read_prompts
+    from toolkit.plan.commands import log_to_stderr
 
+    log_to_stderr()  # standard output has the answers alone
     at_least_one("--max-new-tokens", max_new_tokens)
     at_least_one("--batch-size", batch_size)
     at_least_one("--num-procs", num_procs)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +20,8 @@ class Session:
     """A model that is loaded and can be asked again and again; all ranks make it and call it alike."""
 
     def __init__(self, request: Request) -> None:
-        from toolkit.model.stage import Stage
+        with _without_compiler():
+            from toolkit.model.stage import Stage
         from toolkit.parallel.agree import everywhere
         from toolkit.train.world import World, connect
 
@@ -79,6 +81,23 @@ class Session:
         everyone: list[list[Any]] = [[] for _ in range(self.world.size)]
         dist.all_gather_object(everyone, answers if self.at.tp == self.at.pp == 0 else [])
         return sorted((a for part in everyone for a in part), key=lambda a: a.number) if self.world.rank == 0 else None
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Import megatron-core without torch's compiler, a quarter of the start-up.
+
+    It compiles small functions for training as it is imported, and a generation calls none of them.
+    """
+    import torch
+
+    compiler: Any = torch.compile
+    plain: Any = lambda function=None, **_: function if function is not None else lambda inner: inner
+    torch.compile = plain
+    try:
+        yield
+    finally:
+        torch.compile = compiler
 
 
 def run(request: Request, *, out: TextIO | None = None) -> None:
