@@ -96,7 +96,14 @@ def row(what: str, ours: list[float], theirs: list[float], *, scale: float, unit
     return f"| {what} | {one:.1f} {unit} | {two:.1f} {unit} | {ratio:.2f} |"
 
 
-def measure() -> str:
+def savings(folder: Path) -> str:
+    """The table of `toolkit bench-inference`, in bf16."""
+    command = [sys.executable, "-m", "toolkit", "bench-inference", str(folder), "--dtype", "bf16"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def measure() -> dict[str, str]:
+    """The page's blocks by name."""
     import torch
 
     lines = [
@@ -114,19 +121,19 @@ def measure() -> str:
             lines.append(row(f"a token, {dtype}{'' if same else ' (other tokens)'}", ours, theirs, scale=1000 / TOKENS, unit="ms"))
         for dtype, path in folders.items():
             lines.append(row(f"command to first token, {dtype}", *start(path), scale=1.0, unit="s"))
-    return "\n".join(lines)
+        return {"inference": "\n".join(lines), "savings": savings(folders["bf16"])}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, help="page to put the table into")
     arguments = parser.parse_args()
-    text = measure()
-    sys.stdout.write(text + "\n")
+    blocks = measure()
+    sys.stdout.write("\n\n".join(blocks.values()) + "\n")
     if arguments.write:
         from tests.bench.overhead import write
 
-        write(arguments.write, {"inference": text})
+        write(arguments.write, blocks)
 
 
 if __name__ == "__main__":

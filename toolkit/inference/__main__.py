@@ -21,9 +21,12 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     quiet()
     try:
-        from toolkit.inference.run import run
-
-        run(Request.load(Path(arguments[0])))
+        request = Request.load(Path(arguments[0]))
+        if request.bench is None:
+            from toolkit.inference.run import run
+        else:
+            from toolkit.inference.bench import run
+        run(request)
     except ToolkitError as error:
         say(error, rank=rank, local_rank=local_rank)
         return error.exit_code

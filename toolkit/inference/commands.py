@@ -31,6 +31,10 @@ def generate(
     dtype: Annotated[Dtype | None, typer.Option(help="of weights and computation; default: as the weights are stored")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="bytes, a tokenizer.json or a Hugging Face name; default: the model's own")] = None,
     batch_size: Annotated[int, typer.Option(help="prompts that each copy of the model computes at once")] = 8,
+    weights: Annotated[Literal["none", "int8", "int4"], typer.Option(help="keep weights in 8 or 4 bits (torchao)")] = "none",
+    kv: Annotated[Literal["none", "int8"], typer.Option(help="keep keys and values in 8 bits")] = "none",
+    grow: Annotated[bool, typer.Option("--kv-grow", help="take memory for keys and values as it fills, not for all at once")] = False,
+    prune: Annotated[str, typer.Option(help="set this share of each layer's weights to 0, or 2:4")] = "none",
     num_procs: Annotated[int | None, typer.Option(help="processes on this machine; default: as many as the degrees make")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="answers, their tokens and times as JSON")] = False,
 ) -> None:
@@ -59,17 +63,59 @@ def generate(
         chat=chat,
         batch=batch_size,
         as_json=as_json,
+        weights=weights,
+        kv=kv,
+        grow=grow,
+        prune=prune,
     )
     processes = num_procs or _degrees(request.overrides)
-    if processes == 1:
-        from toolkit.train.program import quiet
+    if processes > 1:
+        raise typer.Exit(_on_ranks(request, processes))
+    from toolkit.train.program import quiet
 
-        quiet()
-        from toolkit.inference.run import run
+    quiet()
+    from toolkit.inference.run import run
 
-        run(request)
-        return
-    raise typer.Exit(_on_ranks(request, processes))
+    run(request)
+
+
+def bench_inference(
+    ckpt: Annotated[Path, typer.Argument(help="as toolkit generate's")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="parallel.tp=…, parallel.pp=…")] = None,
+    data: Annotated[Path | None, typer.Option(help="held-out text; default: the Python language reference that comes with Python")] = None,
+    tokens: Annotated[int, typer.Option(help="tokens of it that are predicted")] = 1024,
+    dtype: Annotated[Dtype | None, typer.Option(help="as toolkit generate's")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="as toolkit generate's")] = None,
+    num_procs: Annotated[int | None, typer.Option(help="processes on this machine; default: as many as the degrees make")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
+) -> None:
+    """Measure what each memory saving buys and costs: bytes, tokens a second, perplexity, agreement with the plain model."""
+    from toolkit.inference.request import Request
+    from toolkit.plan.commands import log_to_stderr
+
+    log_to_stderr()
+    at_least_one("--num-procs", num_procs)
+    if tokens < 64:
+        raise ConfigError(f"--tokens {tokens} says little of a model", fix="Set it to 64 or more.")
+    request = Request(
+        model=str(ckpt),
+        prompts=[],
+        overrides=overrides or [],
+        dtype=dtype,
+        tokenizer=tokenizer,
+        as_json=as_json,
+        bench=str(data or ""),
+        max_new_tokens=tokens,
+    )
+    processes = num_procs or _degrees(request.overrides)
+    if processes > 1:
+        raise typer.Exit(_on_ranks(request, processes))
+    from toolkit.train.program import quiet
+
+    quiet()
+    from toolkit.inference.bench import run
+
+    run(request)
 
 
 def _degrees(overrides: list[str]) -> int:

@@ -52,7 +52,8 @@ class Sampling:
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One command. overrides: parallel.* of the command line; prompts: texts, or with chat users' messages; batch: prompts of one
-    data-parallel rank that are computed at once; dtype: None as the weights are stored.
+    data-parallel rank that are computed at once; dtype: None as the weights are stored; weights, kv, grow, prune: as
+    toolkit.model.savings.Savings; bench: measure savings on this text, "" for the usual one, None to generate.
     """
 
     model: str
@@ -65,6 +66,11 @@ class Request:
     chat: bool = False
     batch: int = 8
     as_json: bool = False
+    weights: str = "none"
+    kv: str = "none"
+    grow: bool = False
+    prune: str = "none"
+    bench: str | None = None
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")

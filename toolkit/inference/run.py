@@ -21,8 +21,7 @@ class Session:
 
     def __init__(self, request: Request) -> None:
         with _without_compiler():
-            from toolkit.model.stage import Stage
-        from toolkit.parallel.agree import everywhere
+            import toolkit.model.stage  # noqa: F401
         from toolkit.train.world import World, connect
 
         self.request, self.world = request, World.from_environment()
@@ -33,7 +32,17 @@ class Session:
         self.config, self.layout = plan(self.model.section, request.overrides, processes=self.world.size, precision=precision)
         connect(self.world, self.layout, seed=0, timeout_s=600.0)
         self.at = self.layout.coordinates(self.world.rank)
+        self.load(request)
+        self.load_s = time.perf_counter() - started
+
+    def load(self, request: Request) -> None:
+        """Read this rank's weights and make them as small as the request says; all ranks call it."""
+        from toolkit.model.savings import Savings
+        from toolkit.model.stage import Stage
+        from toolkit.parallel.agree import everywhere
+
         stages: list[Stage] = []
+        savings = Savings(weights=request.weights, kv=request.kv, grow=request.grow, prune=request.prune)  # type: ignore[arg-type]
 
         def load() -> None:
             with self.model.weights(self.config.model.spec) as read:
@@ -45,12 +54,12 @@ class Session:
                         rank=self.world.rank,
                         device=self.world.device,
                         read=lambda weight: read(weight, tp=tp, rank=rank),
+                        savings=savings,
                     )
                 )
 
         everywhere(load)
         self.stage = stages[0]
-        self.load_s = time.perf_counter() - started
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Ids of each prompt, those that leave no place for an answer refused."""

@@ -21,7 +21,8 @@ class KeyValueCache(StaticInferenceContext):
 
     length: tokens of prompt and answer together; inverse: RoPE's inverse wavelengths, None where positions are learned; context:
     places that the model knows; padding: how many columns each row is padded by on the left, [b], None for prompts of one length;
-    window: of sliding attention.
+    window: of sliding attention. int8: keep one byte a number, and one scale for each token of a head. grow: take memory for twice
+    as many columns whenever they are full, not for all of them at once.
     """
 
     def __init__(
@@ -35,6 +36,8 @@ class KeyValueCache(StaticInferenceContext):
         context: int,
         padding: Tensor | None = None,
         window: int | None = None,
+        int8: bool = False,
+        grow: bool = False,
     ) -> None:
         super().__init__(batch, length)
         self.window = window if window is not None and window < length else None
@@ -47,6 +50,8 @@ class KeyValueCache(StaticInferenceContext):
             self.turns = angles.cos().to(dtype), angles.sin().to(dtype)  # each [length, d]
         self.here: tuple[Tensor, Tensor] | None = None
         self.mask: Tensor | None = None
+        self.int8, self.grow = int8, grow
+        self.scales: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def used(self) -> int:
@@ -102,13 +107,34 @@ class KeyValueCache(StaticInferenceContext):
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keep a layer's new keys and values [b, s, groups, d]; all of its so far, [b, groups, columns, d]."""
         start, end = self.used, self.used + key.shape[1]
-        if layer not in self.key_value_memory_dict:
-            shape = (key.shape[0], key.shape[2], self.max_sequence_length, key.shape[3])
-            self.key_value_memory_dict[layer] = key.new_empty(shape), value.new_empty(shape)
-        keys, values = self.key_value_memory_dict[layer]
-        keys[:, :, start:end] = key.transpose(1, 2)
-        values[:, :, start:end] = value.transpose(1, 2)
-        return keys[:, :, :end], values[:, :, :end]
+        new = key.transpose(1, 2), value.transpose(1, 2)
+        if layer not in self.key_value_memory_dict or self.key_value_memory_dict[layer][0].shape[2] < end:
+            self._allocate(layer, new[0], end)
+        kept = self.key_value_memory_dict[layer]
+        if self.int8:
+            scales = self.scales[layer]
+            for memory, scale, x in zip(kept, scales, new, strict=True):
+                scale[:, :, start:end] = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-8) / 127
+                # in fp32, and held to 127: a scale rounded down would turn the largest number into -128
+                memory[:, :, start:end] = (x.float() / scale[:, :, start:end]).round_().clamp_(-127, 127)
+            keys, values = (m[:, :, :end] * s[:, :, :end] for m, s in zip(kept, scales, strict=True))
+            return keys, values
+        for memory, x in zip(kept, new, strict=True):
+            memory[:, :, start:end] = x
+        return kept[0][:, :, :end], kept[1][:, :, :end]
+
+    def _allocate(self, layer: int, like: Tensor, end: int) -> None:
+        """Memory for a layer's keys and values up to column `end` at least, with what is there already."""
+        columns = min(max(end, 2 * self.used), self.max_sequence_length) if self.grow else self.max_sequence_length
+        shape = (like.shape[0], like.shape[1], columns, like.shape[3])
+        parts = [(self.key_value_memory_dict, shape, torch.int8 if self.int8 else like.dtype)]
+        if self.int8:
+            parts.append((self.scales, (*shape[:3], 1), like.dtype))
+        for held, size, dtype in parts:
+            new = like.new_empty(size, dtype=dtype), like.new_empty(size, dtype=dtype)
+            for before, after in zip(held.get(layer, ()), new, strict=False):
+                after[:, :, : self.used] = before[:, :, : self.used]
+            held[layer] = new
 
     def advance(self, count: int) -> None:
         """Count columns that every layer of this stage now holds."""
@@ -118,4 +144,4 @@ class KeyValueCache(StaticInferenceContext):
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values, those of columns not yet used included."""
-        return sum(t.nbytes for pair in self.key_value_memory_dict.values() for t in pair)
+        return sum(t.nbytes for held in (self.key_value_memory_dict, self.scales) for pair in held.values() for t in pair)

@@ -31,13 +31,30 @@ class Decoder:
         self.modules, self.vocab = modules, vocab
         self.tp = parallel_state.get_tensor_model_parallel_world_size()
         self.group = parallel_state.get_tensor_model_parallel_group()
-        self.embed: Any = modules.embedding if modules.pre_process else None
         self.layers = [Layer(layer, group=self.group if self.tp > 1 else None) for layer in modules.decoder.layers]
         self.norm = norm_of(modules.decoder.final_layernorm) if modules.post_process else None
-        self.output: Tensor | None = None
+        tied = modules.share_embeddings_and_output_weights and modules.pre_process
+        self.output: Any = None
         if modules.post_process:
-            tied = modules.share_embeddings_and_output_weights and modules.pre_process
-            self.output = (modules.embedding.word_embeddings if tied else modules.output_layer).weight
+            self.output = modules.embedding.word_embeddings if tied else modules.output_layer
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Activations [b, s, h] of tokens [b, s], on a first stage."""
+        embedding = self.modules.embedding
+        table = embedding.word_embeddings.weight
+        if not hasattr(table, "qdata"):
+            out: Tensor = embedding(tokens, positions)  # [s, b, h]
+            return out.transpose(0, 1)
+        # rows of int8, each with a scale
+        rows = table.shape[0]
+        local = tokens - rows * parallel_state.get_tensor_model_parallel_rank()
+        mine = (local >= 0) & (local < rows)
+        local = local.clamp(0, rows - 1)
+        found = (table.qdata[local] * table.scale.reshape(rows, 1)[local]).to(table.dtype)
+        if self.tp > 1:
+            found = found * mine[..., None]
+            dist.all_reduce(found, group=self.group)
+        return found + embedding.position_embeddings(positions) if embedding.add_position_embedding else found
 
     def hidden(self, x: Tensor, cache: KeyValueCache) -> Tensor:
         """Through the layers, [b, s, h] to [b, s, h]; cache.begin() has been called."""
@@ -48,7 +65,7 @@ class Decoder:
     def logits(self, x: Tensor) -> Tensor:
         """Logits [b, s, vocab] in fp32, of a last stage; on each of its tensor-parallel ranks."""
         assert self.norm is not None and self.output is not None
-        out = F.linear(self.norm(x), self.output)
+        out = F.linear(self.norm(x), self.output.weight)
         if self.tp > 1:
             parts = [torch.empty_like(out) for _ in range(self.tp)]
             dist.all_gather(parts, out, group=self.group)
