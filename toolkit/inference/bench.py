@@ -25,7 +25,7 @@ from toolkit.inference.run import Session
 from toolkit.model.savings import weight_bytes
 
 WINDOW = 256
-DECODED = 32
+DECODED = 16
 VARIANTS: tuple[dict[str, Any], ...] = (
     {},
     {"kv": "int8"},

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from toolkit.model.cache import KeyValueCache
 
-Linear = Callable[[Tensor], Tensor]
 Norm = Callable[[Tensor], Tensor]
+FEW_TOKENS = 16
 
 
 class Decoder:
@@ -65,7 +65,7 @@ class Decoder:
     def logits(self, x: Tensor) -> Tensor:
         """Logits [b, s, vocab] in fp32, of a last stage; on each of its tensor-parallel ranks."""
         assert self.norm is not None and self.output is not None
-        out = F.linear(self.norm(x), self.output.weight)
+        out = linear(self.norm(x), self.output.weight, None)
         if self.tp > 1:
             parts = [torch.empty_like(out) for _ in range(self.tp)]
             dist.all_gather(parts, out, group=self.group)
@@ -93,7 +93,7 @@ class Layer:
     def __call__(self, x: Tensor, cache: KeyValueCache) -> Tensor:
         assert self.input_norm is not None and self.mlp_norm is not None
         x = x + self._attend(self.input_norm(x), cache)
-        inner = F.linear(self.mlp_norm(x), self.fc1.weight, self.fc1.bias)
+        inner = linear(self.mlp_norm(x), self.fc1.weight, self.fc1.bias)
         if self.gated:
             gate, up = inner.chunk(2, dim=-1)
             inner = self.activation(gate) * up
@@ -105,7 +105,7 @@ class Layer:
         b, s, _ = x.shape
         d, groups, per_group = self.head_dim, self.groups, self.heads // self.groups
         # rows of the weight are, per group, [query heads, key, value]
-        mixed = F.linear(x, self.qkv.weight, self.qkv.bias).view(b, s, groups, per_group + 2, d)
+        mixed = linear(x, self.qkv.weight, self.qkv.bias).view(b, s, groups, per_group + 2, d)
         if self.q_norm is None or self.k_norm is None:
             turned = cache.turn(mixed[:, :, :, : per_group + 1])
         else:
@@ -123,13 +123,26 @@ class Layer:
             out = out.transpose(1, 2).reshape(b, s, -1)
         return self._sum(out, self.proj)
 
-    def _sum(self, x: Tensor, linear: Any) -> Tensor:
+    def _sum(self, x: Tensor, layer: Any) -> Tensor:
         """A linear layer whose columns the tensor-parallel ranks share; its bias comes after the sum."""
         if self.group is None:
-            return F.linear(x, linear.weight, linear.bias)
-        out = F.linear(x, linear.weight)
+            return linear(x, layer.weight, layer.bias)
+        out = linear(x, layer.weight, None)
         dist.all_reduce(out, group=self.group)
-        return out if linear.bias is None else out + linear.bias
+        return out if layer.bias is None else out + layer.bias
+
+
+def linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+    """x [b, s, in] by a weight [out, in], which may be quantised.
+
+    For a few tokens on a CPU, int8 goes through PyTorch's own kernel: torchao would first make the whole weight larger again.
+    """
+    tokens = x.shape[0] * x.shape[1]
+    if tokens <= FEW_TOKENS and hasattr(weight, "qdata") and weight.qdata.dtype == torch.int8 and x.device.type == "cpu":
+        scale = weight.scale.reshape(-1).to(x.dtype)
+        out = torch._weight_int8pack_mm(x.reshape(tokens, -1), weight.qdata, scale).view(*x.shape[:2], -1)
+        return out if bias is None else out + bias
+    return F.linear(x, weight, bias)
 
 
 def norm_of(module: Any) -> Norm | None:
