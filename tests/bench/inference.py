@@ -99,7 +99,8 @@ def row(what: str, ours: list[float], theirs: list[float], *, scale: float, unit
 def savings(folder: Path) -> str:
     """The table of `toolkit bench-inference`, in bf16."""
     command = [sys.executable, "-m", "toolkit", "bench-inference", str(folder), "--dtype", "bf16", "--tokens", "512"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    rows, _, ranks = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().partition("\n\n")
+    return f"{rows}\n\n```\n{ranks}\n```"
 
 
 def measure() -> dict[str, str]:
