@@ -14,6 +14,7 @@ from toolkit.checkpoint.commands import app as checkpoint_app
 from toolkit.convert.commands import app as convert_app
 from toolkit.errors import ConfigError, ToolkitError, at_least_one
 from toolkit.evidence.commands import calibrate
+from toolkit.inference.commands import bench_inference, generate
 from toolkit.plan.commands import log_to_stderr, tune
 from toolkit.profile.commands import profile
 from toolkit.rehearse.commands import rehearse
@@ -28,6 +29,8 @@ app.add_typer(convert_app, name="convert")
 app.command()(tune)
 app.command()(calibrate)
 app.command()(profile)
+app.command()(generate)
+app.command()(bench_inference)
 app.command()(rehearse)
 app.command()(report)
 app.command()(launch)
