@@ -30,6 +30,8 @@ SAVED = ("activations", "logits")
 _SKIPPED = (
     "/torch/",
     "/toolkit/rehearse/",
+    "/toolkit/gpu_check/",
+    "/warnings.py",
     "/deepspeed/comm/",
     "/deepspeed/utils/",
     "contextlib.py",
