@@ -14,7 +14,7 @@ import pytest
 HOUSE = [
     *("errors", "files", "tensors", "arch", "config", "parallel", "hardware", "runfolder", "cluster", "data", "cost", "plan", "evidence"),
     *("model", "engine", "checkpoint", "convert", "train", "inference", "profile", "rehearse", "report", "supervise"),
-    *("trainer", "cli"),
+    *("trainer", "gpu_check", "cli"),
 ]
 ROOT = Path(__file__).parents[1] / "toolkit"
 HEAVY = ("torch", "deepspeed", "megatron", "transformers", "datasets")

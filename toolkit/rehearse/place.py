@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 _SKIPPED = (
     "/torch/",
     "/toolkit/rehearse/",
+    "/toolkit/gpu_check/",
     "/deepspeed/comm/",
     "/deepspeed/utils/",
     "/deepspeed/accelerator/",
