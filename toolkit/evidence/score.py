@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from toolkit.cost import constants
 from toolkit.errors import ConfigError, ToolkitError
 from toolkit.evidence import fit
 from toolkit.evidence.published import predict, read_row
@@ -61,13 +62,14 @@ def score(measured: Path, scorer: Path, answers: Sequence[Mapping[str, Any]]) ->
     return dict(json.loads(done.stdout))
 
 
-def held_out(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each row predicted with scalars fitted without its source; a GPU measured nowhere else borrows its generation's, or the default."""
-    answers = []
+def held_out(rows: Sequence[Mapping[str, Any]], fitter: fit.Fitter) -> list[dict[str, Any]]:
+    """Each row predicted with constants and scalars fitted without its source; a GPU measured nowhere else borrows its generation's."""
+    answers: dict[int, dict[str, Any]] = {}
     for source in sorted({str(r.get("source_id")) for r in rows}):
-        scales = fit.as_scales(fit.fit(rows, without=source))
-        answers += [predict(row, scales=scales) for row in rows if str(row.get("source_id")) == source]
-    return answers
+        fitted = fitter.fit(without=source)
+        with constants.changed(**fitted.constants):
+            answers |= {i: predict(row, scales=fitted.scales) for i, row in enumerate(rows) if str(row.get("source_id")) == source}
+    return [answers[i] for i in range(len(rows))]
 
 
 def report(measured: Path, scorer: Path) -> str:
@@ -75,7 +77,7 @@ def report(measured: Path, scorer: Path) -> str:
     rows = fit.load_rows(measured)
     fitted_answers = [predict(row) for row in rows]
     fitted = score(measured, scorer, fitted_answers)
-    without_source = score(measured, scorer, held_out(rows))
+    without_source = score(measured, scorer, held_out(rows, fit.Fitter(fit.usable(rows))))
     parts = [
         "# The planner against published measurements",
         "",
@@ -245,7 +247,10 @@ def main(
         raise typer.Exit(2)
     try:
         if refit:
-            fit.write(fit.fit(fit.load_rows(measured)))
+            fitted = fit.Fitter(fit.usable(fit.load_rows(measured))).fit()
+            fit.write(fitted.entries)
+            fit.write_constants(fitted.constants)
+            constants.use(fitted.constants)
         out.write_text(report(measured, scorer), encoding="utf-8")
     except ToolkitError as error:
         typer.echo(str(error), err=True)

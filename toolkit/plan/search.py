@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from math import inf, log, sqrt
 from typing import Any, Literal
 
+from toolkit.cost.constants import VALUES
 from toolkit.cost.layer import embedding_passes, head_passes, layer_passes
 from toolkit.cost.memory import GIB, HEADROOM, MemoryEstimate, StageMemory, estimate, states
-from toolkit.cost.step import SPREAD, TimeEstimate, step_time
+from toolkit.cost.step import TimeEstimate, step_time
 from toolkit.cost.workload import Workload
 from toolkit.hardware import calibration
 from toolkit.hardware.catalogue import Hardware
@@ -214,7 +215,7 @@ class _Search:
         stage = self.space.base.model.layers // cut.pp * (layer + again)
         seconds = microbatches * (stage + ends) + (cut.pp - 1) * stage / cut.vpp
         nodes = cut.ranks * dp / self.hardware.gpus_per_node
-        return seconds * (1 + SPREAD * sqrt(2 * log(nodes))) if nodes > 1 else seconds
+        return seconds * (1 + VALUES.node_spread * sqrt(2 * log(nodes))) if nodes > 1 else seconds
 
     def _seconds(self, cut: Structure, micro: int, recompute: str, *, single: bool) -> tuple[float, float, float]:
         """A layer's forward and backward, its recomputation, and the stage ends', by the ZeRO stage that takes least; seconds."""
