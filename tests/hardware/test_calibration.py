@@ -12,6 +12,7 @@ from tests.evidence.test_published import ROW
 from toolkit.cost import constants
 from toolkit.cost.step import step_time
 from toolkit.evidence import fit
+from toolkit.evidence.fitter import Fitter, usable
 from toolkit.evidence.published import read_row
 from toolkit.hardware import calibration
 from toolkit.hardware.catalogue import find_gpu
@@ -26,7 +27,7 @@ def _measured(source: str, scale: float, **batch: int) -> dict[str, Any]:
 
 
 def _fit(rows: list[dict[str, Any]], **without: str) -> list[dict[str, Any]]:
-    return fit.Fitter(fit.usable(rows)).fit(**without).entries
+    return Fitter(usable(rows)).fit(**without).entries
 
 
 def test_the_scalar_behind_measurements_is_found() -> None:
@@ -58,7 +59,7 @@ def test_a_constant_behind_measurements_is_found_and_sources_left_out_do_not_mov
                 row["model"] |= {"hidden": 1024, "ffn_hidden": 2816, "heads": 8, "seq_len": 1024}
                 workload, hardware = read_row(row)
                 row["measured"]["tokens_per_s_per_gpu"] = step_time(workload, hardware, scale=0.7).tokens_per_s_per_gpu
-    fitter = fit.Fitter(fit.usable(rows))
+    fitter = Fitter(usable(rows))
     assert fitter.fit().constants["operator_host"] > 1.5e-5
     assert fitter.fit(without="a").constants["operator_host"] < fitter.fit(without="c").constants["operator_host"]
 

@@ -1,7 +1,7 @@
 """Every number of the formulas that no row, config or catalogue gives: its value, and where it comes from.
 
 A constant is either stated (a datasheet, a paper, a line of a framework's code) or fitted. Fitted ones live in
-toolkit/cost/fitted.py, which `python -m toolkit.evidence.score --fit` writes; the range in which a fit may move them and what
+toolkit/cost/fitted.py, which `python -m tests.bench.planner --fit` writes; the range in which a fit may move them and what
 they mean are given here. docs/planner.md shows by how much each one moves the scores.
 """
 
@@ -23,9 +23,9 @@ def _stated(value: float, source: str) -> Any:
     return field(default=value, metadata={"source": source})
 
 
-def _fitted(name: str, *, low: float, high: float, part: str, why: str) -> Any:
-    """low, high: the range a fit may choose from; part: "time" or "memory", whichever the constant acts on."""
-    return field(default=FITTED[name], metadata={"low": low, "high": high, "part": part, "why": why})
+def _fitted(name: str, *, prior: float, low: float, high: float, part: str, why: str) -> Any:
+    """prior: the value where no source says otherwise; low, high: the range a fit may choose from; part: "time" or "memory", whichever the constant acts on."""
+    return field(default=FITTED[name], metadata={"prior": prior, "low": low, "high": high, "part": part, "why": why})
 
 
 @dataclass(kw_only=True)
@@ -41,9 +41,10 @@ class Constants:
     attention_half_forward: float = _stated(500.0, "arXiv 2307.08691 and 2407.08608, figures 4 to 6: rate by sequence length")
     attention_half_backward: float = _stated(900.0, "arXiv 2307.08691 and 2407.08608, figures 4 to 6: rate by sequence length")
     narrow_head: float = _stated(0.80, "arXiv 2307.08691, figure 4: head width 64 against 128")
-    wave_tail: float = _fitted("wave_tail", low=0.1, high=0.6, part="time", why="waves lost at the end of a long multiply")
+    wave_tail: float = _fitted("wave_tail", prior=0.3, low=0.1, high=0.6, part="time", why="waves lost at the end of a long multiply")
     misaligned: float = _fitted(
         "misaligned",
+        prior=0.4,
         low=0.15,
         high=1.0,
         part="time",
@@ -51,16 +52,22 @@ class Constants:
     )
     fused_traffic: float = _fitted(
         "fused_traffic",
+        prior=1.2,
         low=1.0,
         high=1.8,
         part="time",
         why="element-wise traffic of a layer with fused bias, dropout, casts and copies, over that of the fewest kernels",
     )
     eager_traffic: float = _fitted(
-        "eager_traffic", low=1.2, high=2.8, part="time", why="the same where PyTorch runs each operator by itself"
+        "eager_traffic", prior=1.8, low=1.2, high=2.8, part="time", why="the same where PyTorch runs each operator by itself"
     )
     operator_host: float = _fitted(
-        "operator_host", low=4e-6, high=2.5e-5, part="time", why="seconds in which Python and PyTorch's dispatcher launch one operator"
+        "operator_host",
+        prior=8e-06,
+        low=4e-6,
+        high=2.5e-5,
+        part="time",
+        why="seconds in which Python and PyTorch's dispatcher launch one operator",
     )
     # links
     fabric_share: float = _stated(
@@ -73,27 +80,36 @@ class Constants:
     collective_start: float = _stated(20e-6, "nccl-tests: time of an 8-byte all-reduce on 8 GPUs")
     contention: float = _fitted(
         "contention",
+        prior=0.3,
         low=0.0,
         high=0.7,
         part="time",
         why="share of hidden traffic by which compute slows: NCCL's kernels take SMs and bandwidth",
     )
     sharded_hidden: float = _fitted(
-        "sharded_hidden", low=0.5, high=1.0, part="time", why="share of compute beside which prefetched ZeRO traffic runs"
+        "sharded_hidden", prior=0.9, low=0.5, high=1.0, part="time", why="share of compute beside which prefetched ZeRO traffic runs"
     )
     half_hidden: float = _fitted(
-        "half_hidden", low=0.0, high=0.5, part="time", why="share of compute beside which tensor-parallel traffic runs without user buffers"
+        "half_hidden",
+        prior=0.2,
+        low=0.0,
+        high=0.5,
+        part="time",
+        why="share of compute beside which tensor-parallel traffic runs without user buffers",
     )
-    whole_hidden: float = _fitted("whole_hidden", low=0.3, high=0.95, part="time", why="the same with user buffers or their like")
+    whole_hidden: float = _fitted(
+        "whole_hidden", prior=0.8, low=0.3, high=0.95, part="time", why="the same with user buffers or their like"
+    )
     blocked: float = _fitted(
         "blocked",
+        prior=0.05,
         low=0.0,
         high=0.2,
         part="time",
         why="share of a stage's time lost where its sends block: each stage waits for its neighbours' late micro-batches (single_sends)",
     )
     node_spread: float = _fitted(
-        "node_spread", low=0.0, high=0.03, part="time", why="standard deviation of a node's step time; the slowest counts"
+        "node_spread", prior=0.008, low=0.0, high=0.03, part="time", why="standard deviation of a node's step time; the slowest counts"
     )
     # states and offload
     host_adam: float = _stated(
@@ -115,16 +131,23 @@ class Constants:
     communicator: float = _stated(0.06 * GIB, "NCCL's buffers of one communicator: 16 channels of 4 MiB and their protocol copies")
     old_communicator: float = _fitted(
         "old_communicator",
+        prior=0.3 * GIB,
         low=0.06 * GIB,
         high=0.8 * GIB,
         part="memory",
         why="bytes of a communicator before NCCL 2.14's lazily connected peers: channels times peers times 4 MiB and more",
     )
     spare: float = _fitted(
-        "spare", low=0.02, high=0.2, part="memory", why="share of what comes and goes that the caching allocator holds beyond it"
+        "spare",
+        prior=0.07,
+        low=0.02,
+        high=0.2,
+        part="memory",
+        why="share of what comes and goes that the caching allocator holds beyond it",
     )
     pipeline_spare: float = _fitted(
         "pipeline_spare",
+        prior=0.25,
         low=0.04,
         high=0.4,
         part="memory",
@@ -132,11 +155,18 @@ class Constants:
     )
     unmerged: float = _fitted(
         "unmerged",
+        prior=1.0,
         low=0.0,
         high=1.0,
         part="memory",
         why="share of the flat buffers of the optimizer step that finds no place in freed activations' blocks",
     )
+
+    own_spare: float = _stated(
+        0.10, "rehearsals of this project's engine: median of what the allocator's model reserves beyond, ZeRO-0 and 1"
+    )
+    own_spare_2: float = _stated(0.25, "the same at ZeRO-2, whose buckets and reduced gradients live and die between activations")
+    own_spare_3: float = _stated(0.40, "the same at ZeRO-3, whose gathered weights do")
 
 
 VALUES = Constants()

@@ -1,4 +1,4 @@
-"""Written by `python -m toolkit.evidence.score --fit`; do not edit. What each means: toolkit/cost/constants.py."""
+"""Written by `python -m tests.bench.planner --fit`; do not edit. What each means: toolkit/cost/constants.py."""
 
 FITTED = {
     "old_communicator": 322123000.0,

@@ -8,12 +8,12 @@ from math import inf
 from toolkit.cost import activations
 from toolkit.cost import own_engine as own
 from toolkit.cost.constants import VALUES
+from toolkit.cost.spread import RISK, Spread, memory_spread
 from toolkit.cost.workload import Workload
 from toolkit.hardware.catalogue import Hardware
 
 GIB = 2**30
 PARTS = ("parameters", "gradients", "optimizer", "zero buffers", "activations", "working set", "logits", "communication", "workspace")
-HEADROOM = 1.0 * GIB  # a run that needs more than the device's memory less this counts as not fitting
 HOST_SHARE = 0.9  # of a node's RAM that offloaded states may take beside the system and the data loaders
 
 
@@ -50,13 +50,17 @@ class StageMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """All stages, and the host bytes of one node (CPU RAM, NVMe) that offloading needs; capacity: bytes of a device, room: of RAM for host."""
+    """All stages, and the host bytes of one node (CPU RAM, NVMe) that offloading needs.
+
+    capacity: bytes of a device; room: of RAM for host; spread: how far off the stages' bytes may be.
+    """
 
     stages: tuple[StageMemory, ...]
     host: float
     nvme: float
     capacity: float
     room: float
+    spread: Spread
 
     @property
     def worst(self) -> StageMemory:
@@ -64,9 +68,18 @@ class MemoryEstimate:
         return max(self.stages, key=lambda s: s.device)
 
     @property
+    def chance(self) -> float:
+        """Probability that the worst stage fits into its device."""
+        return self.spread.chance(self.worst.device, self.capacity)
+
+    def headroom(self, risk: float = RISK) -> float:
+        """Bytes that the worst stage must leave free, so that the risk of running out of memory is no higher."""
+        return max(0.0, self.worst.device * (self.spread.factor(risk) - 1))
+
+    @property
     def fits(self) -> bool:
-        """Whether every stage leaves HEADROOM of its device free."""
-        return all(s.device + HEADROOM <= self.capacity for s in self.stages)
+        """Whether the worst stage fits but for RISK."""
+        return self.worst.device * self.spread.factor(RISK) <= self.capacity
 
     @property
     def host_fits(self) -> bool:
@@ -74,13 +87,17 @@ class MemoryEstimate:
         return self.host <= self.room
 
 
-def estimate(w: Workload, hardware: Hardware, *, only: int | None = None) -> MemoryEstimate:
-    """Memory of a workload on a cluster, per rank of every stage; bytes. only: one stage, for a search that can stop there."""
+def estimate(w: Workload, hardware: Hardware, *, only: int | None = None, unknown: int = 0) -> MemoryEstimate:
+    """Memory of a workload on a cluster, per rank of every stage; bytes.
+
+    only: one stage, for a search that can stop there; unknown: settings that had to be guessed, which widen the interval.
+    """
     seen = {only} if only is not None else {0, 1, w.pp // 2, w.pp - 2, w.pp - 1} if w.pp > 8 else set(range(w.pp))
     stages = tuple(_stage(w, stage, hardware) for stage in sorted(s for s in seen if 0 <= s < w.pp))
     host, nvme = host_bytes(w, hardware)
     room = HOST_SHARE * hardware.gpu.host_gib * GIB if hardware.gpu.accelerator else inf  # a CPU's ranks count it among their own
-    return MemoryEstimate(stages=stages, host=host, nvme=nvme, capacity=hardware.gpu.memory_gib * GIB, room=room)
+    capacity = hardware.gpu.memory_gib * GIB
+    return MemoryEstimate(stages=stages, host=host, nvme=nvme, capacity=capacity, room=room, spread=memory_spread(w, unknown=unknown))
 
 
 def states(w: Workload, params: float) -> dict[str, float]:
@@ -177,7 +194,6 @@ def _stage(w: Workload, stage: int, hardware: Hardware) -> StageMemory:
     moment, extra = max(moments.items(), key=lambda item: sum(item[1].values()))
     parts = {name: value + extra.get(name, 0.0) for name, value in base.items()}
     dynamic = sum(extra.values()) + base["zero buffers"]
-    uniform = w.pp == 1 or w.recompute == "full"  # kept layer inputs are all of one size, so freed blocks are used again
     flat = 0.0
     if w.stack.sharding != "toolkit" and moment != "optimizer step":
         flat = VALUES.unmerged * sum(moments["optimizer step"].values())
@@ -185,10 +201,19 @@ def _stage(w: Workload, stage: int, hardware: Hardware) -> StageMemory:
         stage=stage,
         moment=moment,
         parts=parts,
-        fragmentation=(VALUES.spare if uniform else VALUES.pipeline_spare) * dynamic,
+        fragmentation=_spare(w) * dynamic,
         context=_context(w) if hardware.gpu.accelerator else 0.0,
         unmerged=flat,
     )
+
+
+def _spare(w: Workload) -> float:
+    """Share of what comes and goes in a step that the caching allocator holds beyond it."""
+    if w.stack.sharding == "toolkit":
+        return {2: VALUES.own_spare_2, 3: VALUES.own_spare_3}.get(w.zero, VALUES.own_spare)
+    if w.pp == 1 or w.recompute == "full":  # kept layer inputs are all of one size, so freed blocks are used again
+        return VALUES.spare
+    return VALUES.pipeline_spare
 
 
 def _context(w: Workload) -> float:

@@ -8,6 +8,7 @@ from math import log, sqrt
 from toolkit.cost import kernels, network
 from toolkit.cost.constants import VALUES
 from toolkit.cost.layer import Pass, embedding_passes, head_passes, host_time, layer_passes
+from toolkit.cost.spread import Spread, rate_spread
 from toolkit.cost.workload import Workload
 from toolkit.hardware import calibration
 from toolkit.hardware.catalogue import GB, Hardware
@@ -32,26 +33,33 @@ PARTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class TimeEstimate:
-    """One optimizer step; seconds by part, which sum to step."""
+    """One optimizer step; seconds by part, which sum to step. spread: of tokens a second, how far off they may be."""
 
     parts: dict[str, float]
     tokens: float
     world: int
+    spread: Spread
 
     @property
     def step(self) -> float:
         return sum(self.parts.values())
 
     @property
+    def step_range(self) -> tuple[float, float]:
+        """The 80 % interval of a step's seconds."""
+        return self.spread.inverse().interval(self.step)
+
+    @property
     def tokens_per_s_per_gpu(self) -> float:
         return self.tokens / self.step / self.world
 
 
-def step_time(w: Workload, hardware: Hardware, *, scale: float | None = None) -> TimeEstimate:
+def step_time(w: Workload, hardware: Hardware, *, scale: float | None = None, unknown: int = 0) -> TimeEstimate:
     """Time of one optimizer step of a workload on a cluster.
 
     1F1B: the slowest stage's micro-batches in a row, and the fill and drain of the others' (arXiv 2104.04473, section 2.2),
     divided by vpp when interleaved. scale: calibrated compute speed; null: the stored one of this GPU and precision.
+    unknown: settings that had to be guessed, which widen the interval.
     """
     if scale is None:
         scale = calibration.scale_for(hardware.gpu, w.precision)
@@ -86,7 +94,7 @@ def step_time(w: Workload, hardware: Hardware, *, scale: float | None = None) ->
     parts["optimizer"], parts["offload"] = _optimizer(w, hardware, micro[slowest] * m)
     nodes = max(1.0, w.world / hardware.gpus_per_node)
     parts["stragglers"] = VALUES.node_spread * sqrt(2 * log(nodes)) * sum(parts.values()) if nodes > 1 else 0.0
-    return TimeEstimate(parts=parts, tokens=float(w.batch * w.seq), world=w.world)
+    return TimeEstimate(parts=parts, tokens=float(w.batch * w.seq), world=w.world, spread=rate_spread(w, unknown=unknown))
 
 
 def _distinct_stages(w: Workload) -> set[int]:

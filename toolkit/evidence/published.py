@@ -64,18 +64,46 @@ def predict(row: Mapping[str, Any], *, scales: Mapping[tuple[str, str], float] |
     try:
         workload, hardware = read_row(row)
         scale = None if scales is None else calibration.lookup(scales, hardware.gpu, workload.precision)
-        time = step_time(workload, hardware, scale=scale)
-        memory = estimate(workload, hardware)
+        guessed = unknown_settings(row)
+        time = step_time(workload, hardware, scale=scale, unknown=guessed)
+        memory = estimate(workload, hardware, unknown=guessed)
     except (Unsupported, ToolkitError) as reason:
         return {"id": row.get("id"), "unsupported": str(reason)}
     stage = memory.worst
     return {
         "id": row.get("id"),
-        "fits": memory.fits,
+        "fits": memory.chance >= 0.5,
+        "p_fits": round(memory.chance, 4),
         "peak_allocated_gib": round(stage.allocated / GIB, 3),
         "peak_reserved_gib": round(stage.device / GIB, 3),
         "tokens_per_s_per_gpu": round(time.tokens_per_s_per_gpu, 3),
+        "range": {
+            "peak_allocated_gib": [round(end / GIB, 3) for end in memory.spread.interval(stage.allocated)],
+            "peak_reserved_gib": [round(end / GIB, 3) for end in memory.spread.interval(stage.device)],
+            "tokens_per_s_per_gpu": [round(end, 3) for end in time.spread.interval(time.tokens_per_s_per_gpu)],
+        },
     }
+
+
+# settings that change time or memory much, so that a guess widens the interval
+_COUNTED = (
+    ("model", "seq_len"),
+    ("batch", "micro"),
+    ("batch", "global"),
+    ("parallel", "tp"),
+    ("parallel", "pp"),
+    ("parallel", "vpp"),
+    ("parallel", "zero_stage"),
+    ("hardware", "gpu"),
+)
+
+
+def unknown_settings(row: Mapping[str, Any]) -> int:
+    """How many of them a row leaves out, or gives as inferred."""
+    inferred = row.get("inferred_fields")
+    names = {str(name) for name in inferred} if isinstance(inferred, list) else set()
+    count = sum(_in(row, section).get(key) is None or f"{section}.{key}" in names for section, key in _COUNTED)
+    return count + sum(row.get(name) is None or name in names for name in ("recompute", "precision", "attention"))
 
 
 def read_row(row: Mapping[str, Any]) -> tuple[Workload, Hardware]:
