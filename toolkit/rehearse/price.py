@@ -9,7 +9,7 @@ from toolkit.cost import kernels, network
 from toolkit.cost.constants import VALUES
 from toolkit.hardware.catalogue import GB, Hardware
 
-PRECISION = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+PRECISION = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float64": "fp64"}
 Shape = Sequence[int]
 
 
