@@ -127,3 +127,26 @@ def test_offloaded_adam_runs_at_the_published_rate() -> None:
         w = Workload(model=LLAMA3_8B, seq=4096, dp=ranks, batch=ranks, zero=1, offload_optimizer="cpu", stack=DEEPSPEED)
         assert step_time(w, instant).parts["offload"] == pytest.approx(0.25e-9 * LLAMA3_8B.parameters, rel=1e-3)
         assert step_time(replace(w, offload_optimizer="nvme"), instant).parts["offload"] > 2 * 0.25e-9 * LLAMA3_8B.parameters
+
+
+def test_zero_plus_plus_moves_less_and_pays_in_kernels() -> None:
+    """arXiv 2306.10209: over a slow network each of its three parts shortens the gathers; on one node quantising costs more than it saves."""
+    w = Workload(model=LLAMA3_8B, seq=2048, dp=64, batch=64, zero=3, stack=DEEPSPEED)
+    slow, node = with_network(parse_hardware("h100-80gb:8x8"), nic_gb_s=3.0), parse_hardware("h100-80gb:8")
+    plain = step_time(w, slow).parts["zero gathers"]
+    parts = {
+        name: step_time(replace(w, **{name: value}), slow).parts["zero gathers"]
+        for name, value in (("hpz", 8), ("qwz", True), ("qgz", True))
+    }
+    assert all(seconds < 0.9 * plain for seconds in parts.values())
+    assert step_time(replace(w, hpz=8, qwz=True, qgz=True), slow).parts["zero gathers"] < 0.5 * plain
+    one = replace(w, dp=8, batch=8)
+    assert step_time(replace(one, hpz=8), node).step == pytest.approx(step_time(one, node).step)
+
+
+def test_the_second_partition_is_counted_under_a_pipeline() -> None:
+    w = Workload(model=LLAMA3_8B, seq=2048, pp=2, dp=32, batch=64, zero=3)
+    plain, second = (estimate(replace(w, hpz=hpz), H100).stages for hpz in (1, 8))
+    for before, after in zip(plain, second, strict=True):
+        weights = w.parameters_on(before.stage)
+        assert after.allocated - before.allocated == pytest.approx(2 * weights / 8, rel=0.05)

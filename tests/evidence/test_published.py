@@ -171,6 +171,17 @@ def test_the_year_decides_what_no_row_says() -> None:
     assert read_row({**ROW, "url": "https://arxiv.org/abs/2104.04473"})[0].stack == old
 
 
+def test_interleaving_that_is_not_printed_is_what_a_user_would_take() -> None:
+    unprinted = {("parallel", "vpp"): None, ("parallel", "pp"): 8, ("parallel", "dp"): 4}
+    few, many = (read_row(_with(unprinted | {("batch", "global"): batch}))[0] for batch in (64, 4096))
+    assert (few.vpp, many.vpp) == (4, 1), "16 micro-batches in 8 stages are half a bubble, 1024 are hardly any"
+    assert read_row(_with(unprinted | {("framework",): "DeepSpeed pipelines"}))[0].vpp == 1
+    printed, guessed = (predict(_with({**unprinted, ("parallel", "vpp"): vpp, ("batch", "global"): 64})) for vpp in (4, None))
+    assert guessed["tokens_per_s_per_gpu"] == printed["tokens_per_s_per_gpu"]
+    wide, narrow = (answer["range"]["tokens_per_s_per_gpu"] for answer in (guessed, printed))
+    assert wide[1] - wide[0] > narrow[1] - narrow[0]
+
+
 def test_norms_that_are_not_fused_cost_memory_and_time() -> None:
     fused, chains = (
         predict(_with({("framework",): "somebody's trainer", ("attention_as_printed",): text}))

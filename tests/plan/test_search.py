@@ -100,12 +100,13 @@ def test_every_plan_is_legal_fits_and_is_estimated_alike(asked: Question) -> Non
 def test_memory_and_time_and_price_limits_hold() -> None:
     asked = question("h100-80gb:8x2")
     best = asked.ask(top=1).plans[0]
-    roomy = replace(asked, limits=Limits(headroom=60 * GIB)).ask(top=3).plans
-    assert roomy and all(plan.worst.device + 60 * GIB <= plan.memory.capacity for plan in roomy)
-    tight = smaller_memory(asked, best.worst.device / GIB + 0.5).ask(top=3).plans
+    spared = best.memory.capacity - 0.9 * best.worst.device
+    roomy = replace(asked, limits=Limits(headroom=spared)).ask(top=3).plans
+    assert roomy and all(plan.worst.device + spared <= plan.memory.capacity for plan in roomy)
+    tight = smaller_memory(asked, 1.01 * best.worst.device / GIB).ask(top=3).plans
     assert tight and all(plan.chance >= 0.9 for plan in tight)
     bold, careful = (
-        smaller_memory(replace(asked, limits=Limits(risk=risk)), best.worst.device / GIB + 0.5).ask(top=1).plans[0] for risk in (0.5, 0.01)
+        smaller_memory(replace(asked, limits=Limits(risk=risk)), 1.01 * best.worst.device / GIB).ask(top=1).plans[0] for risk in (0.5, 0.01)
     )
     assert careful.chance >= 0.99 and bold.time.step <= careful.time.step
     slow = replace(asked, objective="fewest-gpus", limits=Limits(max_step_s=2 * best.time.step)).ask(top=1).plans[0]

@@ -87,13 +87,16 @@ class MemoryEstimate:
         return self.host <= self.room
 
 
-def estimate(w: Workload, hardware: Hardware, *, only: int | None = None, unknown: int = 0) -> MemoryEstimate:
+def estimate(
+    w: Workload, hardware: Hardware, *, only: int | None = None, known: tuple[StageMemory, ...] = (), unknown: int = 0
+) -> MemoryEstimate:
     """Memory of a workload on a cluster, per rank of every stage; bytes.
 
-    only: one stage, for a search that can stop there; unknown: settings that had to be guessed, which widen the interval.
+    only: one stage, for a search that can stop there; known: stages of the same workload that need not be sized again; unknown: settings that had to be guessed, which widen the interval.
     """
     seen = {only} if only is not None else {0, 1, w.pp // 2, w.pp - 2, w.pp - 1} if w.pp > 8 else set(range(w.pp))
-    stages = tuple(_stage(w, stage, hardware) for stage in sorted(s for s in seen if 0 <= s < w.pp))
+    there = {stage.stage: stage for stage in known}
+    stages = tuple(there.get(stage) or _stage(w, stage, hardware) for stage in sorted(s for s in seen if 0 <= s < w.pp))
     host, nvme = host_bytes(w, hardware)
     room = HOST_SHARE * hardware.gpu.host_gib * GIB if hardware.gpu.accelerator else inf  # a CPU's ranks count it among their own
     capacity = hardware.gpu.memory_gib * GIB
@@ -124,7 +127,7 @@ def states(w: Workload, params: float) -> dict[str, float]:
         else:
             moments = w.stack.master_bytes + (4.0 if not w.stack.main_grads and w.zero == 0 else 0.0)
         parts = {
-            "parameters": b * (sharded if w.zero >= 3 else params),
+            "parameters": b * (sharded + (params / w.hpz if w.hpz > 1 else 0.0) if w.zero >= 3 else params),
             "gradients": (
                 float(b) * sharded if w.zero >= 2 and w.stack.sharding != "megatron" else grads * (sharded if w.zero >= 2 else params)
             ),

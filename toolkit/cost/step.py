@@ -153,13 +153,21 @@ def _zero_gathers(w: Workload, hardware: Hardware, stage: int, f: Pass, b: Pass,
     prefetched = w.zero == 3 or w.stack.sharding == "fsdp"
     hidden = (w.stack.zero3_hidden if prefetched else w.stack.dp_hidden) if w.overlap else 0.0
     reduced = max(w.stack.reduce_bytes, w.width)
-    gather = layers * network.gather_time(per_layer * w.width, over=over) + network.gather_time(rest * w.width, over=over)
-    scatter = layers * network.gather_time(per_layer * reduced, over=over) + network.gather_time(rest * reduced, over=over)
-    front, back = gather, gather + scatter
+    # ZeRO++ (arXiv 2306.10209, section 3): weights travel in 8 bits, the backward gathers inside a second partition, gradients travel in 4
+    width, reduced = (1.0 if w.qwz else w.width), (0.5 if w.qgz else reduced)
+    near = network.group(hardware, size=w.hpz, stride=w.tp) if w.hpz > 1 else over
+
+    def moved(each: float, through: network.Group) -> float:
+        return layers * network.gather_time(per_layer * each, over=through) + network.gather_time(rest * each, over=through)
+
+    gather, scatter = moved(width, over), moved(reduced, over)
+    front, back = gather, moved(width, near) + scatter
     if w.zero == 2:  # weights stay whole between forward and backward
         front, back = (gather / w.microbatches if w.stack.sharding == "fsdp" else 0.0), scatter
     exposed = _uncovered(front, f.compute, hidden) + _uncovered(back, b.compute + r.compute, hidden)
-    exposed += kernels.stream_time(_copies(w) * w.parameters_on(stage), gpu=hardware.gpu)  # in and out of the flat buffers
+    # in and out of the flat buffers; quantising reads 2 bytes a weight and writes 1, and back, for each gather; gradients twice
+    passes = _copies(w) + (12.0 if w.qwz else 0.0) + (10.0 if w.qgz else 0.0)
+    exposed += kernels.stream_time(passes * w.parameters_on(stage), gpu=hardware.gpu)
     if w.zero == 3:  # nothing runs before the first layer is there
         exposed += gather / max(1, layers)
     return exposed

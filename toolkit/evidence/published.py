@@ -139,7 +139,8 @@ def read_row(row: Mapping[str, Any]) -> tuple[Workload, Hardware]:
         batch=total,
         tp=tp,
         pp=pp,
-        vpp=_count(parallel.get("vpp")) or 1,
+        vpp=_count(parallel.get("vpp"))
+        or _usual_interleaving(soft, layers=spec.layers, pp=pp, microbatches=max(1, total // ((micro or 1) * dp))),
         cp=cp,
         dp=dp,
         sp=tp > 1 and _sequence_parallel(parallel.get("sequence_parallel"), soft),
@@ -187,6 +188,18 @@ def _usual_stage(framework: str, *, flash: bool, pp: int) -> int:
     if "deepspeed" in framework:
         return 1 if pp > 1 else 2
     return 1 if flash else 0
+
+
+def _usual_interleaving(soft: Software, *, layers: int, pp: int, microbatches: int) -> int:
+    """Chunks of a stage that nobody prints: with Megatron, which interleaves since 2021, as many as keep the bubble below 5 %.
+
+    It needs whole micro-batches for every stage and equal chunks; a user who has neither does without.
+    """
+    if pp == 1 or soft.kind not in ("megatron", "nemo") or layers % pp or microbatches % pp:
+        return 1
+    each = layers // pp
+    chunks = [v for v in range(1, each + 1) if each % v == 0]
+    return next((v for v in chunks if (pp - 1) / microbatches / v <= 0.05), chunks[-1])
 
 
 def _sequence_parallel(value: Any, soft: Software) -> bool:
@@ -250,6 +263,8 @@ def _features(row: Mapping[str, Any], *, kind: str) -> dict[str, Any]:
         "deterministic": "deterministic" in flags,
         "fused_accumulation": "no grad-accum fusion" not in flags,
     }
+    if "zero++" in flags:
+        features |= {"qwz": True, "qgz": True, "hpz": 8}
     if "not stated" in printed and kind == "deepspeed":
         features["kernel"] = "efficient"  # Hugging Face's default passes SDPA a mask, which rules the flash kernel out
     return features

@@ -231,7 +231,9 @@ class _Search:
             alone = (
                 estimate(w, self.hardware, only=0) if w.pp > 1 else None
             )  # the first stage keeps most micro-batches in flight, so it often decides
-            if (alone is None or self.limits.fit(alone)) and self.limits.fit(estimate(w, self.hardware)):
+            if (alone is None or self.limits.fit(alone)) and self.limits.fit(
+                estimate(w, self.hardware, known=alone.stages if alone else ())
+            ):
                 low = micro
             else:
                 high = micro
