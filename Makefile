@@ -96,7 +96,7 @@ bench-convert: $(VENV)/.run  ## import and export of a 1B model: seconds, GB/s, 
 	$(BIN)/python -m tests.bench.convert --write docs/conversion.md
 
 score-planner: $(VENV)/.run  ## docs/planner.md: predictions against published measurements
-	$(BIN)/python -m toolkit.evidence.score ../shared/planner/published_dev.jsonl ../shared/planner/score_planner.py --out docs/planner.md
+	$(BIN)/python -m tests.bench.planner ../shared/planner/published_dev.jsonl --out docs/planner.md
 
 rehearsal: $(VENV)/.dev  ## docs/rehearsal.md: rehearsals of 124M to 405B, on up to 16,384 GPUs, against the estimate
 	$(BIN)/python -m tests.rehearse.against
