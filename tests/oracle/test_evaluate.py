@@ -30,7 +30,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A thousand bytes, prepared: neither windows nor batches come out even."""
     folder = tmp_path_factory.mktemp("few")
     for i, words in enumerate(("the first document ", "another one, longer ", "end ")):
-        (folder / f"{i}.txt").write_text("".join(f"{words}{n} " for n in range(20)))
+        (folder / f"{i}.txt").write_text("".join(f"{words}{n} " for n in range(18)))
     prepare(str(folder), tokenizer="bytes", out=folder / "few", workers=1, progress=False)
     return folder / "few"
 
