@@ -19,6 +19,7 @@ from toolkit.plan.commands import log_to_stderr, tune
 from toolkit.profile.commands import profile
 from toolkit.rehearse.commands import rehearse
 from toolkit.report.commands import report
+from toolkit.train.commands import launch
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train GPT and Llama on megatron-core × DeepSpeed.")
 data_app = typer.Typer(no_args_is_help=True, help="Text to tokens.")
@@ -31,6 +32,7 @@ app.command()(calibrate)
 app.command()(profile)
 app.command()(rehearse)
 app.command()(report)
+app.command()(launch)
 
 LOCAL = {"localhost", "127.0.0.1"}  # in a hostfile: no ssh is needed
 NO = 1  # exit code of a question whose answer is no

@@ -22,7 +22,8 @@ log = logging.getLogger("toolkit.train")
 class StepRecord:
     """What is known of one optimizer step. tokens: consumed since the start of the run;
     memory_gib: peak device memory of the worst rank (resident memory on a CPU); mfu: null where the
-    device's peak is not known; a skipped step has a null grad_norm. save_pause_s: seconds this step's checkpoint
+    device's peak is not known; a skipped step has a null grad_norm. data_wait_s: seconds the worst rank's host waited for micro-batches
+    within the step, mostly the next one's: on a GPU this step's kernels hide them as long as they last. save_pause_s: seconds this step's checkpoint
     held up training; save_write_s: seconds from its start until a checkpoint counted, at the step where that was seen; own: numbers that hooks add,
     null for one that is not finite, beside the others in metrics.jsonl."""
 

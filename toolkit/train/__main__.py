@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from toolkit.cluster.environment import take_place_from_mpi
 from toolkit.cluster.launch import clear_line
 from toolkit.errors import Stopped, ToolkitError
 from toolkit.train.program import quiet, say
@@ -14,6 +15,7 @@ from toolkit.train.program import quiet, say
 
 def main(arguments: list[str]) -> int:
     """Train; returns the exit code. A user error is one message from each host, never a traceback."""
+    take_place_from_mpi()
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stdout)
     if rank:

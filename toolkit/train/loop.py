@@ -42,6 +42,7 @@ from toolkit.train.world import World, connect
 log = logging.getLogger("toolkit.train")
 
 Batch = dict[str, Tensor]
+Fetched = tuple[list[Batch], ToolkitError | None]
 
 NOTHING = Extensions()  # added by the user
 BY_HOOK, BY_SIGNAL = 1, 2  # who asks for an end of the run; 0: nobody
@@ -95,6 +96,7 @@ class Run:
         self.own_data = isinstance(resolved.data, GivenData)
         self.loss = Loss(extensions.loss, rank=world.rank)
         self.data_error: ToolkitError | None = None
+        self.ahead: Fetched | None = None  # the next step's
         if isinstance(resolved.data, GivenData):
             check_together(resolved.data, config)
         self.checkpoints = Checkpoints(config, layout, resolved.data, weights=resolved.weights)
@@ -193,12 +195,18 @@ class Run:
 
     def _step(self, step: int) -> tuple[StepRecord, int]:
         t, started = self.config.train, time.perf_counter()
-        micro = [self._next() for _ in range(self.layout.num_microbatches)]
+        micro, error = self.ahead or self._fetch()
+        self.ahead, self.data_error = None, self.data_error or error
         waited = time.perf_counter() - started
         lr = learning_rate(self.config.optimizer, step=step - 1, total_steps=t.steps)
         self.engine.set_lr(lr)
         self.engine.begin()
         loss = self.schedule(lambda: iter(micro), num_microbatches=self.layout.num_microbatches)
+        if step < t.steps:
+            # a GPU is still busy with this step, and the host has not asked for its results yet
+            before = time.perf_counter()
+            self.ahead = self._fetch()
+            waited += time.perf_counter() - before
         scale = self.engine.loss_scale
         norm = self.engine.finish()
         mean_loss, asked, grad_norm, worst_wait, memory = self._agree(loss, norm, waited)
@@ -242,10 +250,11 @@ class Run:
         failed = self.checkpoints.failed or self.error is not None
         worst = torch.tensor([float(asks), waited, float(used), float(failed)], dtype=torch.float64, device=device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        asked, wait, memory, any_failed = worst.tolist()
+        # all in one copy to the host, which waits for the device each time it asks
+        mean_loss, grad_norm, asked, wait, memory, any_failed = torch.cat([total.double(), norm.double().reshape(1), worst]).tolist()
         if any_failed:
             self._end_together()
-        return float(total), int(asked), float(norm), wait, memory
+        return mean_loss, int(asked), grad_norm, wait, memory
 
     @property
     def error(self) -> ToolkitError | None:
@@ -304,7 +313,8 @@ class Run:
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         with torch.no_grad():
             for batch in range(1, batches + 1):
-                micro = [self._next(reader) for _ in range(self.layout.num_microbatches)]
+                micro, error = self._fetch(reader)
+                self.data_error = self.data_error or error
                 loss = self.schedule(lambda: iter(micro), num_microbatches=len(micro), forward_only=True)  # noqa: B023
                 if loss is not None and self.at.tp == 0:
                     total[0] += loss
@@ -335,9 +345,20 @@ class Run:
             seed=self.config.run.seed,
         )
 
-    def _next(self, reader: Iterator[Batch] | None = None) -> Batch:
-        reader = reader or self.train_batches
-        batch = self._read(reader) if reader is not None else None
+    def _fetch(self, reader: Iterator[Batch] | None = None) -> Fetched:
+        """The micro-batches of a global batch on the device, and what went wrong reading them: the step
+        is then taken with others waiting for it, and ends the run.
+        """
+        errors: list[ToolkitError] = []
+        micro = [self._next(reader or self.train_batches, errors) for _ in range(self.layout.num_microbatches)]
+        return micro, errors[0] if errors else None
+
+    def _next(self, reader: Iterator[Batch] | None, errors: list[ToolkitError]) -> Batch:
+        try:
+            batch = next(reader) if reader is not None else None
+        except ToolkitError as error:
+            errors.append(error)
+            batch = None
         if batch is None:
             shape = (self.config.train.micro_batch_size, self.config.train.seq_length)
             nothing = torch.zeros(shape, dtype=torch.int64, device=self.world.device)
@@ -345,16 +366,6 @@ class Run:
         if self.world.device.type == "cuda":
             batch = {k: v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
         return batch
-
-    def _read(self, reader: Iterator[Batch]) -> Batch | None:
-        """The next micro-batch; None where it cannot be read: the step is then taken with others
-        waiting for it, and ends the run.
-        """
-        try:
-            return next(reader)
-        except ToolkitError as error:
-            self.data_error = self.data_error or error
-            return None
 
 
 def check_together(data: GivenData, config: RunConfig) -> None:
