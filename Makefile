@@ -6,7 +6,7 @@ COMPAT_PYTHON ?= $(firstword $(shell for p in python3.12 python3.13 "$$HOME"/.py
 	"$$p" -c 'import ensurepip' >/dev/null 2>&1 && echo "$$p"; done))
 COMPAT_VENV ?= .venv-compat
 
-.PHONY: help quickstart test test-all mutants test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert score-planner rehearsal report-example recipes site bench-inference clean
+.PHONY: help quickstart test test-all mutants test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert score-planner rehearsal report-example recipes site bench-inference gpu-wheels gpu-check clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -101,6 +101,25 @@ score-planner: $(VENV)/.run  ## docs/planner.md: predictions against published m
 rehearsal: $(VENV)/.dev  ## docs/rehearsal.md: rehearsals of 124M to 405B, on up to 16,384 GPUs, against the estimate
 	$(BIN)/python -m tests.rehearse.against
 	$(BIN)/python -m tests.rehearse.report --write docs/rehearsal.md
+
+# WHEELS: a folder that gpu-wheels has filled; ARGS: more options, such as --minutes 10 or --device cpu --quick
+WHEELS ?=
+WHEELS_FOR ?= $(if $(COMPAT_PYTHON),$(COMPAT_PYTHON),$(PYTHON))
+GPU_CHECK_PACKAGES ?= dist/gpu-check-packages
+
+gpu-wheels: $(VENV)/.run  ## where there is a registry: what gpu-check needs beside PyTorch, into WHEELS (dist/gpu-wheels)
+	$(WHEELS_FOR) -m toolkit.gpu_check.wheels collect $(or $(WHEELS),dist/gpu-wheels)
+	$(BIN)/python -m toolkit.gpu_check --rehearse $(or $(WHEELS),dist/gpu-wheels)/rehearsed.json
+
+ifeq ($(WHEELS),)
+gpu-check: $(VENV)/.run  ## what only a GPU can show, in under 15 minutes on one, into docs/results; WHEELS=FOLDER needs no network
+	$(BIN)/python -m toolkit.gpu_check $(ARGS)
+else
+gpu-check:
+	$(PYTHON) -m toolkit.gpu_check.wheels install $(WHEELS) $(GPU_CHECK_PACKAGES)
+	PYTHONPATH=$(CURDIR):$(abspath $(GPU_CHECK_PACKAGES)) $(PYTHON) -m toolkit.gpu_check \
+		$(if $(wildcard $(WHEELS)/rehearsed.json),--rehearsed $(WHEELS)/rehearsed.json) $(ARGS)
+endif
 
 report-example: $(VENV)/.dev  ## docs/report.png: two small runs, trained, profiled and shown
 	$(BIN)/python -m tests.report.example

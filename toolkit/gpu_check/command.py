@@ -60,7 +60,8 @@ def main(arguments: list[str], *, worker: str = WORKER) -> int:
             shutil.rmtree(folder / "runs", ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "text")
-        rehearsed = options.rehearsed.resolve() if options.rehearsed else None
+        # a file of the real sizes says nothing of small ones
+        rehearsed = options.rehearsed.resolve() if options.rehearsed and not options.quick else None
         setting = Setting(folder=folder.resolve(), device=options.device, quick=options.quick, rehearsed=rehearsed)
         report = {
             "format": page.FORMAT,

@@ -21,7 +21,7 @@ from toolkit.gpu_check.runs import Say, train
 from toolkit.gpu_check.setting import Setting
 from toolkit.hardware.catalogue import Hardware, gpu_of_device, parse_hardware
 from toolkit.plan.show import estimate_json
-from toolkit.rehearse.record import here
+from toolkit.rehearse.place import here
 from toolkit.runfolder.metrics import after_warm_up
 from toolkit.train.hooks import Step
 

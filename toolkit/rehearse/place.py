@@ -13,6 +13,7 @@ _SKIPPED = (
     "/torch/",
     "/toolkit/rehearse/",
     "/toolkit/gpu_check/",
+    "/warnings.py",
     "/deepspeed/comm/",
     "/deepspeed/utils/",
     "/deepspeed/accelerator/",
