@@ -24,14 +24,10 @@ def cells() -> list[Cell]:
     return [small, *(c for c in grid() if not c.uses("cpu"))]
 
 
-def chosen(all_cells: bool) -> list[Cell]:
-    return [c for c in cells() if all_cells or c.id in ALWAYS]
-
-
 @functools.cache
-def rehearsed(all_cells: bool) -> dict[str, list[dict[str, Any]]]:
-    """All ranks of all cells, in one interpreter."""
-    jobs = [(c, Job(config=parse_config(c.raw()), world=c.world, rank=r)) for c in chosen(all_cells) for r in range(c.world)]
+def rehearsed(ids: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+    """All ranks of the cells of these names, in one interpreter."""
+    jobs = [(c, Job(config=parse_config(c.raw()), world=c.world, rank=r)) for c in cells() if c.id in ids for r in range(c.world)]
     answers = run([job for _, job in jobs], device="cpu")
     found: dict[str, list[dict[str, Any]]] = {}
     for (cell, _), answer in zip(jobs, answers, strict=True):
@@ -39,18 +35,27 @@ def rehearsed(all_cells: bool) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def answers(request: pytest.FixtureRequest) -> dict[str, list[dict[str, Any]]]:
+    """Rehearsals of the cells that this session was asked for, by their names."""
+    here = [item.callspec for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    return rehearsed(tuple(sorted({ALWAYS[0], *(spec.params["cell"].id for spec in here)})))
+
+
 def _parameter(cell: Cell) -> Any:
     return pytest.param(cell, id=cell.id, marks=[] if cell.id in ALWAYS else [pytest.mark.all_cells])
 
 
 @pytest.mark.parametrize("cell", [_parameter(c) for c in cells()])
-def test_a_rehearsal_is_a_real_run_without_its_data(cell: Cell, pool: Pool, request: pytest.FixtureRequest) -> None:
-    answers = rehearsed(bool(request.config.option.all_cells))[cell.id]
+def test_a_rehearsal_is_a_real_run_without_its_data(cell: Cell, pool: Pool, answers: dict[str, list[dict[str, Any]]]) -> None:
     real = pool.run("tests.rehearse.real:measure", cell.world, {"config": cell.raw()}, deadline_s=180.0)
-    for seen, said in zip(real, answers, strict=True):
+    for seen, said in zip(real, answers[cell.id], strict=True):
         assert "error" not in said, said.get("trace")
         assert {p: said["parts"][p] for p in PARTS} == {p: seen["parts"][p] for p in PARTS}
-        assert said["allocated"] == seen["peak"]
+        # gloo's thread lets go of a message's tensors a moment after the rank has waited for it, now before and now after the peak
+        held = max((nbytes for _, _, nbytes, *_ in seen["messages"]), default=0)
+        assert said["allocated"] <= seen["peak"] <= said["allocated"] + held
+        assert seen["peak"] == said["allocated"] or cell.world > 1
         groups = [list(expand(g)) for g in said["groups"]]
         messages = [[op, groups[group], nbytes, dtype, peer] for op, group, nbytes, dtype, peer, *_ in said["step"]["messages"]]
         assert messages == seen["messages"]
@@ -61,10 +66,10 @@ def test_always_run_cells_exist() -> None:
     assert set(ALWAYS) <= {c.id for c in cells()}
 
 
-def test_a_difference_would_show(pool: Pool) -> None:
+def test_a_difference_would_show(pool: Pool, answers: dict[str, list[dict[str, Any]]]) -> None:
     """Another micro-batch has other bytes."""
     cell = next(c for c in cells() if c.id == ALWAYS[0])
     raw = cell.raw()
     raw["train"]["micro_batch_size"] = 2
     real = pool.run("tests.rehearse.real:measure", cell.world, {"config": raw}, deadline_s=180.0)
-    assert real[0]["peak"] != rehearsed(False)[cell.id][0]["allocated"]
+    assert real[0]["peak"] != answers[cell.id][0]["allocated"]

@@ -179,7 +179,7 @@ def host_bytes(w: Workload, hardware: Hardware) -> tuple[float, float]:
 def _stage(w: Workload, stage: int, hardware: Hardware) -> StageMemory:
     params = w.parameters_on(stage)
     if w.stack.sharding == "toolkit":  # our own engine's weights are counted, not approximated
-        base = dict.fromkeys(PARTS, 0.0) | own.states(w, stage) | (own.on_host(w) if hardware.gpu.accelerator else {})
+        base = dict.fromkeys(PARTS, 0.0) | own.on_device(w, stage, cpu=not hardware.gpu.accelerator)
         base["working set"] = own.gathered(w, stage)
     else:
         base = dict.fromkeys(PARTS, 0.0) | states(w, params)

@@ -103,11 +103,39 @@ def _kept(w: Workload, sizes: Sequence[float], *, master: int) -> float:
     return total
 
 
-def on_host(w: Workload) -> dict[str, float]:
-    """The parts that offloading takes off a GPU, as zeros."""
-    gone = [("gradients", "optimizer") if w.zero >= 2 else ("optimizer",)] if w.offload_optimizer != "none" else []
-    gone += [("parameters",)] if w.offload_param != "none" else []
-    return {part: 0.0 for parts in gone for part in parts}
+def on_host(w: Workload, stage: int, *, dp_rank: int = 0) -> dict[str, float]:
+    """What of states() lies in host memory beside a GPU, by part: what DeepSpeed allocates on "cpu" when it offloads.
+
+    ZeRO-1 and 2: master weights with their gradients and moments, the weights as they come back from the step, and a buffer of the
+    largest gradient. What backwards add up stays on the GPU: ZeRO-1 keeps all gradients as computed, ZeRO-2 in 16 bits its own share
+    in fp32 (stage_1_and_2.py, _use_compact_grad_partition_buffer); in fp32 ZeRO-2 adds in host memory. ZeRO-3: masters, moments and
+    both gradients; offloaded parameters leave those on the GPU that are small enough to be kept whole.
+    """
+    whole = states(w, stage, dp_rank=dp_rank)
+    gone = dict.fromkeys(whole, 0.0)
+    if w.offload_optimizer != "none":
+        gone["optimizer"], gone["gradients"] = whole["optimizer"], whole["gradients"]
+        if w.zero < 3:
+            each = layer_weights(w) + [x for side in edge_weights(w, stage) for x in side]
+            flat, b = whole["parameters"] / w.width, w.width
+            gone["gradients"] -= b * flat if w.zero < 2 else 4 * flat / w.shards if b < 4 else 0.0
+            gone["zero buffers"] = b * max(x.count for x in each) + b * flat / w.shards
+    if w.offload_param != "none":
+        gone["parameters"] = whole["parameters"] - w.width * _kept_whole(w, stage)
+    return gone
+
+
+def on_device(w: Workload, stage: int, *, cpu: bool, dp_rank: int = 0) -> dict[str, float]:
+    """What of states() counts for the device; cpu: the device is one, so that nothing leaves it."""
+    found = states(w, stage, dp_rank=dp_rank)
+    gone = {} if cpu else on_host(w, stage, dp_rank=dp_rank)
+    return {part: nbytes - gone.get(part, 0.0) for part, nbytes in found.items()}
+
+
+def _kept_whole(w: Workload, stage: int) -> int:
+    """Elements of the weights that ZeRO-3 does not cut, each counted whole; without data-parallel ranks nothing is cut off."""
+    layers, every = w.layers_on(stage), [x for side in edge_weights(w, stage) for x in side]
+    return sum(x.count * layers for x in layer_weights(w) if x.count <= w.persist) + sum(x.count for x in every if x.count <= w.persist)
 
 
 def _touched(w: Workload, stage: int, sizes: list[int], dp_rank: int) -> list[int]:

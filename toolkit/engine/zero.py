@@ -262,7 +262,9 @@ class Engine:
         if self.stage == 3:
             self.optimizer.grad_partitions_flat_buffer.zero_()
         elif self.stage == 2 and self.optimizer.cpu_offload:
-            torch._foreach_zero_(list(self.optimizer.accumulated_grads_in_cpu.values()))
+            sums = list(self.optimizer.accumulated_grads_in_cpu.values())
+            if sums:  # in 16 bits DeepSpeed adds up in a buffer of the GPU, which it makes anew for each step
+                torch._foreach_zero_(sums)
 
     def _sum_tied_partitions(self) -> None:
         """The tied weight is an optimizer group of its own, so both stages cut it alike."""

@@ -36,9 +36,7 @@ TIME_OF = {
 def memory(w: Workload, hardware: Hardware, stage: int, *, dp_rank: int = 0) -> dict[str, float]:
     """Bytes of one rank by part, each at its largest, and the peak; offloaded states count only where they share the rank's memory."""
     cpu = not hardware.gpu.accelerator
-    parts = own_engine.states(w, stage, dp_rank=dp_rank)
-    if not cpu:
-        parts |= own_engine.on_host(w)
+    parts = own_engine.on_device(w, stage, cpu=cpu, dp_rank=dp_rank)
     parts |= own_engine.stage_saved(w, stage, cpu=cpu)
     peak = next((s.allocated for s in estimate(w, hardware).stages if s.stage == stage), 0.0)
     parts["working set"] = max(0.0, peak - sum(parts.values()))

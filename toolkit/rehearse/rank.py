@@ -67,7 +67,11 @@ def rehearse(
             progress(f"step {number + 1}", (number + 0.5) / (steps + 0.5))
             meter = play.step()
         step = recorder.step
-        answer: dict[str, Any] = {"allocated": step.peak.nbytes, "peak_reserved": recorder.storages.allocator.peak_reserved}
+        answer: dict[str, Any] = {
+            "allocated": step.peak.nbytes,
+            "peak_reserved": recorder.storages.allocator.peak_reserved,
+            "host": {**meter.measured.host, "peak": recorder.host.peak, "pinned": recorder.host.pinned},
+        }
         if whole:
             progress("evaluation and save", (steps + 0.25) / (steps + 0.5))
             answer |= {"evaluation": play.evaluate().as_json(), "save": play.save().as_json()}
@@ -78,7 +82,6 @@ def rehearse(
         **asdict(at),
         "parts": {part: meter.measured.parts.get(part, 0) for part in (*STATIC, "activations", "logits")},
         **answer,
-        "host": {**meter.measured.host, "peak": recorder.host.peak, "pinned": recorder.host.pinned},
         "retries": recorder.storages.allocator.retries,
         "overdrawn": recorder.storages.allocator.overdrawn,
         "microbatches": layout.num_microbatches,
