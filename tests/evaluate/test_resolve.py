@@ -49,7 +49,7 @@ def asked(checkpoint: Path, tmp_path: Path) -> Asked:
 @pytest.fixture
 def words(tmp_path: Path) -> Path:
     path = tmp_path / "words.txt"
-    path.write_text("some words to be evaluated, " * 40)
+    path.write_text("some words to be evaluated, " * 37)
     return path
 
 
@@ -59,6 +59,7 @@ def test_every_token_but_the_first_is_predicted_once(asked: Asked, tmp_path: Pat
     data = Windows(span, seq_length=t.seq_length, windows=it.task.batches * t.global_batch_size)
     ids = np.fromfile(f"{span.prefix}.bin", dtype=np.uint16)
     seen = np.concatenate([data[i]["labels"][data[i]["mask"] > 0] for i in range(len(data))])
+    assert len(ids) > 32 * t.seq_length + 1 and len(data) == 40, "the last window must be the first of its batch"
     assert seen.tolist() == ids[1:].tolist() and it.whole
     before = np.concatenate([data[i]["tokens"][data[i]["mask"] > 0] for i in range(len(data))])
     assert before.tolist() == ids[:-1].tolist()

@@ -133,7 +133,7 @@ def test_other_starts_have_other_commands() -> None:
     assert "--hostfile HOSTFILE" in _lines(_record(40), hosts=2)[1]
     assert "start your program again" in _lines(_record(40), own_data=True)[1]
     elsewhere = _lines(_record(100), checkpoint=Path("/big disk/step-00000100"))
-    assert "toolkit convert export '/big disk/step-00000100'" in elsewhere[1]
+    assert "toolkit convert export '/big disk/step-00000100'" in elsewhere[2]
 
 
 def test_other_ranks_warn_with_their_rank_and_errors_are_kept(tmp_path: Path) -> None:
