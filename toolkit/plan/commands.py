@@ -36,6 +36,7 @@ def tune(
     top: Annotated[int, typer.Option(help="plans to list")] = 10,
     what_if: Annotated[bool, typer.Option(help="also answer what other hardware or sequences would change")] = True,
     out: Annotated[Path | None, typer.Option(help="folder for run.yaml, ds_config.json, launch.sh and tune.json of the best plan")] = None,
+    rehearse: Annotated[int, typer.Option(help="rehearse the best so many plans first, and drop those that would not run")] = 0,
     trials: Annotated[int, typer.Option(help="run the best so many plans here and rank them by measurement")] = 0,
     trial_steps: Annotated[int, typer.Option(help="optimizer steps of a trial")] = 5,
     trial_deadline: Annotated[float, typer.Option(help="seconds after which a trial is ended")] = 600.0,
@@ -59,6 +60,7 @@ def tune(
         log_to_stderr()
     for name, value, least in (
         ("--top", top, 1),
+        ("--rehearse", rehearse, 0),
         ("--trials", trials, 0),
         ("--trial-steps", trial_steps, 2),
         ("--trial-deadline", trial_deadline, 1),
@@ -74,9 +76,15 @@ def tune(
     limits.max_step_s, limits.max_cost, limits.price = max_step, max_cost, price
     if host_gib is not None:
         question = question.with_host_gib(host_gib)
-    answer = answer_to(question, top=max(top, trials), what_if=what_if)
+    answer, rehearsed = answer_to(question, top=max(top, trials, rehearse), what_if=what_if and not rehearse), None
+    if rehearse:
+        from toolkit.plan.rehearsals import rehearse_plans
+        from toolkit.plan.tune import what_ifs
+
+        rehearsed = rehearse_plans(answer, rehearse, hardware_file=hardware_file)
+        answer.what_if = what_ifs(answer) if what_if else []
     if not as_json:
-        typer.echo(tune_text(answer, width=width), nl=False)
+        typer.echo(tune_text(answer, rehearsed=rehearsed, width=width), nl=False)
     chosen, measured = answer.best, None
     if trials:
         from toolkit.plan.trials import run_trials
@@ -87,7 +95,7 @@ def tune(
             typer.echo(trials_text(answer, measured, width=width), nl=False)
         if measured[0].step_s is not None:
             chosen = measured[0].plan
-    ranking = tune_json(answer, trials=measured)
+    ranking = tune_json(answer, trials=measured, rehearsed=rehearsed)
     if as_json:
         typer.echo(json.dumps(ranking, indent=1))
     if measured is not None and measured[0].step_s is None:

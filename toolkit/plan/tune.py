@@ -102,8 +102,13 @@ def tune(question: Question, *, top: int = 10, what_if: bool = True) -> Answer:
     result.plans = prefer_simple(result.plans, question.objective)[:top]
     answer = Answer(question=question, result=result)
     if what_if:
-        answer.what_if = [_what_if(answer, change, other) for change, other in _changes(question)]
+        answer.what_if = what_ifs(answer)
     return answer
+
+
+def what_ifs(answer: Answer) -> list[WhatIf]:
+    """What other hardware and other sequences would change about the best plan."""
+    return [_what_if(answer, change, other) for change, other in _changes(answer.question)]
 
 
 def planned(config: RunConfig, plan: Plan) -> RunConfig:

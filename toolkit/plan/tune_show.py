@@ -7,6 +7,7 @@ from typing import Any
 
 from toolkit.cost.memory import GIB
 from toolkit.plan.reasons import degree_words, duration, layout_words, limits, memory_words, safer, state_words, why_not
+from toolkit.plan.rehearsals import Rehearsed
 from toolkit.plan.search import Plan
 from toolkit.plan.show import count, mfu, ranges
 from toolkit.plan.space import AXES, spec
@@ -16,7 +17,7 @@ from toolkit.plan.tune import Answer
 FORMAT = 1  # of the JSON
 
 
-def tune_json(answer: Answer, *, trials: list[Trial] | None = None) -> dict[str, Any]:
+def tune_json(answer: Answer, *, trials: list[Trial] | None = None, rehearsed: list[Rehearsed] | None = None) -> dict[str, Any]:
     """The ranked plans with time (seconds) and memory (GiB) by part, the limits of the best, and the what-ifs."""
     question, result = answer.question, answer.result
     best = answer.best
@@ -36,6 +37,7 @@ def tune_json(answer: Answer, *, trials: list[Trial] | None = None) -> dict[str,
         "plans": [plan_json(answer, plan) | {"why_not": _why(answer, plan)} for plan in result.plans],
         "what_if": [{"change": w.change, "answer": w.text, "plan": plan_json(answer, w.plan) if w.plan else None} for w in answer.what_if],
         **({"trials": [{"plan": result.plans.index(t.plan) + 1} | t.as_json() for t in trials]} if trials is not None else {}),
+        **({"rehearsals": [r.as_json() for r in rehearsed]} if rehearsed is not None else {}),
     }
 
 
@@ -64,7 +66,7 @@ def plan_json(answer: Answer, plan: Plan) -> dict[str, Any]:
     }
 
 
-def tune_text(answer: Answer, *, width: int = 150) -> str:
+def tune_text(answer: Answer, *, rehearsed: list[Rehearsed] | None = None, width: int = 150) -> str:
     """The best plans as a table, then why the others lose, what limits the best one, and the what-ifs."""
     from rich.console import Console
 
@@ -78,7 +80,10 @@ def tune_text(answer: Answer, *, width: int = 150) -> str:
         highlight=False,
         soft_wrap=True,
     )
-    out.print(_table(answer))
+    out.print(_table(answer, rehearsed))
+    for r in rehearsed or ():
+        if r.reason:
+            out.print(f"{r.status}: {layout_words(r.plan.workload)}: {r.reason}", highlight=False, soft_wrap=True)
     if question.config.model.vocab_size is None:
         out.print(
             "model.vocab_size is null: sizes count the padding alone; set it to the tokenizer's for exact ones",
@@ -146,7 +151,7 @@ def trials_text(answer: Answer, trials: list[Trial], *, width: int = 150) -> str
     return _plain(out)
 
 
-def _table(answer: Answer) -> Any:
+def _table(answer: Answer, rehearsed: list[Rehearsed] | None) -> Any:
     from rich.table import Table
 
     question, best = answer.question, answer.best
@@ -159,14 +164,21 @@ def _table(answer: Answer) -> Any:
         table.add_column(name, justify="right")
     if question.limits.price is not None or question.objective == "cost":
         table.add_column("GPU hours" if question.limits.price is None else "cost", justify="right")
+    played = {id(r.plan): r for r in rehearsed or ()}
+    if played:
+        table.add_column("rehearsed GiB", justify="right")
     for number, plan in enumerate(answer.result.plans, start=1):
         w = plan.workload
         row = [str(number), degree_words(w), state_words(w), w.recompute, str(w.micro), str(plan.gpus), duration(plan.time.step)]
         low, high = plan.time.step_range
         row += [f"{low:.3g}–{high:.3g}", f"{plan.tokens_per_s:,.0f}", f"{mfu(w, plan.time, question.hardware):.1%}"]
         row += [f"{plan.worst.device / GIB:.1f}", f"{plan.chance:.2f}"]
-        row.append(f"{question.limits.cost(plan.time.step, plan.gpus):,.0f}")
-        table.add_row(*row[: len(table.columns)], style="bold" if plan is best else None)
+        if question.limits.price is not None or question.objective == "cost":
+            row.append(f"{question.limits.cost(plan.time.step, plan.gpus):,.0f}")
+        if played:
+            r = played.get(id(plan))
+            row.append("" if r is None else r.status if r.gib is None else f"{r.gib:.1f}")
+        table.add_row(*row, style="bold" if plan is best else None)
     return table
 
 
