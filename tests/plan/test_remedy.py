@@ -67,4 +67,4 @@ def test_a_model_of_8b_on_one_gpu() -> None:
         assert not estimate(Workload.of(config, 1), one).fits
         assert re.fullmatch(r"Set zero\.[\w.= ]+: the estimate is then \d+\.\d\d GiB\.", nearest_fit(config, 1, one, machine=one.machine))
     recipe = load_config(Path(__file__).parents[2] / "launch" / "recipes" / "llama3.1-8b-one-gpu.yaml")
-    assert estimate(Workload.of(recipe, 1), parse_hardware("h100-80gb:1x1")).fits
+    assert estimate(Workload.of(recipe, 1), parse_hardware("h200-141gb:1x1")).fits
