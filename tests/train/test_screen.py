@@ -65,13 +65,14 @@ def test_a_second_start_says_so_in_the_same_console_log(shown: tuple[list[str], 
     assert "toolkit convert export" in again.output, "what a user may do with a run that is over"
 
 
-def test_the_next_commands_work(shown: tuple[list[str], str, Path], shared: Started, text: Path) -> None:
+def test_the_next_commands_work(shown: tuple[list[str], str, Path], shared: Started, tmp_path: Path) -> None:
+    (tmp_path / "held out.txt").write_text("words that it has not seen " * 20)
     lines, _, _ = shown
     first = next(i for i, line in enumerate(lines) if line.startswith("next: "))
     commands = [line.removeprefix("next: ").strip() for line in lines[first:] if line]
     assert [command.split()[1] for command in commands] == ["evaluate", "convert", "report"]
     for command in commands:
-        words = [str(text) if word == "DATA" else word for word in shlex.split(command)]
+        words = [str(tmp_path / "held out.txt") if word == "DATA" else word for word in shlex.split(command)]
         done = shared.run([sys.executable, "-m", *words])
         assert done.code == 0, done.output
 
