@@ -38,12 +38,10 @@ def verdicts(report: dict[str, Any]) -> dict[str, str]:
     return {c["name"]: c["verdict"] for c in report["checks"]}
 
 
-def test_a_cpu_agrees_with_itself(tmp_path: Path) -> None:
-    code, report, text = check(tmp_path, "--only", "versions,zero,collectives")
+def test_what_is_as_expected_is_green(tmp_path: Path) -> None:
+    code, report, text = check(tmp_path, "--only", "versions,collectives")
     assert code == 0 and "**Green.**" in text, text
-    assert verdicts(report) == dict.fromkeys(("versions", "reference", "zero", "collectives"), "pass")
-    rows = next(c["rows"] for c in report["checks"] if c["name"] == "zero")
-    assert {f"zero{n}-{p}" for n in range(4) for p in ("fp32", "bf16")} < {r["name"] for r in rows}
+    assert verdicts(report) == {"versions": "pass", "collectives": "pass"}
 
 
 @pytest.mark.all_cells
@@ -58,13 +56,14 @@ def test_a_loss_that_differs_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("FAULT", "loss")
     code, report, text = check(tmp_path, "--only", "zero", worker=FAULTY)
     assert code == 1 and "**Red.** 1 of 2 checks failed: zero." in text
-    failed = [r["name"] for r in report["checks"][1]["rows"] if r["verdict"] == "fail"]
-    assert "zero0-fp32" in failed and "last loss" in text
+    rows = {r["name"]: r["verdict"] for r in report["checks"][1]["rows"]}
+    assert {n for n, v in rows.items() if v == "fail"} == {"zero3-fp32", "zero3-bf16"} and "last loss" in text
+    assert {f"zero{n}-{p}" for n in range(3) for p in ("fp32", "bf16")} <= {n for n, v in rows.items() if v == "pass"}
 
 
 def test_a_check_that_hangs_is_ended_with_its_stacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAULT", "hang")
-    hanging = replace(CHECKS[0], seconds=15.0)
+    hanging = replace(CHECKS[0], seconds=8.0)
     (outcome,) = run_checks([hanging], Setting(folder=tmp_path, device="cpu", quick=True), minutes=5, worker=FAULTY)
     assert outcome.state == "hang" and outcome.verdict == "fail"
     assert "wait_for_ever" in outcome.trace
@@ -72,10 +71,10 @@ def test_a_check_that_hangs_is_ended_with_its_stacks(tmp_path: Path, monkeypatch
 
 def test_a_process_that_ends_is_an_error_and_the_next_check_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAULT", "gone")
-    gone, unknown = CHECKS[0], replace(CHECKS[0], name="unknown")
-    outcomes = run_checks([gone, unknown], Setting(folder=tmp_path, device="cpu", quick=True), minutes=5, worker=FAULTY)
-    assert [o.state for o in outcomes] == ["error", "error"]
-    assert "exit code 7" in outcomes[0].note and "KeyError" in outcomes[1].note + outcomes[1].trace
+    both = [CHECKS[0], replace(CHECKS[0], name="collectives")]
+    outcomes = run_checks(both, Setting(folder=tmp_path, device="cpu", quick=True), minutes=5, worker=FAULTY)
+    assert [(o.name, o.state) for o in outcomes] == [("versions", "error"), ("collectives", "error")]
+    assert all("exit code 7" in o.note for o in outcomes)
 
 
 def test_a_budget_that_is_over_starts_nothing(tmp_path: Path) -> None:
@@ -157,7 +156,7 @@ def test_the_runs_are_rehearsed_as_cuda(quick: bool, tmp_path: Path) -> None:
 
     setting = Setting(folder=tmp_path, quick=quick)
     runs = {n: raw for c in CHECKS if not quick or c.name in REHEARSED for n, raw in c.rehearsed(setting).items()}
-    found = rehearse_all(dict(list(runs.items())[:4]) if quick else runs, hardware="h100-80gb:1x1")
+    found = rehearse_all({n: runs[n] for n in ("waits-zero3", "undisturbed")} if quick else runs, hardware="h100-80gb:1x1")
     assert {n: one["error"] for n, one in found.items() if "error" in one} == {}
     assert {n for n, one in found.items() if "refused" in one} <= {"te", "zero3-optimizer-nvme", "zero3-optimizer-nvme-bf16"}
     assert all(one["allocated"] > 0 for one in found.values() if "refused" not in one)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 if __name__ == "__main__":
@@ -11,6 +12,7 @@ if __name__ == "__main__":
     except ModuleNotFoundError as missing:
         sys.stderr.write(f"error: the package {missing.name} is not installed. See docs/gpu-check.md: make gpu-check WHEELS=FOLDER.\n")
         sys.exit(2)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with its workers, instead of before them
     try:
         code = main(sys.argv[1:])
     except ToolkitError as error:

@@ -3,7 +3,7 @@
     python -m toolkit.gpu_check.wheels collect FOLDER        where there is a registry: download and build them, for this Python
     python -m toolkit.gpu_check.wheels install FOLDER INTO   where there is none: put what is missing into INTO, for PYTHONPATH
 
-Nothing that is installed is touched, PyTorch least of all: a package that this Python already has is left out, whatever its version.
+Nothing that is installed is touched, PyTorch least of all: what this Python already has is left out, whatever its version.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-# what deepspeed, megatron-core and the toolkit import in a training run, without torch and what it brings itself
-BUILT = ("deepspeed",)  # a source distribution; its extensions compile where they are used
-PACKAGES = (
-    *("megatron-core", "numpy", "packaging", "einops", "hjson", "msgpack", "ninja", "psutil", "py-cpuinfo", "tqdm"),
-    *("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions"),
-    *("typer", "click", "shellingham", "rich", "markdown-it-py", "mdurl", "pygments"),
-    *("pyyaml", "safetensors", "setuptools"),
+BUILT = "deepspeed"  # a source distribution; its extensions compile where they are used
+ALONE = "megatron-core"  # as deepspeed, it asks for torch, which must not come along
+# what these two and the toolkit import in a training run; pip adds what they need in turn
+OTHERS = (
+    *("numpy", "packaging", "einops", "hjson", "msgpack", "ninja", "psutil", "py-cpuinfo", "tqdm"),
+    *("pydantic", "typer", "rich", "pyyaml", "safetensors", "setuptools"),
 )
+TOGETHER = {"pydantic", "pydantic-core"}  # versions that were made for each other alone
 MOST_MIB = 64
 
 
@@ -32,10 +32,11 @@ def collect(folder: Path, *, constraints: Path) -> int:
     for old in folder.glob("*.whl"):
         old.unlink()
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    limits = ["-q", "--no-deps", "-c", str(constraints)]
+    download = [*pip, "download", "-q", "-c", str(constraints), "--only-binary=:all:", "-d", str(folder)]
     commands = [
-        [*pip, "wheel", *limits, "-w", str(folder), *BUILT],
-        [*pip, "download", *limits, "--only-binary=:all:", "-d", str(folder), *PACKAGES],
+        [*pip, "wheel", "-q", "-c", str(constraints), "--no-deps", "-w", str(folder), BUILT],
+        [*download, "--no-deps", ALONE],
+        [*download, *OTHERS],
     ]
     for command in commands:
         done = subprocess.run(command, env={**os.environ, "DS_BUILD_OPS": "0"}, check=False)
@@ -51,9 +52,7 @@ def collect(folder: Path, *, constraints: Path) -> int:
 def install(folder: Path, into: Path) -> int:
     """Put the wheels of packages that this Python lacks into a folder of its own; 2 where the wheels do not do."""
     wheels = {re.sub(r"[-_.]+", "-", path.name.split("-")[0]).lower(): path for path in sorted(folder.glob("*.whl"))}
-    needed = [*BUILT, *PACKAGES]
-    missing = [name for name in needed if not _installed(name)]
-    lacking = [name for name in missing if name not in wheels]
+    lacking = [name for name in (BUILT, ALONE, *OTHERS) if name not in wheels and not _installed(name)]
     if not _installed("torch"):
         sys.stderr.write(f"error: {sys.executable} has no torch, and the wheels bring none. Set PYTHON to a Python that has it.\n")
         return 2
@@ -62,10 +61,12 @@ def install(folder: Path, into: Path) -> int:
             f"error: {folder} has no wheel of {', '.join(lacking)}. Make it where there is a registry: make gpu-wheels WHEELS={folder}.\n"
         )
         return 2
+    missing = {name for name in wheels if not _installed(name)}
+    missing |= TOGETHER if missing & TOGETHER else set()
     if not missing:
         return 0
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-index", "--no-deps", "--upgrade"]
-    command += ["--target", str(into), "--find-links", str(folder), *missing]
+    command += ["--target", str(into), "--find-links", str(folder), *sorted(missing)]
     environ = {k: v for k, v in os.environ.items() if k not in ("PIP_FIND_LINKS", "PIP_CONSTRAINT")}
     done = subprocess.run(command, env=environ, check=False, capture_output=True, text=True)
     if done.returncode != 0:
