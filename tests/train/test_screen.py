@@ -52,6 +52,7 @@ def test_console_log_is_what_was_seen(shown: tuple[list[str], str, Path]) -> Non
     assert kept[kept.index(seen[0]) :] == [line for line in seen if line]
 
 
+@pytest.mark.all_cells
 def test_a_second_start_says_so_in_the_same_console_log(shown: tuple[list[str], str, Path], shared: Started) -> None:
     _, _, folder = shown
     before = (folder / "console.log").read_text()
@@ -77,6 +78,7 @@ def test_the_next_commands_work(shown: tuple[list[str], str, Path], shared: Star
         assert done.code == 0, done.output
 
 
+@pytest.mark.all_cells
 def test_a_run_that_a_hook_stopped_goes_on_as_it_says(shared: Started) -> None:
     run = shared.folder / "runs" / "hooked"
     script = (
