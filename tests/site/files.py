@@ -12,7 +12,18 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
-SHOWN = ("*.md", "LICENSE", "docs/**/*.md", "docs/*.png", "docs/assets/*", "launch/*", "launch/recipes/*", "ds_configs/*", "examples/*")
+SHOWN = (
+    "*.md",
+    "LICENSE",
+    "docs/**/*.md",
+    "docs/*.png",
+    "docs/*.svg",
+    "docs/assets/*",
+    "launch/*",
+    "launch/recipes/**/*",
+    "ds_configs/*",
+    "examples/*",
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
