@@ -221,7 +221,7 @@ def test_the_host_waits_where_it_is_known_to(cell: Cell, answers: list[dict[str,
         assert all(count <= bound for count, bound in most.values()), most
         assert [place.split()[-1] for _, place, _ in a["save"]["syncs"]] == ["copied"]
         evaluation = {place.split()[-1] for _, place, _ in a["evaluation"]["syncs"]}
-        assert evaluation <= {"_evaluate"} | ({"wait", "_partition_param_sec"} if k.get(ZERO_3) == 3 else set())
+        assert evaluation <= {"evaluate"} | ({"wait", "_partition_param_sec"} if k.get(ZERO_3) == 3 else set())
 
 
 @every_cell
