@@ -6,7 +6,7 @@ COMPAT_PYTHON ?= $(firstword $(shell for p in python3.12 python3.13 "$$HOME"/.py
 	"$$p" -c 'import ensurepip' >/dev/null 2>&1 && echo "$$p"; done))
 COMPAT_VENV ?= .venv-compat
 
-.PHONY: help quickstart test test-all mutants test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert score-planner rehearsal report-example recipes clean
+.PHONY: help quickstart test test-all mutants test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert score-planner rehearsal report-example recipes site bench-inference gpu-wheels gpu-check clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -24,6 +24,10 @@ $(VENV)/.dev: $(VENV)/.run
 
 $(VENV)/.bench: $(VENV)/.run
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.run
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	touch $@
 
 quickstart: $(VENV)/.run  ## train a small Llama on real text with 2 CPU processes
@@ -69,6 +73,12 @@ docs: $(VENV)/.run  ## the generated tables of docs/
 	$(BIN)/python -m toolkit.parallel.rules > docs/rules.md
 	$(BIN)/python -m toolkit.config.schema_docs > docs/configuration.md
 	$(BIN)/python -m toolkit.config.deepspeed_docs > docs/deepspeed.md
+	$(BIN)/python -m tests.site.reference
+	$(BIN)/python -m tests.site.counterparts
+
+site: $(VENV)/.docs  ## the pages as a site in build/site, which fetches nothing; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "built: build/site/index.html"
 
 bench-search: $(VENV)/.run  ## how long the planner searches, into docs/tune.md
 	$(BIN)/python -m tests.bench.search --write docs/tune.md
@@ -79,15 +89,37 @@ bench: $(VENV)/.bench bench-search  ## step time against a bare megatron-core lo
 bench-checkpoints: $(VENV)/.dev  ## save pause, write and reshard throughput, beside DeepSpeed's own tools
 	$(BIN)/python -m tests.bench.checkpoints --write docs/checkpoints.md
 
+bench-inference: $(VENV)/.dev  ## a token and a start beside transformers on SmolLM2-135M, into docs/inference.md
+	$(BIN)/python -m tests.bench.inference --write docs/inference.md
+
 bench-convert: $(VENV)/.run  ## import and export of a 1B model: seconds, GB/s, peak memory
 	$(BIN)/python -m tests.bench.convert --write docs/conversion.md
 
 score-planner: $(VENV)/.run  ## docs/planner.md: predictions against published measurements
-	$(BIN)/python -m toolkit.evidence.score ../shared/planner/published_dev.jsonl ../shared/planner/score_planner.py --out docs/planner.md
+	$(BIN)/python -m tests.bench.planner ../shared/planner/published_dev.jsonl --out docs/planner.md
 
 rehearsal: $(VENV)/.dev  ## docs/rehearsal.md: rehearsals of 124M to 405B, on up to 16,384 GPUs, against the estimate
 	$(BIN)/python -m tests.rehearse.against
 	$(BIN)/python -m tests.rehearse.report --write docs/rehearsal.md
+
+# WHEELS: a folder that gpu-wheels has filled; ARGS: more options, such as --minutes 10 or --device cpu --quick
+WHEELS ?=
+WHEELS_FOR ?= $(if $(COMPAT_PYTHON),$(COMPAT_PYTHON),$(PYTHON))
+GPU_CHECK_PACKAGES ?= dist/gpu-check-packages
+
+gpu-wheels: $(VENV)/.run  ## where there is a registry: what gpu-check needs beside PyTorch, into WHEELS (dist/gpu-wheels)
+	$(WHEELS_FOR) -m toolkit.gpu_check.wheels collect $(or $(WHEELS),dist/gpu-wheels)
+	$(BIN)/python -m toolkit.gpu_check --rehearse $(or $(WHEELS),dist/gpu-wheels)/rehearsed.json
+
+ifeq ($(WHEELS),)
+gpu-check: $(VENV)/.run  ## what only a GPU can show, in under 15 minutes on one, into docs/results; WHEELS=FOLDER needs no network
+	$(BIN)/python -m toolkit.gpu_check $(ARGS)
+else
+gpu-check:
+	$(PYTHON) -m toolkit.gpu_check.wheels install $(WHEELS) $(GPU_CHECK_PACKAGES)
+	PYTHONPATH=$(CURDIR):$(abspath $(GPU_CHECK_PACKAGES)) $(PYTHON) -m toolkit.gpu_check \
+		$(if $(wildcard $(WHEELS)/rehearsed.json),--rehearsed $(WHEELS)/rehearsed.json) $(ARGS)
+endif
 
 report-example: $(VENV)/.dev  ## docs/report.png: two small runs, trained, profiled and shown
 	$(BIN)/python -m tests.report.example

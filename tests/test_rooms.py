@@ -13,8 +13,8 @@ import pytest
 # from the ground up: a room imports only rooms before it
 HOUSE = [
     *("errors", "files", "tensors", "arch", "config", "parallel", "hardware", "runfolder", "cluster", "data", "cost", "plan", "evidence"),
-    *("model", "engine", "checkpoint", "convert", "train", "inference", "profile", "rehearse", "report", "supervise"),
-    *("trainer", "cli"),
+    *("model", "engine", "checkpoint", "convert", "train", "evaluate", "inference", "profile", "rehearse", "report", "supervise"),
+    *("trainer", "gpu_check", "cli"),
 ]
 ROOT = Path(__file__).parents[1] / "toolkit"
 HEAVY = ("torch", "deepspeed", "megatron", "transformers", "datasets")
@@ -29,6 +29,7 @@ PURE = [
     "toolkit.cluster.locks",
     "toolkit.cost.own_engine",
     "toolkit.plan.remedy",
+    "toolkit.evaluate.resolve",
     "toolkit.profile.show",
     "toolkit.report.page",
     "toolkit.rehearse.session",

@@ -13,7 +13,9 @@ from toolkit import __version__
 from toolkit.checkpoint.commands import app as checkpoint_app
 from toolkit.convert.commands import app as convert_app
 from toolkit.errors import ConfigError, ToolkitError, at_least_one
+from toolkit.evaluate.commands import evaluate
 from toolkit.evidence.commands import calibrate
+from toolkit.inference.commands import bench_inference, generate
 from toolkit.plan.commands import log_to_stderr, tune
 from toolkit.profile.commands import profile
 from toolkit.rehearse.commands import rehearse
@@ -26,8 +28,11 @@ app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(convert_app, name="convert")
 app.command()(tune)
+app.command()(evaluate)
 app.command()(calibrate)
 app.command()(profile)
+app.command()(generate)
+app.command()(bench_inference)
 app.command()(rehearse)
 app.command()(report)
 app.command()(launch)

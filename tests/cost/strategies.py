@@ -5,10 +5,14 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from toolkit.arch.spec import ModelSpec
-from toolkit.cost.stack import AA_SCALING, DEEPSPEED, FSDP, MEGATRON, NEMO, TOOLKIT, TORCHTITAN, Stack
+from toolkit.cost.stack import TOOLKIT, Stack
 from toolkit.cost.workload import Workload
+from toolkit.evidence.software import usual
 
-STACKS: tuple[Stack, ...] = (AA_SCALING, DEEPSPEED, FSDP, MEGATRON, NEMO, TOOLKIT, TORCHTITAN)
+DEEPSPEED, FSDP, MEGATRON, NEMO, PLAIN = (usual(kind) for kind in ("deepspeed", "fsdp", "megatron", "nemo", "plain"))
+OLD_MEGATRON = usual("megatron", year=2021, flash=False, precision="fp16")
+OLD_PIPELINES = usual("megatron-deepspeed", year=2022, flash=False, pp=4, precision="bf16")
+STACKS: tuple[Stack, ...] = (DEEPSPEED, FSDP, MEGATRON, NEMO, PLAIN, OLD_MEGATRON, OLD_PIPELINES, TOOLKIT)
 
 
 @st.composite

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cost.strategies import workloads
+from tests.cost.strategies import DEEPSPEED, FSDP, MEGATRON, workloads
 from toolkit.arch.spec import ModelSpec
 from toolkit.cost import activations
 from toolkit.cost.memory import GIB, estimate, states
-from toolkit.cost.stack import DEEPSPEED, FSDP, MEGATRON, TOOLKIT
+from toolkit.cost.stack import TOOLKIT
 from toolkit.cost.workload import Workload
 from toolkit.hardware.catalogue import parse_hardware
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cost.strategies import workloads
+from tests.cost.strategies import DEEPSPEED, FSDP, MEGATRON, NEMO, PLAIN, workloads
 from tests.cost.test_memory import LLAMA3_8B
 from toolkit.cost import kernels, network
+from toolkit.cost.constants import VALUES
 from toolkit.cost.memory import estimate
-from toolkit.cost.stack import AA_SCALING, DEEPSPEED, FSDP, MEGATRON, MEGATRON_FORK, NEMO
 from toolkit.cost.step import step_time
 from toolkit.cost.workload import Workload
 from toolkit.hardware.catalogue import parse_hardware, with_network
@@ -95,29 +95,29 @@ def test_large_multiplies_come_near_the_ceiling_and_small_ones_do_not() -> None:
 def test_a_ring_sends_what_the_ring_algorithm_sends() -> None:
     """8 H100 of one node, 1 GB gathered: 7/8 of it at 0.72 of 450 GB/s, and a few tens of microseconds."""
     over = network.group(H100, size=8, stride=1)
-    assert network.gather_time(1e9, over=over) == pytest.approx(7 / 8 / (450 * network.FABRIC), abs=1e-4)
-    assert network.reduce_time(1e9, over=over) == pytest.approx(2 * 7 / 8 / (450 * network.FABRIC), abs=1e-4)
+    assert network.gather_time(1e9, over=over) == pytest.approx(7 / 8 / (450 * VALUES.fabric_share), abs=1e-4)
+    assert network.reduce_time(1e9, over=over) == pytest.approx(2 * 7 / 8 / (450 * VALUES.fabric_share), abs=1e-4)
     assert network.gather_time(1e9, over=network.group(H100, size=1, stride=1)) == 0.0
 
 
 def test_ranks_of_a_node_share_its_network() -> None:
     """Data-parallel groups of TP 8 hold one rank a node each, so each sends through one port; without TP eight rings use all."""
     alone, together = network.group(H100, size=4, stride=8), network.group(H100, size=32, stride=1)
-    assert alone.gb_s == pytest.approx(H100.nic_gb_s * network.NETWORK)
-    assert together.gb_s == pytest.approx(min(8 * alone.gb_s, 450 * network.FABRIC))
+    assert alone.gb_s == pytest.approx(H100.nic_gb_s * VALUES.network_share)
+    assert together.gb_s == pytest.approx(min(8 * alone.gb_s, 450 * VALUES.fabric_share))
 
 
 def test_gathered_logits_cost_memory_and_time_under_tensor_parallelism_alone() -> None:
-    """AA-Scaling's output layer hands every rank the whole vocabulary: 16 bytes a logit instead of 16 over tp."""
-    w = Workload(model=LLAMA3_8B, seq=2048, micro=2, tp=4, batch=8, zero=1, stack=MEGATRON_FORK)
-    gathered = replace(w, stack=AA_SCALING)
+    """An output layer that hands every rank the whole vocabulary: 16 bytes a logit instead of 16 over tp."""
+    w = Workload(model=LLAMA3_8B, seq=2048, micro=2, tp=4, batch=8, zero=1, stack=replace(PLAIN, whole_logits=False))
+    gathered = replace(w, stack=PLAIN)
     logits = 2 * 2048 * LLAMA3_8B.vocab * 16.0
     assert estimate(gathered, H100).worst.parts["logits"] == pytest.approx(logits)
     assert estimate(w, H100).worst.parts["logits"] == pytest.approx(logits / 4)
     assert step_time(gathered, H100).step > step_time(w, H100).step
     alone = replace(w, tp=1)
-    assert estimate(replace(alone, stack=AA_SCALING), H100) == estimate(alone, H100)
-    assert step_time(replace(alone, stack=AA_SCALING), H100).step == pytest.approx(step_time(alone, H100).step)
+    assert estimate(replace(alone, stack=PLAIN), H100) == estimate(alone, H100)
+    assert step_time(replace(alone, stack=PLAIN), H100).step == pytest.approx(step_time(alone, H100).step)
 
 
 def test_offloaded_adam_runs_at_the_published_rate() -> None:
@@ -127,3 +127,26 @@ def test_offloaded_adam_runs_at_the_published_rate() -> None:
         w = Workload(model=LLAMA3_8B, seq=4096, dp=ranks, batch=ranks, zero=1, offload_optimizer="cpu", stack=DEEPSPEED)
         assert step_time(w, instant).parts["offload"] == pytest.approx(0.25e-9 * LLAMA3_8B.parameters, rel=1e-3)
         assert step_time(replace(w, offload_optimizer="nvme"), instant).parts["offload"] > 2 * 0.25e-9 * LLAMA3_8B.parameters
+
+
+def test_zero_plus_plus_moves_less_and_pays_in_kernels() -> None:
+    """arXiv 2306.10209: over a slow network each of its three parts shortens the gathers; on one node quantising costs more than it saves."""
+    w = Workload(model=LLAMA3_8B, seq=2048, dp=64, batch=64, zero=3, stack=DEEPSPEED)
+    slow, node = with_network(parse_hardware("h100-80gb:8x8"), nic_gb_s=3.0), parse_hardware("h100-80gb:8")
+    plain = step_time(w, slow).parts["zero gathers"]
+    parts = {
+        name: step_time(replace(w, **{name: value}), slow).parts["zero gathers"]
+        for name, value in (("hpz", 8), ("qwz", True), ("qgz", True))
+    }
+    assert all(seconds < 0.9 * plain for seconds in parts.values())
+    assert step_time(replace(w, hpz=8, qwz=True, qgz=True), slow).parts["zero gathers"] < 0.5 * plain
+    one = replace(w, dp=8, batch=8)
+    assert step_time(replace(one, hpz=8), node).step == pytest.approx(step_time(one, node).step)
+
+
+def test_the_second_partition_is_counted_under_a_pipeline() -> None:
+    w = Workload(model=LLAMA3_8B, seq=2048, pp=2, dp=32, batch=64, zero=3)
+    plain, second = (estimate(replace(w, hpz=hpz), H100).stages for hpz in (1, 8))
+    for before, after in zip(plain, second, strict=True):
+        weights = w.parameters_on(before.stage)
+        assert after.allocated - before.allocated == pytest.approx(2 * weights / 8, rel=0.05)

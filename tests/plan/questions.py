@@ -14,7 +14,6 @@ from toolkit.cost.workload import Workload
 from toolkit.hardware.catalogue import parse_hardware
 from toolkit.parallel import rules
 from toolkit.parallel.case import Machine
-from toolkit.plan.search import fits
 from toolkit.plan.tune import Question
 
 GPUS = Machine(cuda=True, transformer_engine=True)
@@ -48,7 +47,7 @@ def question(spec: str = "h100-80gb:4", *, model: dict[str, Any] | None = None, 
 
 
 def one_by_one(asked: Question) -> Iterator[tuple[Workload, float]]:
-    """Every combination of CHOICES on every number of GPUs of one node that the rules allow and that fits, with its step time."""
+    """Every combination of CHOICES on every number of GPUs of one node that the rules allow and that fits, with its expected step time."""
     hardware = asked.hardware
     case, base = rules.Case.of(asked.config, 1, machine=GPUS), Workload.of(asked.config, 1)
     for case.world in range(1, hardware.count + 1):
@@ -64,8 +63,9 @@ def one_by_one(asked: Question) -> Iterator[tuple[Workload, float]]:
                 offload_optimizer=case.opt_offload,
                 offload_param=case.param_offload,
             )
-            if fits(estimate(w, hardware), headroom=asked.limits.headroom):
-                yield w, step_time(w, hardware, scale=asked.scale).step
+            memory = estimate(w, hardware)
+            if asked.limits.fit(memory):
+                yield w, step_time(w, hardware, scale=asked.scale).step / memory.chance
 
 
 def identity(w: Workload) -> tuple[Any, ...]:

@@ -38,7 +38,13 @@ def run(*words: str) -> str:
 
 @pytest.mark.parametrize(
     ("model", "spec", "gpus"),
-    [("small", "cpu:1", 1), ("smollm2-135m", "cpu:2", 2), ("llama3-8b", "h100-80gb:8", 8), ("gpt2-1.5b", "a100-40gb:8x2", 16)],
+    [
+        ("small", "cpu:1", 1),
+        ("smollm2-135m", "cpu:2", 2),
+        ("llama3-8b", "h100-80gb:8", 8),
+        ("gpt2-1.5b", "a100-40gb:8x2", 16),
+        ("llama3.1-8b", "h200-141gb:1", 1),
+    ],
 )
 def test_what_init_writes_is_legal_and_fits(model: str, spec: str, gpus: int) -> None:
     said = run("init", "my.yaml", "--model", model, "--hardware", spec, "--data", "text")

@@ -46,7 +46,7 @@ def test_text_names_the_worst_rank_and_the_verdict() -> None:
 
 def test_what_does_not_fit_is_told_what_to_set() -> None:
     text = estimate_text(_config(), parse_hardware("h100-80gb:8x4"), width=300)
-    assert "GiB too much" in text and "Set zero.stage=3: the estimate is then" in text
+    assert "GiB too much" in text and "Set train.recompute=full: the estimate is then" in text
     assert "toolkit tune" in estimate_json(_config(), parse_hardware("h100-80gb:8x4"))["remedy"]
 
 
@@ -99,7 +99,7 @@ def test_estimating_imports_no_training_library() -> None:
         "from toolkit.config.load import parse_config\n"
         "from toolkit.hardware.catalogue import parse_hardware\n"
         "from toolkit.plan.show import estimate_text\n"
-        "import toolkit.evidence.published, toolkit.evidence.fit, toolkit.evidence.score\n"
+        "import toolkit.evidence.published, toolkit.evidence.fit, toolkit.evidence.measures, toolkit.evidence.software\n"
         "config = parse_config({'model': {'preset': 'llama3-8b'}, 'train': {'global_batch_size': 64}})\n"
         "estimate_text(config, parse_hardware('h100:8x4'))\n"
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'deepspeed', 'megatron', 'transformers', 'numpy'}))\n"

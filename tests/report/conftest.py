@@ -56,8 +56,8 @@ class Browser:
         self.program, self.folder = program, folder
         self.runs = 0
 
-    def run(self, page: Path, *options: str) -> str:
-        """Open a page and return what the browser prints."""
+    def run(self, page: Path, *options: str, query: str = "") -> str:
+        """Open a page, with `?…` behind its address, and return what the browser prints."""
         self.runs += 1
         quiet = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run", "--hide-scrollbars")
         profile = self.folder / f"profile-{self.runs}"
@@ -70,7 +70,7 @@ class Browser:
             *quiet,
             f"--user-data-dir={profile}",
             *options,
-            page.as_uri(),
+            page.as_uri() + query,
         ]
         return subprocess.run(command, capture_output=True, text=True, timeout=180, check=True).stdout
 

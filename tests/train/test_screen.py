@@ -52,6 +52,7 @@ def test_console_log_is_what_was_seen(shown: tuple[list[str], str, Path]) -> Non
     assert kept[kept.index(seen[0]) :] == [line for line in seen if line]
 
 
+@pytest.mark.all_cells
 def test_a_second_start_says_so_in_the_same_console_log(shown: tuple[list[str], str, Path], shared: Started) -> None:
     _, _, folder = shown
     before = (folder / "console.log").read_text()
@@ -65,16 +66,19 @@ def test_a_second_start_says_so_in_the_same_console_log(shown: tuple[list[str], 
     assert "toolkit convert export" in again.output, "what a user may do with a run that is over"
 
 
-def test_the_next_commands_work(shown: tuple[list[str], str, Path], shared: Started) -> None:
+def test_the_next_commands_work(shown: tuple[list[str], str, Path], shared: Started, tmp_path: Path) -> None:
+    (tmp_path / "held out.txt").write_text("words that it has not seen " * 20)
     lines, _, _ = shown
     first = next(i for i, line in enumerate(lines) if line.startswith("next: "))
     commands = [line.removeprefix("next: ").strip() for line in lines[first:] if line]
-    assert [command.split()[1] for command in commands] == ["convert", "report"]
+    assert [command.split()[1] for command in commands] == ["evaluate", "convert", "report"]
     for command in commands:
-        done = shared.run([sys.executable, "-m", *shlex.split(command)])
+        words = [str(tmp_path / "held out.txt") if word == "DATA" else word for word in shlex.split(command)]
+        done = shared.run([sys.executable, "-m", *words])
         assert done.code == 0, done.output
 
 
+@pytest.mark.all_cells
 def test_a_run_that_a_hook_stopped_goes_on_as_it_says(shared: Started) -> None:
     run = shared.folder / "runs" / "hooked"
     script = (
@@ -132,7 +136,7 @@ def test_other_starts_have_other_commands() -> None:
     assert "--hostfile HOSTFILE" in _lines(_record(40), hosts=2)[1]
     assert "start your program again" in _lines(_record(40), own_data=True)[1]
     elsewhere = _lines(_record(100), checkpoint=Path("/big disk/step-00000100"))
-    assert "toolkit convert export '/big disk/step-00000100'" in elsewhere[1]
+    assert "toolkit convert export '/big disk/step-00000100'" in elsewhere[2]
 
 
 def test_other_ranks_warn_with_their_rank_and_errors_are_kept(tmp_path: Path) -> None:

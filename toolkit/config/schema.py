@@ -205,7 +205,8 @@ class TrainSection(Section):
     seq_length: int = Field(2048, ge=1, description="tokens per sequence")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="of parameters and activations in forward and backward")
     recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="activation recompute: selective: core attention; full: every layer"
+        "none",
+        description="activation recompute: full: every layer; selective: core attention, which saves nothing to speak of where a flash kernel runs",
     )
     grad_clip: float = Field(1.0, ge=0.0, description="largest global gradient norm; 0: no clipping")
     eval_every: int = Field(0, ge=0, description="optimizer steps between evaluations; 0: never")

@@ -19,7 +19,7 @@ from toolkit.checkpoint.manifest import Manifest, verify_files
 from toolkit.checkpoint.whole import WholeCheckpoint
 from toolkit.config.schema import ModelSection
 from toolkit.convert.architecture import foreign_config
-from toolkit.convert.source import carried_files
+from toolkit.convert.carried import carried_files
 from toolkit.convert.stream import Job, Slot, shards, write_all
 from toolkit.convert.transform import split, zeros
 from toolkit.errors import CheckpointError, ConvertError

@@ -58,10 +58,10 @@ def import_model(
     if out.exists():
         raise ConvertError(f"{out} exists", why="an import never writes over anything", fix="Name a folder that does not exist.")
     source = open_source(src)
-    model = _model(source)
+    model = section_of(source)
     spec = model.spec
     plan = [(weight, source.form.parts(weight)) for weight in spec.weights()]
-    _check(source, model, plan)
+    check_tensors(source, model, plan)
     files = {k: v for k, v in source.files.items() if tokenizer or k in ("config.json", "generation_config.json")}
     if model.vocab_size and (size := tokenizer_size(files.get("tokenizer.json", b""))) > model.vocab_size:
         raise ConvertError(
@@ -69,7 +69,7 @@ def import_model(
             why="text could have ids that the model has no row for",
             fix="Set --no-tokenizer to leave it out, and give data.tokenizer one that fits.",
         )
-    precision = dtype or _stored(source, plan)
+    precision = dtype or stored_precision(source, plan)
     tokenizer_spec = _tokenizer(source, files, model)
     raw = _run(model, out, precision=precision, tokenizer=tokenizer_spec)
     here = {"data": {"tokenizer": str(out / tokenizer_spec)}} if tokenizer_spec in ("tokenizer.json", ".") else {}
@@ -93,7 +93,8 @@ def import_model(
     return Imported(out / CONFIG, done, spec.unpadded_parameters, precision, tokenizer_spec)
 
 
-def _model(source: Source) -> ModelSection:
+def section_of(source: Source) -> ModelSection:
+    """What a source's model is; ConvertError where it is none that can be computed here."""
     section = model_section(source.form, source.config, where=source.where)
     try:
         model = parse_config({"model": section}).model
@@ -108,7 +109,7 @@ def _model(source: Source) -> ModelSection:
     return model
 
 
-def _check(source: Source, model: ModelSection, plan: Plan) -> None:
+def check_tensors(source: Source, model: ModelSection, plan: Plan) -> None:
     """Exactly the tensors that the config asks for, each of its shape and of a dtype that weights have."""
     wanted = {p.name: list(p.shape) for _, parts in plan for p in parts}
     there = set(source.tensors.names)
@@ -140,7 +141,7 @@ def _check(source: Source, model: ModelSection, plan: Plan) -> None:
             )
 
 
-def _stored(source: Source, plan: Plan) -> str:
+def stored_precision(source: Source, plan: Plan) -> str:
     """The precision that most weights are stored in."""
     names = {d: n for n, d in DTYPES.items()}
     sizes: dict[str, int] = {}

@@ -20,22 +20,10 @@ from torch import Tensor
 from toolkit.arch.families import FORMATS
 from toolkit.arch.family import Format
 from toolkit.convert.architecture import format_of
+from toolkit.convert.carried import carried_files
 from toolkit.errors import ConvertError
 from toolkit.tensors import DTYPES, mapped
 
-CARRIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _TYPES = {text: dtype for dtype, text in DTYPES.items()}
 GGUF_PACKAGES = ("transformers", "gguf", "accelerate")  # the extra `hf`
 _AGAIN = "Download or copy it again."
@@ -107,11 +95,6 @@ def _folder(path: Path) -> Source:
         )
     tensors = _weights(path)
     return Source(str(path), form, config, _Prefixed.where_needed(tensors, form), carried_files(path))
-
-
-def carried_files(path: Path) -> dict[str, bytes]:
-    """Tokenizer and generation settings in a folder, by name."""
-    return {name: (path / name).read_bytes() for name in CARRIED if (path / name).is_file()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,11 +16,11 @@ def layer_bytes(w: Workload) -> float:
     s, b, t = w.model, w.width, w.tokens
     whole = t / w.sequence_shards
     split = t / w.tp
-    if w.stack.norm_chain and s.norm == "rms":
+    if not w.stack.norm_fused and s.norm == "rms":
         norms = 2 * (b + b + 4) * s.hidden  # PyTorch's RMSNorm chain keeps the fp32 input, the normalised and the scaled output
     else:
         norms = 2 * (b + b) * s.hidden  # input, output
-    gate = (4 if w.stack.gate_chain else 3) if s.gated else 2
+    gate = (4 if not w.stack.gate_fused else 3) if s.gated else 2
     per_split = b * (s.query + s.key_value) + b * gate * s.ffn + attention_bytes(w) / max(1, t)
     dropout = 2 * s.hidden if s.dropout else 0
     gathered = (t - whole) * 2 * b * s.hidden if w.stack.saved_gathers else 0.0
@@ -34,7 +34,8 @@ def attention_bytes(w: Workload) -> float:
     if w.flash:
         return output + t * 4 * s.heads
     scores = t * w.seq * s.heads
-    return output + scores * (b + (1 + b if s.dropout else 0))
+    probabilities = b if w.stack.softmax_fused else b + 4  # PyTorch's softmax in fp32 keeps its result beside the 16-bit one
+    return output + scores * (probabilities + (1 + b if s.dropout else 0))
 
 
 def boundary_bytes(w: Workload) -> float:
@@ -68,6 +69,8 @@ def working_bytes(w: Workload) -> float:
         redone = layer_bytes(w)
     elif w.recompute == "selective" and not w.flash:
         redone = (attention_bytes(w) - w.tokens * b * s.query) / w.tp
+    if not w.flash:  # the gradient of the scores; as PyTorch operators, in fp32 of softmax, mask and scale
+        redone += w.tokens * w.seq * s.heads / w.tp * (b if w.stack.softmax_fused else b + 8)
     in_place = w.stack.chunked_loss  # Liger's gated activation writes its gradients over its inputs
     widest = max((2 if s.gated and not in_place else 1) * s.ffn / w.tp, s.hidden / w.sequence_shards, (s.query + s.key_value) / w.tp)
     return redone + w.tokens * b * (widest + 2 * s.hidden / (1 if w.sp else w.sequence_shards))

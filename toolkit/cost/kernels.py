@@ -2,46 +2,45 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
+from toolkit.cost.constants import VALUES, cached
 from toolkit.hardware.catalogue import GB, Gpu
 
-STREAM = 0.82  # share of the datasheet bandwidth that element-wise kernels reach (BabelStream on A100 and H100: 0.80-0.90)
-LAUNCH = 2e-6  # seconds between kernels of a full queue
-PROLOGUE = 128  # accumulation steps' worth of time to fill and drain a tile's pipeline
-
-TAIL = 0.3  # waves lost at the end of a long multiply: persistent kernels and the next kernel's start fill the rest
 # (rows, columns, share of the best rate): the tile shapes of cuBLAS/CUTLASS; small tiles reload operands more often
 _TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.94), (128, 64, 0.80), (64, 128, 0.80), (64, 64, 0.62))
 
 
-@lru_cache(maxsize=65536)
+@cached(maxsize=65536)
 def matmul_time(m: int, n: int, k: int, *, gpu: Gpu, precision: str, scale: float = 1.0, batch: int = 1, kept: float = 0.0) -> float:
     """Seconds of C[m, n] = A[m, k] B[k, n], `batch` times: 2mnk FLOPs at the rate the shape allows, or its memory traffic.
 
     Tile and wave quantisation: whole tiles of C run in waves of one per SM (NVIDIA, "Matrix Multiplication Background
-    User's Guide"); a tile's start and end cost PROLOGUE accumulation steps; the reduction may be split over k.
+    User's Guide"); a tile's start and end cost tile_prologue accumulation steps; the reduction
+    may be split over k. Widths that are no multiple of 8 elements rule out 16-byte loads (same guide, section 4.1).
+
     scale: the calibrated share of the catalogue's matmul ceiling; kept: bytes an element of C when it is read, added to and written back.
     """
     if min(m, n, k, batch) <= 0:
         return 0.0
     width = {"fp32": 4, "fp8": 1}.get(precision, 2)
+    stream = gpu.memory_gb_s * GB * VALUES.stream_share
     rate = gpu.peak(precision) * gpu.matmul * scale / gpu.units  # FLOP/s of one SM
+    if width == 2 and (k % 8 or n % 8):
+        rate *= VALUES.misaligned
     best = float("inf")
     for rows, columns, share in _TILES:
         tiles = batch * -(-m // rows) * -(-n // columns)
         for split in (1, 2, 4) if k >= 2048 else (1,):
             jobs = tiles * split
             whole = -(-jobs // gpu.units)
-            waves = whole if whole <= 2 else min(whole, jobs / gpu.units + TAIL)
-            seconds = waves * 2 * rows * columns * (k / split + PROLOGUE) / (rate * share)
+            waves = whole if whole <= 2 else min(whole, jobs / gpu.units + VALUES.wave_tail)
+            seconds = waves * 2 * rows * columns * (k / split + VALUES.tile_prologue) / (rate * share)
             if split > 1:
-                seconds += 4 * m * n * batch * split / (gpu.memory_gb_s * GB * STREAM)
+                seconds += 4 * m * n * batch * split / stream
             best = min(best, seconds)
     traffic = batch * (width * (m * k + k * n) + (2 * kept if kept else max(2, width)) * m * n)
-    moved = traffic / (gpu.memory_gb_s * GB * STREAM)
-    stored = batch * (2 * kept if kept else max(2, width)) * m * n / (gpu.memory_gb_s * GB * STREAM)
-    return LAUNCH + max(best + stored, moved)
+    moved = traffic / stream
+    stored = batch * (2 * kept if kept else max(2, width)) * m * n / stream
+    return VALUES.kernel_launch + max(best + stored, moved)
 
 
 def attention_kernel(gpu: Gpu, kernel: str) -> str:
@@ -67,15 +66,19 @@ def attention_rate(gpu: Gpu, *, kernel: str, head_dim: int, seq: int, backward: 
     """
     name = attention_kernel(gpu, kernel)
     share = gpu.attention[name][1 if backward else 0]
-    half = 900 if backward else 500
+    half = VALUES.attention_half_backward if backward else VALUES.attention_half_forward
     early = name in ("triton", "flash1")  # their wide heads already spill registers: narrow ones lose less
-    narrow = 1.0 if head_dim >= 128 or (early and head_dim >= 64) else (0.85 if head_dim >= 96 else 0.80 if head_dim >= 64 else 0.5)
+    narrow = (
+        1.0
+        if head_dim >= 128 or (early and head_dim >= 64)
+        else (0.85 if head_dim >= 96 else VALUES.narrow_head if head_dim >= 64 else 0.5)
+    )
     if head_dim > 128:
         narrow = 0.85
     return share * narrow * seq / (seq + half)
 
 
-@lru_cache(maxsize=65536)
+@cached(maxsize=65536)
 def flash_time(
     *, gpu: Gpu, precision: str, kernel: str, batch: int, seq: int, heads: float, head_dim: int, backward: bool, parts: int = 1
 ) -> float:
@@ -87,7 +90,7 @@ def flash_time(
     precision = "bf16" if precision == "fp8" else precision
     flops = 2.0 * batch * seq * seq * heads * head_dim * (2.5 if backward else 1.0) / parts
     rate = attention_rate(gpu, kernel=kernel, head_dim=head_dim, seq=max(1, seq // parts), backward=backward)
-    return LAUNCH * parts + flops / (gpu.peak(precision) * rate)
+    return VALUES.kernel_launch * parts + flops / (gpu.peak(precision) * rate)
 
 
 def unfused_time(
@@ -116,4 +119,4 @@ def unfused_time(
 
 def stream_time(nbytes: float, *, gpu: Gpu, kernels: int = 1) -> float:
     """Seconds of memory-bound kernels that move nbytes through device memory in all."""
-    return kernels * LAUNCH + nbytes / (gpu.memory_gb_s * GB * STREAM)
+    return kernels * VALUES.kernel_launch + nbytes / (gpu.memory_gb_s * GB * VALUES.stream_share)

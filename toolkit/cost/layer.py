@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 from toolkit.cost import kernels, network
+from toolkit.cost.constants import VALUES, cached
 from toolkit.cost.workload import Workload
 from toolkit.hardware.catalogue import Hardware
 
@@ -90,7 +90,7 @@ def _key(w: Workload) -> _Key:
     return _Key(w)
 
 
-@lru_cache(maxsize=16384)
+@cached(maxsize=16384)
 def _layer(key: _Key, hardware: Hardware, scale: float) -> tuple[Pass, Pass]:
     w = key.w
     forward = Pass(
@@ -139,17 +139,34 @@ def _matmuls(w: Workload, hardware: Hardware, scale: float, *, backward: bool) -
     return seconds
 
 
+# operators of a layer that Python launches one by one, forward: multiplies, attention, norms, residuals and views as autograd sees
+# them in megatron-core with fused kernels; chains add those of _passes. The backward is launched from C++, two for each at half the cost
+OPERATORS = 40
+
+
+def host_time(w: Workload) -> float:
+    """Seconds the host needs to launch one layer's forward; its backward takes about as long. A GPU that is faster waits for it."""
+    if w.stack.graphed:
+        return 0.0
+    s, operators = w.model, OPERATORS
+    operators += 10 if s.gated and not w.stack.gate_fused else 0
+    operators += 10 if s.norm == "rms" and not w.stack.norm_fused else 0
+    operators += 0 if w.stack.elementwise_fused else 8
+    operators += 12 if w.tp > 1 else 0  # each collective: its autograd function, buffers and waits
+    return operators * VALUES.operator_host
+
+
 def weight_multiply(w: Workload, hardware: Hardware, tokens: int, out: int, inner: int, scale: float, *, backward: bool) -> float:
     """Seconds of Y[tokens, out] = X[tokens, inner] W, or of both of its gradients."""
     gpu, p = hardware.gpu, w.precision
     if not backward:
         return kernels.matmul_time(tokens, out, inner, gpu=gpu, precision=p, scale=scale)
     data = kernels.matmul_time(tokens, inner, out, gpu=gpu, precision=p, scale=scale)
-    fused = w.stack.main_grads > 0 and w.zero < 2 and w.fused_accumulation
+    fused = w.stack.main_grads > 0 and w.stack.gemm_accumulates and w.zero < 2 and w.fused_accumulation
     weight = kernels.matmul_time(out, inner, tokens, gpu=gpu, precision=p, scale=scale, kept=w.stack.main_grads if fused else 0.0)
     added = 0.0 if fused or w.microbatches == 1 or w.zero >= 2 else 6.0 * out * inner  # read both, write the sum
-    if w.stack.main_grads and not w.fused_accumulation:
-        added = 10.0 * out * inner
+    if w.stack.main_grads and w.zero < 2 and not fused:
+        added = 10.0 * out * inner  # read autograd's 16-bit one, read and write the fp32 sum
     return data + weight + kernels.stream_time(added, gpu=gpu, kernels=1 if added else 0)
 
 
@@ -194,10 +211,10 @@ def _passes(w: Workload, hardware: Hardware, *, backward: bool) -> float:
     s, b = w.model, w.width
     whole, split = w.tokens / w.sequence_shards, w.tokens / w.tp
     rotated = s.query + s.key_value / 2
-    chain = s.gated and w.stack.gate_chain
-    per_whole: float = 6 * s.hidden + (2 * 17 if s.norm == "rms" and w.stack.norm_chain else 4) * s.hidden
+    chain = s.gated and not w.stack.gate_fused
+    per_whole: float = 6 * s.hidden + (2 * 17 if s.norm == "rms" and not w.stack.norm_fused else 4) * s.hidden
     per_split = (0 if not s.rotary else (8 if chain else 2) * rotated) + ((5 if chain else 3) if s.gated else 2) * s.ffn
-    count = 8 + (10 if chain else 0) + (10 if s.norm == "rms" and w.stack.norm_chain else 0)
+    count = 8 + (10 if chain else 0) + (10 if s.norm == "rms" and not w.stack.norm_fused else 0)
     if s.dropout:
         per_whole += 2 * 1.5 * s.hidden
     factor = w.stack.passes * (1.5 if backward else 1.0)
@@ -214,11 +231,12 @@ def _tensor_parallel(w: Workload, hardware: Hardware, *, backward: bool) -> floa
     nbytes = float(w.tokens * w.model.hidden * w.width)
     hidden = w.stack.tp_hidden if w.overlap else 0.0
     if w.sp:
-        seconds = 4 * network.gather_time(nbytes, over=over)
+        seconds = (2 if w.stack.parallel_block else 4) * network.gather_time(nbytes, over=over)
         if backward and not w.overlap:
             seconds += 2 * network.gather_time(nbytes, over=over)
     else:
-        seconds = (3 if backward and w.model.gated and w.stack.gate_reduces else 2) * network.reduce_time(nbytes, over=over)
+        reductions = 1 if w.stack.parallel_block else 3 if backward and w.model.gated and w.stack.gate_reduces else 2
+        seconds = reductions * network.reduce_time(nbytes, over=over)
     return seconds * (1 - hidden)
 
 

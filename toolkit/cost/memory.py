@@ -7,30 +7,30 @@ from math import inf
 
 from toolkit.cost import activations
 from toolkit.cost import own_engine as own
+from toolkit.cost.constants import VALUES
+from toolkit.cost.spread import RISK, Spread, memory_spread
 from toolkit.cost.workload import Workload
 from toolkit.hardware.catalogue import Hardware
 
 GIB = 2**30
 PARTS = ("parameters", "gradients", "optimizer", "zero buffers", "activations", "working set", "logits", "communication", "workspace")
-CONTEXT = 0.45 * GIB  # driver context and kernels of PyTorch, cuBLAS and NCCL on one GPU, as nvidia-smi shows for an idle process
-CHANNELS = 0.06 * GIB  # NCCL's buffers for one communicator (16 channels of 4 MiB and their protocol copies)
-WORKSPACE = 64 * 2**20  # cuBLAS workspaces
-FRAGMENTATION, PIPELINE_FRAGMENTATION = 0.07, 0.25  # of what comes and goes each step, that the caching allocator holds beyond it;
-# more where activations of several micro-batches live and die out of order
-HEADROOM = 1.0 * GIB  # a run that needs more than the device's memory less this counts as not fitting
 HOST_SHARE = 0.9  # of a node's RAM that offloaded states may take beside the system and the data loaders
-BUCKET = 5e8  # DeepSpeed's default reduce and gather bucket, elements
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageMemory:
-    """One rank of a pipeline stage at its worst moment; bytes by part, which sum to allocated."""
+    """One rank of a pipeline stage at its worst moment; bytes by part, which sum to allocated.
+
+    fragmentation: what the caching allocator holds beyond it; unmerged: flat buffers of another moment that found no room in
+    the blocks freed until then; context: driver, kernels and NCCL.
+    """
 
     stage: int
     moment: str
     parts: dict[str, float]
     fragmentation: float
     context: float
+    unmerged: float = 0.0
 
     @property
     def allocated(self) -> float:
@@ -40,7 +40,7 @@ class StageMemory:
     @property
     def reserved(self) -> float:
         """Peak bytes the allocator takes from the driver."""
-        return self.allocated + self.fragmentation
+        return self.allocated + self.fragmentation + self.unmerged
 
     @property
     def device(self) -> float:
@@ -50,13 +50,17 @@ class StageMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """All stages, and the host bytes of one node (CPU RAM, NVMe) that offloading needs; capacity: bytes of a device, room: of RAM for host."""
+    """All stages, and the host bytes of one node (CPU RAM, NVMe) that offloading needs.
+
+    capacity: bytes of a device; room: of RAM for host; spread: how far off the stages' bytes may be.
+    """
 
     stages: tuple[StageMemory, ...]
     host: float
     nvme: float
     capacity: float
     room: float
+    spread: Spread
 
     @property
     def worst(self) -> StageMemory:
@@ -64,9 +68,18 @@ class MemoryEstimate:
         return max(self.stages, key=lambda s: s.device)
 
     @property
+    def chance(self) -> float:
+        """Probability that the worst stage fits into its device."""
+        return self.spread.chance(self.worst.device, self.capacity)
+
+    def headroom(self, risk: float = RISK) -> float:
+        """Bytes that the worst stage must leave free, so that the risk of running out of memory is no higher."""
+        return max(0.0, self.worst.device * (self.spread.factor(risk) - 1))
+
+    @property
     def fits(self) -> bool:
-        """Whether every stage leaves HEADROOM of its device free."""
-        return all(s.device + HEADROOM <= self.capacity for s in self.stages)
+        """Whether the worst stage fits but for RISK."""
+        return self.worst.device * self.spread.factor(RISK) <= self.capacity
 
     @property
     def host_fits(self) -> bool:
@@ -74,13 +87,20 @@ class MemoryEstimate:
         return self.host <= self.room
 
 
-def estimate(w: Workload, hardware: Hardware, *, only: int | None = None) -> MemoryEstimate:
-    """Memory of a workload on a cluster, per rank of every stage; bytes. only: one stage, for a search that can stop there."""
+def estimate(
+    w: Workload, hardware: Hardware, *, only: int | None = None, known: tuple[StageMemory, ...] = (), unknown: int = 0
+) -> MemoryEstimate:
+    """Memory of a workload on a cluster, per rank of every stage; bytes.
+
+    only: one stage, for a search that can stop there; known: stages of the same workload that need not be sized again; unknown: settings that had to be guessed, which widen the interval.
+    """
     seen = {only} if only is not None else {0, 1, w.pp // 2, w.pp - 2, w.pp - 1} if w.pp > 8 else set(range(w.pp))
-    stages = tuple(_stage(w, stage, hardware) for stage in sorted(s for s in seen if 0 <= s < w.pp))
+    there = {stage.stage: stage for stage in known}
+    stages = tuple(there.get(stage) or _stage(w, stage, hardware) for stage in sorted(s for s in seen if 0 <= s < w.pp))
     host, nvme = host_bytes(w, hardware)
     room = HOST_SHARE * hardware.gpu.host_gib * GIB if hardware.gpu.accelerator else inf  # a CPU's ranks count it among their own
-    return MemoryEstimate(stages=stages, host=host, nvme=nvme, capacity=hardware.gpu.memory_gib * GIB, room=room)
+    capacity = hardware.gpu.memory_gib * GIB
+    return MemoryEstimate(stages=stages, host=host, nvme=nvme, capacity=capacity, room=room, spread=memory_spread(w, unknown=unknown))
 
 
 def states(w: Workload, params: float) -> dict[str, float]:
@@ -98,7 +118,8 @@ def states(w: Workload, params: float) -> dict[str, float]:
         if w.zero == 2:
             parts["parameters"] += b * params
     else:
-        grads = w.stack.main_grads or float(b)
+        # whole buffers beside what autograd leaves, all of which is alive when a micro-batch's backward ends
+        grads = (w.stack.main_grads or float(b)) + (float(b) if w.stack.main_grads and not w.stack.gemm_accumulates else 0.0)
         if b == 4:
             # DeepSpeed clones fp32 weights as their own master; the toolkit's flat path (ZeRO-0/1) does not
             cloned = w.zero >= {"deepspeed": 1, "toolkit": 2}.get(w.stack.sharding, 4)
@@ -106,7 +127,7 @@ def states(w: Workload, params: float) -> dict[str, float]:
         else:
             moments = w.stack.master_bytes + (4.0 if not w.stack.main_grads and w.zero == 0 else 0.0)
         parts = {
-            "parameters": b * (sharded if w.zero >= 3 else params),
+            "parameters": b * (sharded + (params / w.hpz if w.hpz > 1 else 0.0) if w.zero >= 3 else params),
             "gradients": (
                 float(b) * sharded if w.zero >= 2 and w.stack.sharding != "megatron" else grads * (sharded if w.zero >= 2 else params)
             ),
@@ -129,6 +150,8 @@ def zero_buffers(w: Workload, params: float) -> float:
     """
     s, b = w.model, w.width
     layer = s.layer_parameters / w.tp
+    if w.zero == 1 and w.stack.sharding == "deepspeed" and not w.stack.main_grads:
+        return b * min(VALUES.bucket, params)
     if w.zero < 2:
         return 0.0
     if w.stack.sharding == "fsdp":
@@ -137,9 +160,9 @@ def zero_buffers(w: Workload, params: float) -> float:
         unit = max(layer, s.rows * s.hidden / w.tp if w.pp == 1 else 0)
         return 2 * layer * b + unit * (b + w.stack.reduce_bytes)
     if w.zero == 2:
-        return 2 * b * min(BUCKET, layer)
+        return 2 * b * min(VALUES.bucket, layer)
     largest = s.rows * s.hidden / w.tp  # the embedding or the output matrix, gathered, and its gradient
-    return b * (min(BUCKET, params) + min(own.MAX_LIVE, params) + 2 * largest)
+    return b * (min(VALUES.bucket, params) + min(own.MAX_LIVE, params) + 2 * largest)
 
 
 def host_bytes(w: Workload, hardware: Hardware) -> tuple[float, float]:
@@ -164,7 +187,7 @@ def _stage(w: Workload, stage: int, hardware: Hardware) -> StageMemory:
     base["gradients"] += _placeholders(w, stage)
     copies = w.stack.step_copies - (2.0 if w.stack.step_copies and w.zero >= 2 else 0.0)  # FSDP's gradient shards are flat already
     base["working set"] += copies * params / (w.shards if w.zero else 1)
-    base["workspace"] = float(WORKSPACE) if hardware.gpu.accelerator else 0.0
+    base["workspace"] = VALUES.workspace if hardware.gpu.accelerator else 0.0
     base["communication"] = 2 * activations.boundary_bytes(w) if w.pp > 1 else 0.0
     moments = {"backward": _backward(w, stage), "optimizer step": _step(w, params)}
     if stage == w.pp - 1:
@@ -174,20 +197,40 @@ def _stage(w: Workload, stage: int, hardware: Hardware) -> StageMemory:
     moment, extra = max(moments.items(), key=lambda item: sum(item[1].values()))
     parts = {name: value + extra.get(name, 0.0) for name, value in base.items()}
     dynamic = sum(extra.values()) + base["zero buffers"]
-    groups = sum(size > 1 for size in (w.tp, w.cp, w.dp, w.pp)) + (w.world > 1)
-    context = CONTEXT + CHANNELS * groups if hardware.gpu.accelerator else 0.0
+    flat = 0.0
+    if w.stack.sharding != "toolkit" and moment != "optimizer step":
+        flat = VALUES.unmerged * sum(moments["optimizer step"].values())
     return StageMemory(
         stage=stage,
         moment=moment,
         parts=parts,
-        fragmentation=(PIPELINE_FRAGMENTATION if w.pp > 1 else FRAGMENTATION) * dynamic,
-        context=context,
+        fragmentation=_spare(w) * dynamic,
+        context=_context(w) if hardware.gpu.accelerator else 0.0,
+        unmerged=flat,
     )
+
+
+def _spare(w: Workload) -> float:
+    """Share of what comes and goes in a step that the caching allocator holds beyond it."""
+    if w.stack.sharding == "toolkit":
+        return {2: VALUES.own_spare_2, 3: VALUES.own_spare_3}.get(w.zero, VALUES.own_spare)
+    if w.pp == 1 or w.recompute == "full":  # kept layer inputs are all of one size, so freed blocks are used again
+        return VALUES.spare
+    return VALUES.pipeline_spare
+
+
+def _context(w: Workload) -> float:
+    """Bytes of driver context, kernels and NCCL: before lazy loading and lazy connections both held far more, and every
+    neighbour in the pipeline had a communicator of its own (PyTorch's send and receive of that time)."""
+    groups = sum(size > 1 for size in (w.tp, w.cp, w.dp, w.pp)) + (w.world > 1)
+    if not w.stack.old_driver:
+        return VALUES.context + VALUES.communicator * groups
+    return VALUES.old_context + VALUES.old_communicator * (groups + 2 * (w.pp > 1))
 
 
 def _placeholders(w: Workload, stage: int) -> float:
     """Transformer Engine's dummy weight gradients, one per shape, where the real ones are added in place."""
-    if not (w.stack.placeholders and w.stack.main_grads and w.fused_accumulation and w.zero < 2):
+    if not (w.stack.placeholders and w.stack.main_grads and w.stack.gemm_accumulates and w.fused_accumulation and w.zero < 2):
         return 0.0
     head = w.model.rows * w.model.hidden if stage in (0, w.pp - 1) else 0
     return w.width * (w.model.layer_parameters + head) / w.tp
@@ -212,6 +255,7 @@ def _step(w: Workload, params: float) -> dict[str, float]:
     if (
         ((w.stack.sharding == "deepspeed" and w.zero >= 1) or (w.stack.sharding == "toolkit" and w.zero >= 2))
         and w.width == 2
+        and (not w.stack.main_grads or w.stack.sharding == "toolkit")
         and w.offload_optimizer == "none"
     ):
         return {"working set": 4 * min(params / w.shards, own.MAX_LIVE if w.zero == 3 else params)}

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
+from toolkit.cost.constants import VALUES, cached
 from toolkit.hardware.catalogue import GB, Hardware
-
-# share of the datasheet rate that large NCCL messages reach (nccl-tests bus bandwidth over line rate: about 235 of 300 GB/s
-# on A100, 365 of 450 on H100, 700 of 900 on B200; 46 of 50 on NDR)
-FABRIC, NETWORK, PCIE = 0.72, 0.90, 0.70
-# seconds one ring step costs before the first byte moves, from the latency table in NCCL's tuning.cc (Simple protocol)
-FABRIC_STEP, NETWORK_STEP = 3.4e-6, 14e-6
-LAUNCH = 20e-6  # enqueue and start of a collective, as small nccl-tests messages show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +26,10 @@ class Group:
         """Seconds a ring over the group needs for its steps alone: (n - 1) hops, some of them over the network."""
         hops = self.size - 1
         far = self.across if self.across > 1 else 0
-        return max(0, hops - far) * FABRIC_STEP + far * NETWORK_STEP
+        return max(0, hops - far) * VALUES.fabric_step + far * VALUES.network_step
 
 
-@lru_cache(maxsize=4096)
+@cached(maxsize=4096)
 def group(hardware: Hardware, *, size: int, stride: int) -> Group:
     """The group of `size` ranks that lie `stride` apart in rank order (tp fastest, then cp, dp, pp).
 
@@ -46,12 +39,12 @@ def group(hardware: Hardware, *, size: int, stride: int) -> Group:
     gpu = hardware.gpu
     inside = max(1, min(size, hardware.domain // max(1, stride)))
     if gpu.link_gb_s > 0:
-        fabric = gpu.link_gb_s * FABRIC
+        fabric = gpu.link_gb_s * VALUES.fabric_share
     else:
-        fabric = gpu.pcie_gb_s * PCIE
+        fabric = gpu.pcie_gb_s * VALUES.pcie_share
     if inside >= size:
         return Group(size=size, inside=size, gb_s=fabric)
-    return Group(size=size, inside=inside, gb_s=min(fabric, hardware.nic_gb_s * NETWORK * inside))
+    return Group(size=size, inside=inside, gb_s=min(fabric, hardware.nic_gb_s * VALUES.network_share * inside))
 
 
 def gather_time(nbytes: float, *, over: Group) -> float:
@@ -62,7 +55,7 @@ def gather_time(nbytes: float, *, over: Group) -> float:
     n = over.size
     if n <= 1 or nbytes <= 0:
         return 0.0
-    return LAUNCH + over.ring_latency + nbytes * (n - 1) / n / (over.gb_s * GB)
+    return VALUES.collective_start + over.ring_latency + nbytes * (n - 1) / n / (over.gb_s * GB)
 
 
 def reduce_time(nbytes: float, *, over: Group) -> float:
@@ -71,9 +64,9 @@ def reduce_time(nbytes: float, *, over: Group) -> float:
     if n <= 1 or nbytes <= 0:
         return 0.0
     depth = max(1, (over.across - 1).bit_length())
-    tree = 2 * (depth * NETWORK_STEP + (over.inside - 1) * FABRIC_STEP)
+    tree = 2 * (depth * VALUES.network_step + (over.inside - 1) * VALUES.fabric_step)
     latency = min(2 * over.ring_latency, tree) if over.across > 1 else 2 * over.ring_latency
-    return LAUNCH + latency + 2 * nbytes * (n - 1) / n / (over.gb_s * GB)
+    return VALUES.collective_start + latency + 2 * nbytes * (n - 1) / n / (over.gb_s * GB)
 
 
 def exchange_time(nbytes: float, *, over: Group) -> float:
@@ -82,13 +75,13 @@ def exchange_time(nbytes: float, *, over: Group) -> float:
     if n <= 1 or nbytes <= 0:
         return 0.0
     gb_s = over.gb_s if over.across == 1 else over.gb_s / max(1, over.inside)
-    return LAUNCH + over.across * FABRIC_STEP + nbytes * (n - 1) / n / (gb_s * GB)
+    return VALUES.collective_start + over.across * VALUES.fabric_step + nbytes * (n - 1) / n / (gb_s * GB)
 
 
 def send_time(nbytes: float, *, hardware: Hardware, distance: int) -> float:
     """Seconds to send nbytes to a rank `distance` away in rank order, over the fabric or one GPU's network share."""
     near = distance < hardware.domain
     gpu = hardware.gpu
-    fabric = gpu.link_gb_s * FABRIC if gpu.link_gb_s > 0 else gpu.pcie_gb_s * PCIE
-    rate = fabric if near else hardware.nic_gb_s * NETWORK
-    return LAUNCH + (FABRIC_STEP if near else NETWORK_STEP) + nbytes / (rate * GB)
+    fabric = gpu.link_gb_s * VALUES.fabric_share if gpu.link_gb_s > 0 else gpu.pcie_gb_s * VALUES.pcie_share
+    rate = fabric if near else hardware.nic_gb_s * VALUES.network_share
+    return VALUES.collective_start + (VALUES.fabric_step if near else VALUES.network_step) + nbytes / (rate * GB)

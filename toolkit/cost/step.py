@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from math import log, sqrt
 
 from toolkit.cost import kernels, network
-from toolkit.cost.layer import Pass, embedding_passes, head_passes, layer_passes
+from toolkit.cost.constants import VALUES
+from toolkit.cost.layer import Pass, embedding_passes, head_passes, host_time, layer_passes
+from toolkit.cost.spread import Spread, rate_spread
 from toolkit.cost.workload import Workload
 from toolkit.hardware import calibration
 from toolkit.hardware.catalogue import GB, Hardware
@@ -18,6 +20,7 @@ PARTS = (
     "recompute",
     "tensor parallel",
     "context parallel",
+    "launches",
     "pipeline sends",
     "pipeline bubble",
     "zero gathers",
@@ -26,41 +29,47 @@ PARTS = (
     "offload",
     "stragglers",
 )
-CONTENTION = 0.3  # compute slows by this share of the traffic it hides: NCCL's kernels take SMs and bandwidth (read off FSDP step times)
-SPREAD = 0.008  # standard deviation of one node's step time: the slowest of n nodes is sqrt(2 ln n) of them late
-HOST_ADAM = 4.0e9  # weights a second that DeepSpeed's CPU Adam updates on a two-socket node (arXiv 2101.06840, table 4: 1e9 in 0.25 s)
-COPIES = {2: 12.0, 3: 24.0}  # bytes a weight and micro-batch in and out of ZeRO's flat buffers, by stage
-NVME = 6.0 * GB  # bytes a second of a node's striped drives, one direction (two PCIe 4 drives' sequential rate, halved)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimeEstimate:
-    """One optimizer step; seconds by part, which sum to step."""
+    """One optimizer step; seconds by part, which sum to step. spread: of tokens a second, how far off they may be."""
 
     parts: dict[str, float]
     tokens: float
     world: int
+    spread: Spread
 
     @property
     def step(self) -> float:
         return sum(self.parts.values())
 
     @property
+    def step_range(self) -> tuple[float, float]:
+        """The 80 % interval of a step's seconds."""
+        return self.spread.inverse().interval(self.step)
+
+    @property
     def tokens_per_s_per_gpu(self) -> float:
         return self.tokens / self.step / self.world
 
 
-def step_time(w: Workload, hardware: Hardware, *, scale: float | None = None) -> TimeEstimate:
+def step_time(w: Workload, hardware: Hardware, *, scale: float | None = None, unknown: int = 0) -> TimeEstimate:
     """Time of one optimizer step of a workload on a cluster.
 
     1F1B: the slowest stage's micro-batches in a row, and the fill and drain of the others' (arXiv 2104.04473, section 2.2),
     divided by vpp when interleaved. scale: calibrated compute speed; null: the stored one of this GPU and precision.
+    unknown: settings that had to be guessed, which widen the interval.
     """
     if scale is None:
         scale = calibration.scale_for(hardware.gpu, w.precision)
     forward, backward, again = layer_passes(w, hardware, scale=scale)
     stages = {stage: _stage(w, hardware, scale, stage, forward, backward, again) for stage in _distinct_stages(w)}
-    micro = {stage: f.total + b.total + r.total for stage, (f, b, r) in stages.items()}
+    launches = (2 if w.recompute in ("none", "selective") else 3) * host_time(w) if hardware.gpu.accelerator else 0.0
+    waits = {  # of the GPU for the host, where it runs its kernels faster than they are launched
+        stage: max(0.0, w.layers_on(stage) * launches - f.total - b.total - r.total) for stage, (f, b, r) in stages.items()
+    }
+    micro = {stage: f.total + b.total + r.total + waits[stage] for stage, (f, b, r) in stages.items()}
     slowest = max(micro, key=lambda stage: micro[stage])
     f, b, r = stages[slowest]
     m = w.microbatches
@@ -72,17 +81,20 @@ def step_time(w: Workload, hardware: Hardware, *, scale: float | None = None) ->
     parts["recompute"] = m * r.total
     parts["tensor parallel"] = m * both.tp
     parts["context parallel"] = m * both.cp
+    parts["launches"] = m * waits[slowest]
     gathers = _zero_gathers(w, hardware, slowest, f, b, r)
     parts["zero gathers"] = m * gathers
     if w.pp > 1:
         others = sum(micro[_stands_for(stage, w)] for stage in range(w.pp)) - micro[slowest] + (w.pp - 1) * gathers
         parts["pipeline bubble"] = others / w.vpp
         parts["pipeline sends"] = _sends(w, hardware)
+        if w.stack.single_sends:
+            parts["pipeline sends"] += VALUES.blocked * m * micro[slowest]
     parts["data parallel"] = _data_parallel(w, hardware, f, b + r)
     parts["optimizer"], parts["offload"] = _optimizer(w, hardware, micro[slowest] * m)
     nodes = max(1.0, w.world / hardware.gpus_per_node)
-    parts["stragglers"] = SPREAD * sqrt(2 * log(nodes)) * sum(parts.values()) if nodes > 1 else 0.0
-    return TimeEstimate(parts=parts, tokens=float(w.batch * w.seq), world=w.world)
+    parts["stragglers"] = VALUES.node_spread * sqrt(2 * log(nodes)) * sum(parts.values()) if nodes > 1 else 0.0
+    return TimeEstimate(parts=parts, tokens=float(w.batch * w.seq), world=w.world, spread=rate_spread(w, unknown=unknown))
 
 
 def _distinct_stages(w: Workload) -> set[int]:
@@ -121,7 +133,8 @@ def _sends(w: Workload, hardware: Hardware) -> float:
         nbytes /= w.tp
     each = network.send_time(nbytes, hardware=hardware, distance=w.tp * w.cp * w.dp)
     hidden = w.stack.p2p_hidden if w.overlap and w.vpp > 1 else 0.0
-    return 2 * each * w.vpp * (w.microbatches * (1 - hidden) + (w.pp - 1) / w.vpp)
+    turns = 4 if w.stack.single_sends else 2
+    return turns * each * w.vpp * (w.microbatches * (1 - hidden) + (w.pp - 1) / w.vpp)
 
 
 def _zero_gathers(w: Workload, hardware: Hardware, stage: int, f: Pass, b: Pass, r: Pass) -> float:
@@ -130,30 +143,44 @@ def _zero_gathers(w: Workload, hardware: Hardware, stage: int, f: Pass, b: Pass,
     if w.zero < 2:
         return 0.0
     if w.shards == 1:  # nothing to send, yet DeepSpeed's buckets are filled all the same
-        return 0.0 if w.stack.sharding == "fsdp" else kernels.stream_time(COPIES[w.zero] * w.parameters_on(stage), gpu=hardware.gpu)
+        return 0.0 if w.stack.sharding == "fsdp" else kernels.stream_time(_copies(w) * w.parameters_on(stage), gpu=hardware.gpu)
     layers = w.layers_on(stage)
     over = network.group(hardware, size=w.shards, stride=w.tp)
     if w.stack.single_ring and over.across > 1:
-        over = replace(over, gb_s=hardware.nic_gb_s * network.NETWORK)
+        over = replace(over, gb_s=hardware.nic_gb_s * VALUES.network_share)
     per_layer = w.model.layer_parameters / w.tp
     rest = max(0.0, w.parameters_on(stage) - layers * per_layer)
-    hidden = w.stack.zero3_hidden if w.overlap else 0.0
+    prefetched = w.zero == 3 or w.stack.sharding == "fsdp"
+    hidden = (w.stack.zero3_hidden if prefetched else w.stack.dp_hidden) if w.overlap else 0.0
     reduced = max(w.stack.reduce_bytes, w.width)
-    gather = layers * network.gather_time(per_layer * w.width, over=over) + network.gather_time(rest * w.width, over=over)
-    scatter = layers * network.gather_time(per_layer * reduced, over=over) + network.gather_time(rest * reduced, over=over)
-    front, back = gather, gather + scatter
+    # ZeRO++ (arXiv 2306.10209, section 3): weights travel in 8 bits, the backward gathers inside a second partition, gradients travel in 4
+    width, reduced = (1.0 if w.qwz else w.width), (0.5 if w.qgz else reduced)
+    near = network.group(hardware, size=w.hpz, stride=w.tp) if w.hpz > 1 else over
+
+    def moved(each: float, through: network.Group) -> float:
+        return layers * network.gather_time(per_layer * each, over=through) + network.gather_time(rest * each, over=through)
+
+    gather, scatter = moved(width, over), moved(reduced, over)
+    front, back = gather, moved(width, near) + scatter
     if w.zero == 2:  # weights stay whole between forward and backward
         front, back = (gather / w.microbatches if w.stack.sharding == "fsdp" else 0.0), scatter
     exposed = _uncovered(front, f.compute, hidden) + _uncovered(back, b.compute + r.compute, hidden)
-    exposed += kernels.stream_time(COPIES[w.zero] * w.parameters_on(stage), gpu=hardware.gpu)  # in and out of the flat buffers
+    # in and out of the flat buffers; quantising reads 2 bytes a weight and writes 1, and back, for each gather; gradients twice
+    passes = _copies(w) + (12.0 if w.qwz else 0.0) + (10.0 if w.qgz else 0.0)
+    exposed += kernels.stream_time(passes * w.parameters_on(stage), gpu=hardware.gpu)
     if w.zero == 3:  # nothing runs before the first layer is there
         exposed += gather / max(1, layers)
     return exposed
 
 
+def _copies(w: Workload) -> float:
+    """Bytes a weight and micro-batch in and out of ZeRO's flat buffers."""
+    return VALUES.copies_3 if w.zero == 3 else VALUES.copies_2
+
+
 def _uncovered(traffic: float, compute: float, hidden: float) -> float:
     covered = min(traffic, compute * hidden)
-    return traffic - covered + CONTENTION * covered
+    return traffic - covered + VALUES.contention * covered
 
 
 def _data_parallel(w: Workload, hardware: Hardware, f: Pass, b: Pass) -> float:
@@ -191,13 +218,13 @@ def _optimizer(w: Workload, hardware: Hardware, compute: float) -> tuple[float, 
         step += kernels.stream_time(30.0 * params, gpu=gpu, kernels=4)
     else:
         ranks = min(hardware.gpus_per_node, w.world)
-        offload += 2 * w.width * params / (gpu.pcie_gb_s * GB * network.PCIE)
-        offload += ranks * params / HOST_ADAM
+        offload += 2 * w.width * params / (gpu.pcie_gb_s * GB * VALUES.pcie_share)
+        offload += ranks * params / VALUES.host_adam
         if w.zero < 3:  # gradients summed over micro-batches live on the host: fetched, added to and sent back in fp32
-            offload += (w.microbatches - 1) * 8.0 * params / (gpu.pcie_gb_s * GB * network.PCIE)
+            offload += (w.microbatches - 1) * 8.0 * params / (gpu.pcie_gb_s * GB * VALUES.pcie_share)
         if w.offload_optimizer == "nvme":
-            offload += ranks * params * 24.0 / NVME
+            offload += ranks * params * 24.0 / VALUES.nvme
     if w.offload_param != "none":
-        traffic = 2 * w.microbatches * w.width * params / (gpu.pcie_gb_s * GB * network.PCIE)
+        traffic = 2 * w.microbatches * w.width * params / (gpu.pcie_gb_s * GB * VALUES.pcie_share)
         offload += max(0.0, traffic - 0.5 * compute)
     return step, offload

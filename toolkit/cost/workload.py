@@ -51,6 +51,8 @@ class Workload:
     persist: float = 1e5  # elements up to which ZeRO-3 keeps a weight whole (DeepSpeed's default)
     optimizer: OptimizerSpec = OPTIMIZERS["adamw"]
     hpz: int = 1  # ranks over which ZeRO++ keeps a second partition of the weights
+    qwz: bool = False  # ZeRO++ gathers weights in 8 bits
+    qgz: bool = False  # ZeRO++ reduces gradients in 4 bits
 
     @property
     def world(self) -> int:
@@ -140,6 +142,8 @@ class Workload:
             persist=persist,
             optimizer=config.optimizer.spec,
             hpz=_hpz(config, dp),
+            qwz=bool(zero_key(config, "zero_quantized_weights", False)),
+            qgz=bool(zero_key(config, "zero_quantized_gradients", False)),
         )
 
 

@@ -57,7 +57,11 @@ class PreparedData:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Member:
+class Member:
+    """One prepared prefix: its index, its manifest (None for data made elsewhere), ids, entropy in nats, and what its contents are told
+    from.
+    """
+
     prefix: str
     index: Index
     manifest: Manifest | None
@@ -78,21 +82,9 @@ def resolve_data(config: RunConfig, *, prepare_missing: bool) -> PreparedData:
     Raises DataError for missing, damaged or unfinished files, a tokenizer that is not the data's, a blend of different tokenizers,
     a model.vocab_size that is too small, and a split with fewer tokens than one sample takes.
     """
-    data = config.data
-    cache = cache_dir_of(config)
-    if data.blend:
-        named = [(name, weight) for name, weight in data.blend.items()]
-    elif data.source:
-        named = [(data.source, 1.0)]
-    else:
-        raise DataError("data.source is null", why="and data.blend names nothing either", fix="Set one of them.")
-    members = []
-    for name, _ in named:
-        if (prefix := prefix_of(name)) is None:
-            prefix = _prepared_prefix(name, config=config, cache=cache, prepare_missing=prepare_missing)
-        members.append(_open(prefix, cache=cache))
-    total = sum(weight for _, weight in named)
-    weights = tuple(weight / total for _, weight in named)
+    members = open_members(config, prepare_missing=prepare_missing)
+    named = list(config.data.blend.values()) if config.data.blend else [1.0]
+    weights = tuple(weight / sum(named) for weight in named)
     first = _one_tokenizer(members)
     _check_tokenizer(config, first)
     vocab_size = max(m.vocab_size for m in members)
@@ -115,8 +107,21 @@ def resolve_data(config: RunConfig, *, prepare_missing: bool) -> PreparedData:
         tokens=sum(m.index.tokens for m in members),
         documents=sum(m.index.documents for m in members),
         identity=hashlib.sha256("".join(m.identity for m in members).encode()).hexdigest(),
-        cache_dir=cache,
+        cache_dir=cache_dir_of(config),
     )
+
+
+def open_members(config: RunConfig, *, prepare_missing: bool) -> list[Member]:
+    """The prepared prefixes of data.source or data.blend, each by itself whole; raises DataError as resolve_data() does."""
+    data, cache = config.data, cache_dir_of(config)
+    if not data.blend and not data.source:
+        raise DataError("data.source is null", why="and data.blend names nothing either", fix="Set one of them.")
+    members = []
+    for name in data.blend or [data.source or ""]:
+        if (prefix := prefix_of(name)) is None:
+            prefix = _prepared_prefix(name, config=config, cache=cache, prepare_missing=prepare_missing)
+        members.append(_open(prefix, cache=cache))
+    return members
 
 
 def prefix_of(name: str) -> str | None:
@@ -154,10 +159,10 @@ def _prepared_prefix(name: str, *, config: RunConfig, cache: Path, prepare_missi
     return prefix
 
 
-def _open(prefix: str, *, cache: Path) -> _Member:
+def _open(prefix: str, *, cache: Path) -> Member:
     if manifest_path(prefix).exists():
         manifest = load_manifest(prefix)
-        return _Member(
+        return Member(
             prefix=prefix,
             index=read_index(prefix),
             manifest=manifest,
@@ -172,7 +177,7 @@ def _open(prefix: str, *, cache: Path) -> _Member:
     index = read_index(prefix)
     identity = _stat_identity(prefix)
     largest, nats = _scan(index, identity=identity, cache=cache)
-    return _Member(prefix=prefix, index=index, manifest=None, vocab_size=largest + 1, entropy=nats, identity=identity)
+    return Member(prefix=prefix, index=index, manifest=None, vocab_size=largest + 1, entropy=nats, identity=identity)
 
 
 def _stat_identity(prefix: str) -> str:
@@ -199,7 +204,7 @@ def _scan(index: Index, *, identity: str, cache: Path) -> tuple[int, float]:
     return largest, nats
 
 
-def _one_tokenizer(members: list[_Member]) -> _Member:
+def _one_tokenizer(members: list[Member]) -> Member:
     """The member whose tokenizer stands for all; DataError when two differ."""
     known = [m for m in members if m.manifest is not None]
     for other in known[1:]:
@@ -216,7 +221,7 @@ def _one_tokenizer(members: list[_Member]) -> _Member:
     return known[0] if known else members[0]
 
 
-def _check_tokenizer(config: RunConfig, member: _Member) -> None:
+def _check_tokenizer(config: RunConfig, member: Member) -> None:
     """Hold a data.tokenizer that the user wrote to the one the data was made with."""
     if "tokenizer" not in config.data.model_fields_set or member.manifest is None:
         return
@@ -246,7 +251,7 @@ def split_documents(split: tuple[float, ...], documents: int) -> list[range]:
     return [range(round(a * documents), round(b * documents)) for a, b in pairwise(edges)]
 
 
-def _check_splits(config: RunConfig, member: _Member) -> None:
+def _check_splits(config: RunConfig, member: Member) -> None:
     need = config.train.seq_length + 1
     wanted = split_sizes(config)
     for name, samples, documents in zip(SPLITS, wanted, split_documents(config.data.split, member.index.documents), strict=True):

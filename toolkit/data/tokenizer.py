@@ -43,7 +43,15 @@ class TextTokenizer:
     def encode_batch(self, texts: Sequence[str], *, fast: bool = False) -> list[np.ndarray]:
         raise NotImplementedError
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], *, special: bool = True) -> str:
+        """The text of ids; special: tokens that stand for no text of a document, such as its end, are written out too."""
+        raise NotImplementedError
+
+    def encode_prompt(self, text: str, *, special: bool) -> list[int]:
+        """Ids of a text to go on from; special: with the tokens that the tokenizer itself puts around a text (Llama's first one).
+
+        Raises DataError where some of the text has no id of its own.
+        """
         raise NotImplementedError
 
     def fast_agrees(self, sample: Sequence[str]) -> bool:
@@ -61,8 +69,11 @@ class BytesTokenizer(TextTokenizer):
     def encode_batch(self, texts: Sequence[str], *, fast: bool = False) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8) for text in texts]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], *, special: bool = True) -> str:
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", "replace")
+
+    def encode_prompt(self, text: str, *, special: bool) -> list[int]:
+        return list(text.encode("utf-8", "replace"))
 
 
 class SubwordTokenizer(TextTokenizer):
@@ -85,10 +96,14 @@ class SubwordTokenizer(TextTokenizer):
         if not ids:
             log.warning("tokenizer %s names no end-of-document token: id %d is added for it", spec, self.eod)
         self.vocab_size = max(top, self.eod) + 1
-        self.hash = _content_hash(text)
+
+    @cached_property
+    def hash(self) -> str:  # type: ignore[override]
+        """Worked out when it is asked for: a large vocabulary takes longer to parse than to load."""
+        return _content_hash(self.json or "")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_slow", "_fast")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_slow", "_fast", "_unknown")}
 
     @cached_property
     def _slow(self) -> Any:
@@ -134,9 +149,46 @@ class SubwordTokenizer(TextTokenizer):
             log.info("gigatoken gives other ids than tokenizers for %s; using tokenizers", self.spec)
         return same
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], *, special: bool = True) -> str:
         known = [i for i in map(int, ids) if self._slow.id_to_token(i) is not None]
-        return str(self._slow.decode(known, skip_special_tokens=False))
+        return str(self._slow.decode(known, skip_special_tokens=not special))
+
+    def encode_prompt(self, text: str, *, special: bool) -> list[int]:
+        encoded = self._slow.encode(text, add_special_tokens=special)
+        covered = 0
+        for i, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):
+            # what has no id becomes the unknown token, or nothing at all
+            if text[covered:start].strip():
+                raise self._no_id(text[covered:start], covered)
+            if i == self._unknown and end > start and text[start:end] != self._slow.id_to_token(i):
+                raise self._no_id(text[start:end], start)
+            covered = max(covered, end)
+        if text[covered:].strip():
+            raise self._no_id(text[covered:], covered)
+        return list(encoded.ids)
+
+    def _no_id(self, text: str, at: int) -> DataError:
+        shown = text if len(text) <= 20 else text[:20] + "…"
+        return DataError(
+            f"the tokenizer {self.spec} has no token for {shown!r}, at character {at + 1}",
+            why="the model has never seen it",
+            fix="Leave it out, or use a tokenizer of bytes.",
+        )
+
+    @cached_property
+    def _unknown(self) -> int | None:
+        """The id that stands for text without one; None where every text has ids."""
+        model = self._slow.model
+        if getattr(model, "byte_fallback", False):
+            return None
+        unknown = getattr(model, "unk_token", None)
+        if isinstance(unknown, str):
+            found = self._slow.token_to_id(unknown)
+            return None if found is None else int(found)
+        if type(model).__name__ == "Unigram":  # shows its own only in its JSON
+            number = (json.loads(self.json or "{}").get("model") or {}).get("unk_id")
+            return int(number) if isinstance(number, int) else None
+        return None
 
 
 def load_tokenizer(spec: str, *, train_on: Iterable[str] | None = None, cache: Path | None = None, eod: str | None = None) -> TextTokenizer:

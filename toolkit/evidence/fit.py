@@ -1,21 +1,21 @@
-"""Fitting the calibration scalars on named sources, and holding sources out."""
+"""The calibration scalar of a GPU and precision from measurements, and the files of fitted numbers."""
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from math import exp, log
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from toolkit.cost import constants
 from toolkit.cost.step import step_time
-from toolkit.errors import ConfigError, ToolkitError
-from toolkit.evidence.published import Unsupported, read_row
+from toolkit.errors import ConfigError
 from toolkit.hardware import calibration
 
 Key = tuple[str, str]
+FITTED_FILE = Path(constants.__file__).with_name("fitted.py")
 LOWEST, HIGHEST = 0.2, 1.2
 
 
@@ -25,27 +25,6 @@ def load_rows(source: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeError, ValueError) as error:
         raise ConfigError(f"{str(source)!r} cannot be read as rows", why=str(error), fix="Give a JSONL file of measurements.") from None
-
-
-def fit(rows: Iterable[Mapping[str, Any]], *, without: str | None = None) -> list[dict[str, Any]]:
-    """One entry per (GPU, precision) with measured throughput: the scalar at which the median source is met, and its provenance.
-
-    Each source counts once, whatever its number of rows: its error is the median over its rows of log(predicted/measured).
-    without: a source left out. fp16 rows count as bf16: the tensor cores run both alike.
-    """
-    groups: dict[Key, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        measured = (row.get("measured") or {}).get("tokens_per_s_per_gpu")
-        source = str(row.get("source_id"))
-        if not measured or source == without:
-            continue
-        try:
-            workload, hardware = read_row(row)
-        except (Unsupported, ToolkitError):
-            continue
-        precision = "bf16" if workload.precision == "fp16" else workload.precision
-        groups[hardware.gpu.scale, precision][source].append((workload, hardware, float(measured)))
-    return [entry(key, sources) for key, sources in sorted(groups.items())]
 
 
 def entry(key: Key, sources: Mapping[str, Sequence[Any]], *, low: float = LOWEST, high: float = HIGHEST) -> dict[str, Any]:
@@ -89,8 +68,15 @@ def write(entries: Sequence[Mapping[str, Any]], *, path: Path = calibration.FILE
     import yaml
 
     head = head or (
-        "# Written by `python -m toolkit.evidence.score --fit`; do not edit. One scalar per (GPU, precision): the share of the catalogue's\n"
+        "# Written by `python -m tests.bench.planner --fit`; do not edit. One scalar per (GPU, precision): the share of the catalogue's\n"
         "# matmul ceiling that training reaches, fitted on the named sources (each counts once); bias_left: what each one is off by then.\n"
     )
     path.write_text(head + yaml.safe_dump({"scales": list(entries)}, sort_keys=False, width=140), encoding="utf-8")
     calibration.stored.cache_clear()
+
+
+def write_constants(values: Mapping[str, float], *, path: Path = FITTED_FILE) -> None:
+    """Store fitted constants as the module that toolkit.cost.constants reads."""
+    lines = "".join(f'    "{name}": {float(f"{value:.6g}")!r},\n' for name, value in values.items())
+    head = '"""Written by `python -m tests.bench.planner --fit`; do not edit. What each means: toolkit/cost/constants.py."""\n\n'
+    path.write_text(f"{head}FITTED = {{\n{lines}}}\n", encoding="utf-8")

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolkit.arch.spec import ModelSpec
 from toolkit.cost.memory import GIB, estimate
-from toolkit.cost.stack import Stack, stack_named
 from toolkit.cost.step import step_time
 from toolkit.cost.workload import Workload
 from toolkit.errors import ConfigError, ToolkitError
+from toolkit.evidence.software import Software, software
 from toolkit.hardware import calibration
 from toolkit.hardware.catalogue import Gpu, Hardware, find_gpu
 
@@ -64,19 +64,46 @@ def predict(row: Mapping[str, Any], *, scales: Mapping[tuple[str, str], float] |
     try:
         workload, hardware = read_row(row)
         scale = None if scales is None else calibration.lookup(scales, hardware.gpu, workload.precision)
-        time = step_time(workload, hardware, scale=scale)
-        memory = estimate(workload, hardware)
+        guessed = unknown_settings(row)
+        time = step_time(workload, hardware, scale=scale, unknown=guessed)
+        memory = estimate(workload, hardware, unknown=guessed)
     except (Unsupported, ToolkitError) as reason:
         return {"id": row.get("id"), "unsupported": str(reason)}
-    kind = str(_in(row, "measured").get("memory_kind") or "").lower()  # which rank and which counter the row speaks of
-    stage = memory.stages[-1] if "last rank" in kind else memory.worst
+    stage = memory.worst
     return {
         "id": row.get("id"),
-        "fits": memory.fits,
+        "fits": memory.chance >= 0.5,
+        "p_fits": round(memory.chance, 4),
         "peak_allocated_gib": round(stage.allocated / GIB, 3),
-        "peak_reserved_gib": round((stage.device if kind.startswith("nvidia-smi") else stage.reserved) / GIB, 3),
+        "peak_reserved_gib": round(stage.device / GIB, 3),
         "tokens_per_s_per_gpu": round(time.tokens_per_s_per_gpu, 3),
+        "range": {
+            "peak_allocated_gib": [round(end / GIB, 3) for end in memory.spread.interval(stage.allocated)],
+            "peak_reserved_gib": [round(end / GIB, 3) for end in memory.spread.interval(stage.device)],
+            "tokens_per_s_per_gpu": [round(end, 3) for end in time.spread.interval(time.tokens_per_s_per_gpu)],
+        },
     }
+
+
+# settings that change time or memory much, so that a guess widens the interval
+_COUNTED = (
+    ("model", "seq_len"),
+    ("batch", "micro"),
+    ("batch", "global"),
+    ("parallel", "tp"),
+    ("parallel", "pp"),
+    ("parallel", "vpp"),
+    ("parallel", "zero_stage"),
+    ("hardware", "gpu"),
+)
+
+
+def unknown_settings(row: Mapping[str, Any]) -> int:
+    """How many of them a row leaves out, or gives as inferred."""
+    inferred = row.get("inferred_fields")
+    names = {str(name) for name in inferred} if isinstance(inferred, list) else set()
+    count = sum(_in(row, section).get(key) is None or f"{section}.{key}" in names for section, key in _COUNTED)
+    return count + sum(row.get(name) is None or name in names for name in ("recompute", "precision", "attention"))
 
 
 def read_row(row: Mapping[str, Any]) -> tuple[Workload, Hardware]:
@@ -93,8 +120,11 @@ def read_row(row: Mapping[str, Any]) -> tuple[Workload, Hardware]:
     if precision not in ("bf16", "fp16", "fp32", "fp8"):
         raise Unsupported(f"precision {precision} has no formula")
     flash = _flash(row)
-    zero = _zero(parallel.get("zero_stage"), str(row.get("framework") or "").lower(), flash=flash)
-    stack, features = _stack(row, flash=flash, zero=zero, tp=tp, pp=pp)
+    framework = str(row.get("framework") or "").lower()
+    stage = _stage(parallel.get("zero_stage"), framework)
+    soft = software(row, flash=flash, zero=stage, tp=tp, pp=pp, precision=precision)
+    zero = _usual_stage(framework, flash=flash, pp=pp) if stage is None else stage
+    recompute = _recompute(row)
     gpu = _gpu(hw)
     offload = str(parallel.get("offload") or "none").lower()
     if "vocabulary placement" in _flags(row):
@@ -109,18 +139,19 @@ def read_row(row: Mapping[str, Any]) -> tuple[Workload, Hardware]:
         batch=total,
         tp=tp,
         pp=pp,
-        vpp=_count(parallel.get("vpp")) or 1,
+        vpp=_count(parallel.get("vpp"))
+        or _usual_interleaving(soft, layers=spec.layers, pp=pp, microbatches=max(1, total // ((micro or 1) * dp))),
         cp=cp,
         dp=dp,
-        sp=tp > 1 and _sequence_parallel(parallel.get("sequence_parallel"), stack),
+        sp=tp > 1 and _sequence_parallel(parallel.get("sequence_parallel"), soft),
         zero=zero,
         offload_optimizer="nvme" if "nvme" in offload else "cpu" if offload not in ("none", "false", "") else "none",
         offload_param=("nvme" if "nvme" in offload else "cpu") if "param" in offload else "none",
-        recompute=_recompute(row),
+        recompute=recompute,
         precision=precision,
         flash=flash,
-        stack=stack,
-        **features,
+        stack=soft.stack,
+        **_features(row, kind=soft.kind),
     )
     return workload, _hardware(hw, gpu, workload.world)
 
@@ -142,20 +173,38 @@ def _count(value: Any) -> int | None:
     return int(value)
 
 
-def _zero(stage: Any, framework: str, *, flash: bool) -> int:
-    """The printed ZeRO stage; without one what the framework does by default, or what its name says."""
+def _stage(stage: Any, framework: str) -> int | None:
+    """The printed ZeRO stage, or the one that the framework's name says."""
     if isinstance(stage, (int, float)) and not isinstance(stage, bool) and stage in (0, 1, 2, 3):
         return int(stage)
-    if named := re.search(r"zero[-_ ]?([0-3])", framework):
-        return int(named[1])
+    named = re.search(r"zero[-_ ]?([0-3])", framework)
+    return int(named[1]) if named else None
+
+
+def _usual_stage(framework: str, *, flash: bool, pp: int) -> int:
+    """The ZeRO stage that nobody prints: the framework's default. DeepSpeed's pipelines refuse stages above 1."""
     if re.search(r"fsdp|titan|composer|foundry|infinity", framework):
         return 3
-    return 2 if "deepspeed" in framework else 1 if flash else 0
+    if "deepspeed" in framework:
+        return 1 if pp > 1 else 2
+    return 1 if flash else 0
 
 
-def _sequence_parallel(value: Any, stack: Stack) -> bool:
-    """The printed switch; without one, on in Megatron's present recipes."""
-    return value if isinstance(value, bool) else stack.name in ("megatron", "nemo")
+def _usual_interleaving(soft: Software, *, layers: int, pp: int, microbatches: int) -> int:
+    """Chunks of a stage that nobody prints: with Megatron, which interleaves since 2021, as many as keep the bubble below 5 %.
+
+    It needs whole micro-batches for every stage and equal chunks; a user who has neither does without.
+    """
+    if pp == 1 or soft.kind not in ("megatron", "nemo") or layers % pp or microbatches % pp:
+        return 1
+    each = layers // pp
+    chunks = [v for v in range(1, each + 1) if each % v == 0]
+    return next((v for v in chunks if (pp - 1) / microbatches / v <= 0.05), chunks[-1])
+
+
+def _sequence_parallel(value: Any, soft: Software) -> bool:
+    """The printed switch; without one, on in Megatron's recipes since it has it (2022)."""
+    return value if isinstance(value, bool) else soft.kind in ("megatron", "nemo") and soft.year >= 2023
 
 
 def _spec(model: Mapping[str, Any]) -> ModelSpec:
@@ -181,7 +230,7 @@ def _spec(model: Mapping[str, Any]) -> ModelSpec:
         gated=gated,
         norm="rms" if gated else "layer",
         vocab=vocab,
-        rows=vocab,
+        rows=-(-vocab // 128) * 128,  # frameworks pad the vocabulary so that multiplies of it are aligned
         tied=bool(tied) if tied is not None else learned,
         positions=(_count(model.get("seq_len")) or 2048) if learned else 0,
         qkv_bias=biases,
@@ -202,29 +251,23 @@ def _flash(row: Mapping[str, Any]) -> bool:
     return "unfused" not in str(kind)
 
 
-def _stack(row: Mapping[str, Any], *, flash: bool, zero: int, tp: int, pp: int) -> tuple[Stack, dict[str, Any]]:
-    framework = str(row.get("framework") or "")
-    stack = stack_named(framework, flash=flash, zero=zero, tp=tp, pp=pp)
+def _features(row: Mapping[str, Any], *, kind: str) -> dict[str, Any]:
+    """What a row's flags say of the run itself, as fields of a workload."""
     printed = str(row.get("attention_as_printed") or "").lower()
     flags = _flags(row)
-    text = f"{framework} {printed}".lower()
     features: dict[str, Any] = {
         "kernel": _kernel(printed),
         "overlap": "overlap disabled" not in flags,
         "cp_exchange": "all-to-all" in flags,
+        "split_checkpoints": "zero-r" in flags,
+        "deterministic": "deterministic" in flags,
+        "fused_accumulation": "no grad-accum fusion" not in flags,
     }
-    features["split_checkpoints"] = "zero-r" in flags
-    features["deterministic"] = "deterministic" in flags
-    features["fused_accumulation"] = "no grad-accum fusion" not in flags
-    if "not stated" in printed and stack.sharding == "deepspeed":
+    if "zero++" in flags:
+        features |= {"qwz": True, "qgz": True, "hpz": 8}
+    if "not stated" in printed and kind == "deepspeed":
         features["kernel"] = "efficient"  # Hugging Face's default passes SDPA a mask, which rules the flash kernel out
-    if "compile" in flags:
-        stack = replace(stack, norm_chain=False, gate_chain=False, passes=1.2, logit_bytes=min(stack.logit_bytes, 12.0))
-    if "liger" in text or "fused cross-entropy" in flags or "liger" in flags:
-        stack = replace(stack, norm_chain=False, gate_chain=False, chunked_loss=True)
-    if "cross-entropy fusion" in flags:
-        stack = replace(stack, logit_bytes=4.0, loss_passes=12.0)
-    return stack, features
+    return features
 
 
 def _kernel(printed: str) -> str | None:
@@ -276,6 +319,10 @@ def _hardware(hw: Mapping[str, Any], gpu: Gpu, world: int) -> Hardware:
     return Hardware(gpu=gpu, gpus_per_node=per_node, nodes=nodes, nic_gb_s=_nic(text, per_node) or gpu.nic_gb_s)
 
 
+# Gb/s of a port of networks that are printed by name alone: their makers' datasheets
+_PORTS = (("omni-path", 100), ("omnipath", 100), ("fdr", 56), ("edr", 100), ("hdr", 200), ("ndr", 400), ("slingshot", 200))
+
+
 def _nic(text: str, per_node: int) -> float | None:
     """One GPU's network GB/s from a printed interconnect, such as "8x HDR InfiniBand 200 Gb/s per node"."""
     if found := re.search(r"(\d+)\s*x\s*(\d+)\s*Gb", text):
@@ -286,4 +333,8 @@ def _nic(text: str, per_node: int) -> float | None:
         return int(found[1]) / 8
     if found := re.search(r"(\d+)\s*Gb(?:/s|ps)?(?: per node)?", text):
         return int(found[1]) / 8 / per_node
+    lower = text.lower()
+    if port := next((gb for name, gb in _PORTS if name in lower), None):
+        counted = re.search(r"(\d+)\s*x", lower)
+        return (int(counted[1]) if counted else 1) * port / 8 / per_node
     return None

@@ -14,6 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from toolkit.arch.spec import WeightSpec
 from toolkit.config.schema import ModelSection, RopeScaling, RunConfig
 from toolkit.model.init import materialise
 from toolkit.model.layers import TIED_COPY, local_spec, mark_shared_gradients, mask_padding, te_spec
@@ -114,11 +115,12 @@ def build_chunks(
     device: torch.device,
     partition: Callable[[torch.nn.Parameter], None] | None = None,
     blank: bool = False,
+    read: Callable[[WeightSpec], Tensor] | None = None,
 ) -> list[GPTModel]:
     """The chunks of this rank's stage, initialised; process groups must be up.
 
     partition: called on each parameter once it has its value (ZeRO-3 frees all but its part there). blank: weights are 0,
-    for a checkpoint's to be read into.
+    for a checkpoint's to be read into. read: gives this rank's part of a weight, instead of an initial value.
     """
     m = config.model
     assert m.vocab_size is not None, "the vocabulary is known once the data is resolved"
@@ -157,6 +159,7 @@ def build_chunks(
             device=device,
             partition=partition,
             blank=blank,
+            read=read,
         )
         if last:
             mask_padding(model.output_layer, vocab_size=weights.vocab, rows=weights.rows)

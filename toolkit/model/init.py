@@ -73,18 +73,22 @@ def materialise(
     device: torch.device,
     partition: Callable[[torch.nn.Parameter], None] | None = None,
     blank: bool = False,
+    read: Callable[[WeightSpec], Tensor] | None = None,
 ) -> None:
     """Give every parameter of a chunk built on the meta device its memory and its initial value, all in one dtype.
 
     megatron-core leaves learned positions in fp32; under ZeRO-3 DeepSpeed then takes all parameters for fp32.
 
-    blank: zeros instead, for weights that are read from a checkpoint later.
+    blank: zeros instead, for weights that are read from a checkpoint later. read: its answer instead, this rank's part of a weight in
+    memory of its own.
     partition is called on each parameter as soon as it is filled, so that under ZeRO-3 no more
     than one whole parameter exists at a time.
     """
     for local, parameter in list(chunk.named_parameters()):
         if blank:
             value = torch.zeros(parameter.shape, dtype=dtype, device=device)
+        elif read is not None:
+            value = read(spec.weight(global_name(chunk, local, spec))).to(device=device, dtype=dtype)
         else:
             weight = spec.weight(global_name(chunk, local, spec))
             whole = draw(weight, seed=seed, std=std, num_layers=spec.layers, device=device)

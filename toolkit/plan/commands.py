@@ -30,7 +30,8 @@ def tune(
     max_step: Annotated[float | None, typer.Option(help="slowest step allowed, seconds")] = None,
     max_cost: Annotated[float | None, typer.Option(help="highest price allowed of the whole run (train.steps); needs --price")] = None,
     price: Annotated[float | None, typer.Option(help="price of one GPU for one hour")] = None,
-    headroom: Annotated[float, typer.Option(help="GiB of each GPU to leave free")] = 1.0,
+    risk: Annotated[float, typer.Option(help="probability of running out of memory that a plan may have")] = 0.1,
+    headroom: Annotated[float | None, typer.Option(help="GiB of each GPU to leave free; default: what --risk asks for")] = None,
     host_gib: Annotated[float | None, typer.Option(help="RAM of a node for offload, GiB; default: the catalogue's")] = None,
     top: Annotated[int, typer.Option(help="plans to list")] = 10,
     what_if: Annotated[bool, typer.Option(help="also answer what other hardware or sequences would change")] = True,
@@ -71,7 +72,8 @@ def tune(
         raise ConfigError(f"--objective {objective!r} is not known", fix=f"Use one of {', '.join(OBJECTIVES)}.")
     question.objective, question.max_gpus = objective, max_gpus  # type: ignore[assignment]
     limits = question.limits
-    limits.headroom, limits.max_step_s, limits.max_cost, limits.price = headroom * 2**30, max_step, max_cost, price
+    limits.risk, limits.headroom = risk, None if headroom is None else headroom * 2**30
+    limits.max_step_s, limits.max_cost, limits.price = max_step, max_cost, price
     if host_gib is not None:
         question = question.with_host_gib(host_gib)
     answer, rehearsed = answer_to(question, top=max(top, trials, rehearse), what_if=what_if and not rehearse), None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from toolkit.cost.memory import GIB, HEADROOM
+from toolkit.cost.memory import GIB
 from toolkit.cost.workload import Workload
-from toolkit.plan.search import Objective, Plan
+from toolkit.plan.search import Limits, Objective, Plan
 
 SMALL = 0.004  # share of the best plan's step; smaller differences are not mentioned
 
@@ -19,6 +19,7 @@ _MORE: Mapping[str, str] = {
     "recompute": "recomputation",
     "tensor parallel": "tensor-parallel traffic",
     "context parallel": "context-parallel traffic",
+    "launches": "waiting for kernels to be launched",
     "pipeline sends": "pipeline sends",
     "pipeline bubble": "pipeline bubble",
     "zero gathers": "ZeRO traffic in every micro-batch",
@@ -35,6 +36,7 @@ _LIMIT: Mapping[str, str] = {
     "recompute": "device memory: recomputation stands in for it",
     "tensor parallel": "links between tensor-parallel ranks",
     "context parallel": "links between context-parallel ranks",
+    "launches": "the host, which launches small kernels one by one",
     "pipeline sends": "links between pipeline stages",
     "pipeline bubble": "too few micro-batches for the pipeline",
     "zero gathers": "links between data-parallel ranks",
@@ -109,14 +111,16 @@ def limits(best: Plan) -> list[str]:
     ]
 
 
-def memory_words(plan: Plan, *, headroom: float = HEADROOM) -> str:
-    """The worst stage's memory: how much, at which moment, of what, and what is left."""
+def memory_words(plan: Plan, *, limits: Limits) -> str:
+    """The worst stage's memory: how much, at which moment, of what, what is left, and how likely it fits."""
     worst, capacity = plan.worst, plan.memory.capacity
     largest = sorted(worst.parts.items(), key=lambda item: -item[1])[:3]
     text = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in largest if nbytes > 0)
     left = capacity - worst.device
     stage = f"stage {worst.stage} of {plan.workload.pp}" if plan.workload.pp > 1 else "every rank"
-    words = f"{stage} needs {size(worst.device)} of {size(capacity)} at the {worst.moment} ({text}); {size(left)} left, {size(headroom)} of it headroom"
+    low, high = plan.memory.spread.interval(worst.device)
+    words = f"{stage} needs {size(worst.device)} ({size(low)} to {size(high)}) of {size(capacity)} at the {worst.moment} ({text}); "
+    words += f"{size(left)} left, {size(limits.room(plan.memory))} of it headroom; fits with probability {plan.chance:.2f}"
     for nbytes, place in ((plan.memory.host, "RAM"), (plan.memory.nvme, "NVMe")):
         words += f"; offloading takes {size(nbytes)} of {place} a node" if nbytes else ""
     return words

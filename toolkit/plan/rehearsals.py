@@ -62,7 +62,7 @@ def rehearse_plans(answer: Answer, count: int, *, hardware_file: Path | None = N
         raise MachineError(
             f"none of the best {len(found)} plans passed its rehearsal",
             why=f"the first one: {found[0].status}: {found[0].reason}",
-            fix=f"Raise --rehearse to look at more plans, or --headroom above {answer.question.limits.headroom / GIB:g} GiB.",
+            fix=f"Raise --rehearse to look at more plans, or --headroom above {(answer.question.limits.headroom or 0.0) / GIB:g} GiB.",
         )
     passed = {id(r.plan) for r in found if r.passed}
     answer.result.plans = [p for n, p in enumerate(answer.result.plans) if n >= count or id(p) in passed]
@@ -103,7 +103,7 @@ def judge(question: Question, plan: Plan, *, code: int, output: str, errors: str
     unseen = max(s.context + s.parts["workspace"] for s in plan.memory.stages)
     worst = max(answer["ranks"], key=lambda r: r["peak_reserved"])
     gib, capacity = (worst["peak_reserved"] + unseen) / GIB, plan.memory.capacity / GIB
-    headroom = question.limits.headroom / GIB
+    headroom = (question.limits.headroom or 0.0) / GIB
     if gib + headroom > capacity:
         need = f"stage {worst['stage']} needs {gib:.1f} GiB of {capacity:g} with {headroom:g} to be left free"
         return Rehearsed(plan=plan, status="does not fit", gib=gib, reason=f"{need}; the peak is in {worst['step']['peak']['phase']}")

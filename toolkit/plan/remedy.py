@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from toolkit.config.schema import RunConfig
-from toolkit.cost.memory import GIB, HEADROOM, estimate
+from toolkit.cost.memory import GIB, estimate
 from toolkit.cost.workload import Workload
 from toolkit.hardware.catalogue import Hardware
 from toolkit.parallel.case import Machine
@@ -26,7 +26,7 @@ def nearest_fit(config: RunConfig, world_size: int, hardware: Hardware, *, machi
     """
     smallest: tuple[float, Option] | None = None
     capacity = hardware.gpu.memory_gib * GIB
-    most = min(capacity, 0.8 * estimate(Workload.of(config, world_size), hardware).worst.device) if ran_out else capacity - HEADROOM
+    most = min(capacity, 0.8 * estimate(Workload.of(config, world_size), hardware).worst.device) if ran_out else None
     for option in sorted(options(config), key=_cost):
         changed = with_keys(config, option)
         if changed is None or violations(changed, world_size, machine=machine):
@@ -35,7 +35,7 @@ def nearest_fit(config: RunConfig, world_size: int, hardware: Hardware, *, machi
         if not memory.host_fits:
             continue
         need = memory.worst.device
-        if need <= most:
+        if memory.fits if most is None else need <= most:
             return f"Set {_text(option)}: the estimate is then {need / GIB:.2f} GiB."
         if smallest is None or need < smallest[0]:
             smallest = need, option
@@ -67,7 +67,7 @@ def enough_gpus(config: RunConfig, world_size: int, hardware: Hardware, *, machi
             if changed is None or violations(changed, world_size, machine=machine):
                 continue
             memory = estimate(Workload.of(changed, world_size), larger)
-            if memory.host_fits and memory.worst.device <= memory.capacity - HEADROOM:
+            if memory.host_fits and memory.fits:
                 now = {"parallel.tp": p.tp, "parallel.pp": p.pp, "train.recompute": config.train.recompute}
                 news = {key: value for key, value in option.items() if value != now[key]}
                 return f"{world_size} GPUs are enough{f', with {_text(news)}' if news else ''}."

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from math import inf, log, sqrt
 from typing import Any, Literal
 
+from toolkit.cost.constants import VALUES
 from toolkit.cost.layer import embedding_passes, head_passes, layer_passes
-from toolkit.cost.memory import GIB, HEADROOM, MemoryEstimate, StageMemory, estimate, states
-from toolkit.cost.step import SPREAD, TimeEstimate, step_time
+from toolkit.cost.memory import GIB, MemoryEstimate, StageMemory, estimate, states
+from toolkit.cost.spread import RISK, memory_spread
+from toolkit.cost.step import TimeEstimate, step_time
 from toolkit.cost.workload import Workload
 from toolkit.hardware import calibration
 from toolkit.hardware.catalogue import Hardware
@@ -49,12 +51,26 @@ class Plan:
     def worst(self) -> StageMemory:
         return self.memory.worst
 
+    @property
+    def chance(self) -> float:
+        """Probability that it fits."""
+        return self.memory.chance
+
+    @property
+    def expected_s(self) -> float:
+        """Seconds a step over the probability to fit: a run that doesn't fit makes no step."""
+        return self.time.step / max(1e-6, self.chance)
+
 
 @dataclass(kw_only=True)
 class Limits:
-    """What a plan must keep to; null: anything. price: of one GPU hour; steps: of the whole run, for max_cost."""
+    """What a plan must keep to; null: anything. price: of one GPU hour; steps: of the whole run, for max_cost.
 
-    headroom: float = HEADROOM
+    risk: probability of running out of memory that is taken; headroom: bytes to leave free instead, whatever the risk.
+    """
+
+    risk: float = RISK
+    headroom: float | None = None
     max_step_s: float | None = None
     max_cost: float | None = None
     price: float | None = None
@@ -63,6 +79,14 @@ class Limits:
     def cost(self, step_s: float, gpus: int) -> float:
         """Price of the whole run; in GPU hours where no price is given."""
         return step_s * self.steps * gpus / 3600 * (1.0 if self.price is None else self.price)
+
+    def room(self, memory: MemoryEstimate) -> float:
+        """Bytes that a plan must leave free: the headroom asked for, else what the interval of its estimate asks for."""
+        return memory.headroom(self.risk) if self.headroom is None else self.headroom
+
+    def fit(self, memory: MemoryEstimate) -> bool:
+        """Whether every rank leaves that much free, and the node's RAM holds what is offloaded to it."""
+        return memory.worst.device + self.room(memory) <= memory.capacity and memory.host_fits
 
     def allow(self, step_s: float, gpus: int) -> bool:
         """Whether a step time meets the targets."""
@@ -83,7 +107,10 @@ class SearchResult:
 
 
 def key(objective: Objective, *, step_s: float, gpus: int) -> Key:
-    """What the search minimises: the step (the batch is the same for all), GPU seconds, or GPUs and then the step."""
+    """What the search minimises: the step (the batch is the same for all), GPU seconds, or GPUs and then the step.
+
+    Of a plan the step is the expected one; of a bound it is a lower bound of the step, and so of the expected one.
+    """
     if objective == "cost":
         return step_s * gpus, step_s
     return (float(gpus), step_s) if objective == "fewest-gpus" else (step_s, float(gpus))
@@ -167,9 +194,13 @@ class _Search:
             w = space.workload(cut, dp, micro, recompute, sharding)
             time = step_time(w, self.hardware, scale=self.scale)
             self.result.timed += 1
-            value = key(self.objective, step_s=time.step, gpus=gpus)
-            if self.limits.allow(time.step, gpus) and value < self._threshold((cut.tp, cut.pp, cut.cp, dp)):
-                self._insert(value, Plan(workload=w, memory=estimate(w, self.hardware), time=time))
+            threshold = self._threshold((cut.tp, cut.pp, cut.cp, dp))
+            if not self.limits.allow(time.step, gpus) or key(self.objective, step_s=time.step, gpus=gpus) >= threshold:
+                continue
+            plan = Plan(workload=w, memory=estimate(w, self.hardware), time=time)
+            value = key(self.objective, step_s=plan.expected_s, gpus=gpus)
+            if value < threshold:
+                self._insert(value, plan)
 
     def _insert(self, value: Key, plan: Plan) -> None:
         if any(k == value and other.kind == plan.kind and other.worst.device <= plan.worst.device for k, _, other in self.best):
@@ -185,7 +216,10 @@ class _Search:
         """Whether the first and last stage's parameters, gradients and optimizer states alone leave the headroom."""
         w = self.space.workload(cut, dp, 1, "full", sharding)
         state_bytes = max(sum(states(w, w.parameters_on(stage)).values()) for stage in (0, w.pp - 1))
-        return 0.99 * state_bytes + self.limits.headroom <= self.capacity  # the 1 %: the estimate counts weights one by one, this does not
+        least = 0.99 * state_bytes  # the 1 %: the estimate counts weights one by one, this does not
+        if self.limits.headroom is not None:
+            return least + self.limits.headroom <= self.capacity
+        return least * max(1.0, memory_spread(w).factor(self.limits.risk)) <= self.capacity
 
     def _fits(self, cut: Structure, dp: int, micro: int, recompute: str, sharding: Sharding) -> bool:
         """Whether a candidate fits; memory never falls with the micro-batch, so one that fits or not answers for smaller or larger ones."""
@@ -197,15 +231,14 @@ class _Search:
             alone = (
                 estimate(w, self.hardware, only=0) if w.pp > 1 else None
             )  # the first stage keeps most micro-batches in flight, so it often decides
-            if (alone is None or self._allows(alone)) and self._allows(estimate(w, self.hardware)):
+            if (alone is None or self.limits.fit(alone)) and self.limits.fit(
+                estimate(w, self.hardware, known=alone.stages if alone else ())
+            ):
                 low = micro
             else:
                 high = micro
             self.sizes[name] = low, high
         return micro <= low
-
-    def _allows(self, memory: MemoryEstimate) -> bool:
-        return fits(memory, headroom=self.limits.headroom)
 
     def _bound(self, cut: Structure, dp: int, micro: int, recompute: str) -> float:
         """A lower bound of the seconds of a step with these degrees."""
@@ -214,7 +247,7 @@ class _Search:
         stage = self.space.base.model.layers // cut.pp * (layer + again)
         seconds = microbatches * (stage + ends) + (cut.pp - 1) * stage / cut.vpp
         nodes = cut.ranks * dp / self.hardware.gpus_per_node
-        return seconds * (1 + SPREAD * sqrt(2 * log(nodes))) if nodes > 1 else seconds
+        return seconds * (1 + VALUES.node_spread * sqrt(2 * log(nodes))) if nodes > 1 else seconds
 
     def _seconds(self, cut: Structure, micro: int, recompute: str, *, single: bool) -> tuple[float, float, float]:
         """A layer's forward and backward, its recomputation, and the stage ends', by the ZeRO stage that takes least; seconds."""
@@ -241,8 +274,3 @@ _FAR = {"none": 0, "cpu": 1, "nvme": 2}
 def _within(less: Sharding, more: Sharding) -> bool:
     """Whether a sharding of the same ZeRO stage moves no state further away than another does."""
     return less[0] == more[0] and all(_FAR[a] <= _FAR[b] for a, b in zip(less[1:], more[1:], strict=True))
-
-
-def fits(memory: MemoryEstimate, *, headroom: float = HEADROOM) -> bool:
-    """Whether every rank leaves the headroom (bytes) free and the node's RAM holds what is offloaded to it."""
-    return memory.worst.device + headroom <= memory.capacity and memory.host_fits

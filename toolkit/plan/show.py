@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.config.schema import RunConfig
-from toolkit.cost.memory import GIB, HEADROOM, MemoryEstimate, estimate
+from toolkit.cost.memory import GIB, MemoryEstimate, estimate
 from toolkit.cost.step import TimeEstimate, step_time
 from toolkit.cost.workload import Workload
 from toolkit.hardware import calibration
@@ -34,6 +34,8 @@ def estimate_json(config: RunConfig, hardware: Hardware, *, calibrated: Path | N
         "layout": {name: getattr(workload, name) for name in ("tp", "pp", "vpp", "cp", "dp", "zero", "micro", "microbatches")},
         "remark": remark,
         "fits": memory.fits and memory.host_fits,
+        "p_fits": round(memory.chance, 4) if memory.host_fits else 0.0,
+        "range": ranges(memory, time),
         "limits": [name for name, enough in (("device", memory.fits), ("host", memory.host_fits)) if not enough],
         "remedy": _remedy(config, memory, hardware),
         "capacity_gib": round(memory.capacity / GIB, 3),
@@ -89,14 +91,33 @@ def estimate_text(config: RunConfig, hardware: Hardware, *, calibrated: Path | N
         out.print(remedy, highlight=False)
     out.print("one optimizer step", style="italic")
     out.print(_time_table(time))
+    low, high = time.step_range
     out.print(
-        f"step {duration(time.step)} · {time.tokens / time.step:,.0f} tokens/s · {time.tokens_per_s_per_gpu:,.0f} tokens/s per GPU · MFU {mfu(w, time, hardware):.1%}",
+        f"step {duration(time.step)} ({duration(low)} to {duration(high)}) · {time.tokens / time.step:,.0f} tokens/s · {time.tokens_per_s_per_gpu:,.0f} tokens/s per GPU · MFU {mfu(w, time, hardware):.1%}",
         highlight=False,
     )
     steps = config.train.steps
-    out.print(f"the whole run of {steps:,} steps: {duration(time.step * steps)}", highlight=False)
+    out.print(
+        f"the whole run of {steps:,} steps: {duration(time.step * steps)} ({duration(low * steps)} to {duration(high * steps)})",
+        highlight=False,
+    )
+    out.print("in brackets: what holds in four of five cases, by the errors of docs/planner.md", highlight=False, style="italic")
     text = out.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+
+
+def ranges(memory: MemoryEstimate, time: TimeEstimate) -> dict[str, list[float]]:
+    """The 80 % intervals: seconds a step, tokens a second, GiB of the worst rank."""
+    rates = time.spread.interval(time.tokens / time.step)
+    alone = time.spread.interval(time.tokens_per_s_per_gpu)
+    worst = memory.worst
+    sizes = {"peak_allocated_gib": worst.allocated, "peak_reserved_gib": worst.reserved, "peak_device_gib": worst.device}
+    return {
+        "step_s": list(time.step_range),
+        "tokens_per_s": list(rates),
+        "tokens_per_s_per_gpu": list(alone),
+        **{name: [round(end / GIB, 3) for end in memory.spread.interval(nbytes)] for name, nbytes in sizes.items()},
+    }
 
 
 def fits(config: RunConfig, hardware: Hardware) -> bool:
@@ -168,9 +189,12 @@ def _verdict(memory: MemoryEstimate, w: Workload, hardware: Hardware) -> str:
     device = "GPU memory" if hardware.gpu.accelerator else "memory"
     limits = [name for name, enough in ((device, memory.fits), ("the RAM of a node", memory.host_fits)) if not enough]
     verdict = "fits" if not limits else f"does not fit into {' and '.join(limits)}"
-    text = f"{verdict}: {where} needs {worst.device / size:.1f} {unit} of {memory.capacity / GIB:.1f} GiB"
+    low, high = memory.spread.interval(worst.device)
+    text = f"{verdict}: {where} needs {worst.device / size:.1f} {unit} ({low / size:.1f} to {high / size:.1f}) of {memory.capacity / GIB:.1f} GiB"
+    text += f"; fits with probability {memory.chance:.2f}"
     if not memory.fits:
-        text += f", {(worst.device + HEADROOM - memory.capacity) / GIB:.1f} GiB too much with {HEADROOM / GIB:.0f} GiB of headroom"
+        room = memory.headroom()
+        text += f", {(worst.device + room - memory.capacity) / GIB:.1f} GiB too much with {room / GIB:.1f} GiB of headroom"
     if memory.host or memory.nvme:
         text += f"; offloading takes {memory.host / GIB:.1f} GiB of RAM and {memory.nvme / GIB:.1f} GiB of NVMe a node"
         if not memory.host_fits:

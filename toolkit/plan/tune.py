@@ -14,12 +14,14 @@ from toolkit.errors import ConfigError, LayoutError
 from toolkit.hardware import calibration
 from toolkit.hardware.catalogue import Gpu, Hardware, catalogue, with_host_gib
 from toolkit.parallel import rules
+from toolkit.plan.choice import close_call, prefer_simple
 from toolkit.plan.reasons import differences, duration, layout_words, share, size
 from toolkit.plan.search import Limits, Objective, Plan, SearchResult, search
 from toolkit.plan.show import count
 from toolkit.plan.space import AXES, Space, spec
 
 MOST_RAM_GIB = 16384.0
+LOOKED_AT = 6  # plans from which the simplest of those that cannot be told apart is taken, even if fewer are listed
 MOST_NODES = 4096  # up to which "more GPUs" is looked for when nothing fits
 
 
@@ -70,6 +72,11 @@ class Answer:
         return self.result.plans[0]
 
     @property
+    def close(self) -> list[Plan]:
+        """The listed plans that the estimate cannot tell from the best one, with it."""
+        return [plan for plan in self.result.plans if close_call(plan, self.best, self.question.objective)]
+
+    @property
     def config(self) -> RunConfig:
         """The run with the best plan's settings in it."""
         return planned(self.question.config, self.best)
@@ -87,11 +94,12 @@ def tune(question: Question, *, top: int = 10, what_if: bool = True) -> Answer:
     ConfigError for constraints that contradict each other.
     """
     _check(question)
-    result = question.ask(top=top)
+    result = question.ask(top=max(top, LOOKED_AT))
     if not result.candidates:
         raise _nothing_legal(question)
     if not result.plans:
         raise _nothing_meets(question) if _fits_without_targets(question) else _nothing_fits(question)
+    result.plans = prefer_simple(result.plans, question.objective)[:top]
     answer = Answer(question=question, result=result)
     if what_if:
         answer.what_if = what_ifs(answer)
@@ -123,7 +131,9 @@ def _check(question: Question) -> None:
             raise ConfigError(f"{name} {value:g} is not above 0", fix="Leave it out, or give a positive number.")
     if limits.max_cost is not None and limits.price is None:
         raise ConfigError("--max-cost has no price to be reckoned with", fix="Set --price to what one GPU costs an hour.")
-    if not 0 <= limits.headroom < hardware.gpu.memory_gib * GIB:
+    if not 0 < limits.risk < 1:
+        raise ConfigError(f"--risk {limits.risk:g} is no probability", fix="Give one between 0 and 1, such as 0.1.")
+    if limits.headroom is not None and not 0 <= limits.headroom < hardware.gpu.memory_gib * GIB:
         raise ConfigError(
             f"--headroom {limits.headroom / GIB:g} leaves nothing of the {hardware.gpu.memory_gib:g} GiB of a {hardware.gpu.name}",
             fix="Set it to 0 or more, and less than that.",
@@ -204,9 +214,9 @@ def _each_alone(question: Question) -> bool:
 
 def _nothing_fits(question: Question) -> LayoutError:
     """By how much the layout that comes nearest misses, and what would make something fit."""
-    headroom = question.limits.headroom
     sized = _all_sized(question)
     memory, workload = min(sized, key=lambda entry: _overfull(question, entry[0]))
+    headroom = question.limits.room(memory)
     capacity, taken = memory.capacity, memory.worst.device
     misses = []
     if taken + headroom > capacity:
@@ -216,7 +226,7 @@ def _nothing_fits(question: Question) -> LayoutError:
         misses.append(
             f"offloads {size(memory.host)} to a node's RAM, {size(memory.host - memory.room)} more than the {size(memory.room)} that are free there"
         )
-    alone = [m.worst.device for m, w in sized if m.host_fits]
+    alone = [m.worst.device + question.limits.room(m) for m, w in sized if m.host_fits]
     binds = [name for name, fits in (("GPU memory", taken + headroom <= capacity), ("the RAM of a node", memory.host_fits)) if not fits]
     return LayoutError(
         f"{count(workload.model.parameters)} parameters fit in no legal layout on {_gpus(question)}, limited by {' and '.join(binds)}",
@@ -246,11 +256,11 @@ def _all_sized(question: Question) -> list[tuple[MemoryEstimate, Workload]]:
 
 def _overfull(question: Question, memory: MemoryEstimate) -> float:
     """Needed over available memory, of the device or of the node's RAM, whichever is fuller."""
-    return max((memory.worst.device + question.limits.headroom) / memory.capacity, memory.host / memory.room)
+    return max((memory.worst.device + question.limits.room(memory)) / memory.capacity, memory.host / memory.room)
 
 
 def _remedies(question: Question, least: float | None) -> Iterator[str]:
-    """Changes after which something fits, each tried; least: device bytes of the leanest layout whose offload the RAM holds."""
+    """Changes after which something fits, each tried; least: device bytes, with what is left free, of the leanest layout whose offload the RAM holds."""
     released = {axis: values for axis, values in question.fixed.items() if axis not in ("offload_optimizer", "offload_param", "zero")}
     for axis in ("recompute", "micro"):
         if axis in question.fixed and _tried(replace(question, fixed={a: v for a, v in question.fixed.items() if a != axis})):
@@ -272,7 +282,7 @@ def _remedies(question: Question, least: float | None) -> Iterator[str]:
         if plan := _tried(replace(question, hardware=replace(hardware, nodes=nodes), max_gpus=None)):
             yield f"It fits on {spec(hardware, plan.gpus)} ({plan.gpus} GPUs)."
             break
-    gib = (least or 0) + question.limits.headroom
+    gib = least or 0
     larger = sorted((g for g in catalogue().values() if g.accelerator and g.memory_gib * GIB >= gib), key=lambda g: g.memory_gib)
     if least is not None and hardware.gpu.accelerator and gib > hardware.gpu.memory_gib * GIB and larger:
         yield f"A GPU of {size(gib)} would do, such as {larger[0].name.upper()}."

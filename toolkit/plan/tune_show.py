@@ -9,7 +9,7 @@ from toolkit.cost.memory import GIB
 from toolkit.plan.reasons import degree_words, duration, layout_words, limits, memory_words, safer, state_words, why_not
 from toolkit.plan.rehearsals import Rehearsed
 from toolkit.plan.search import Plan
-from toolkit.plan.show import count, mfu
+from toolkit.plan.show import count, mfu, ranges
 from toolkit.plan.space import AXES, spec
 from toolkit.plan.trials import Trial
 from toolkit.plan.tune import Answer
@@ -25,13 +25,15 @@ def tune_json(answer: Answer, *, trials: list[Trial] | None = None, rehearsed: l
         "format": FORMAT,
         "hardware": str(question.hardware),
         "objective": question.objective,
-        "headroom_gib": question.limits.headroom / GIB,
+        "risk": question.limits.risk,
+        "headroom_gib": question.limits.room(best.memory) / GIB,
         "candidates": result.candidates,
         "sized": result.sized,
         "timed": result.timed,
         "best": plan_json(answer, best),
         "limits": limits(best),
-        "memory": memory_words(best, headroom=question.limits.headroom),
+        "memory": memory_words(best, limits=question.limits),
+        "close_call": [result.plans.index(plan) + 1 for plan in answer.close],
         "plans": [plan_json(answer, plan) | {"why_not": _why(answer, plan)} for plan in result.plans],
         "what_if": [{"change": w.change, "answer": w.text, "plan": plan_json(answer, w.plan) if w.plan else None} for w in answer.what_if],
         **({"trials": [{"plan": result.plans.index(t.plan) + 1} | t.as_json() for t in trials]} if trials is not None else {}),
@@ -52,6 +54,8 @@ def plan_json(answer: Answer, plan: Plan) -> dict[str, Any]:
         "mfu": mfu(w, plan.time, question.hardware),
         "time_parts_s": dict(plan.time.parts),
         "peak_device_gib": plan.worst.device / GIB,
+        "p_fits": plan.chance,
+        "range": ranges(plan.memory, plan.time),
         "capacity_gib": plan.memory.capacity / GIB,
         "worst_stage": plan.worst.stage,
         "memory_parts_gib": {name: value / GIB for name, value in plan.worst.parts.items()},
@@ -89,11 +93,22 @@ def tune_text(answer: Answer, *, rehearsed: list[Rehearsed] | None = None, width
     out.print(f"best: {layout_words(best.workload)}", highlight=False, soft_wrap=True)
     for line in limits(best):
         out.print(f"  {line}", highlight=False, soft_wrap=True)
-    out.print(f"  memory: {memory_words(best, headroom=question.limits.headroom)}", highlight=False, soft_wrap=True)
+    out.print(f"  memory: {memory_words(best, limits=question.limits)}", highlight=False, soft_wrap=True)
     steps = question.limits.steps
     whole = f"  the whole run of {steps:,} steps: {duration(best.time.step * steps)}"
     whole += f", {best.time.step * steps * best.gpus / 3600:,.0f} GPU hours" if question.hardware.gpu.accelerator else ""
     out.print(whole, highlight=False, soft_wrap=True)
+    if len(answer.close) > 1:
+        numbers = " and ".join(
+            filter(
+                None, (", ".join(str(result.plans.index(p) + 1) for p in answer.close[:-1]), str(result.plans.index(answer.close[-1]) + 1))
+            )
+        )
+        out.print(
+            f"  close call: these {len(answer.close)} plans can't be told apart ({numbers}); try them with --trials {len(answer.close)}",
+            highlight=False,
+            soft_wrap=True,
+        )
     if line := safer(result.plans):
         out.print(f"  {line}", highlight=False, soft_wrap=True)
     if len(result.plans) > 1:
@@ -145,7 +160,7 @@ def _table(answer: Answer, rehearsed: list[Rehearsed] | None) -> Any:
     table.add_column("layout")
     table.add_column("sharding")
     table.add_column("recompute")
-    for name in ("micro", "GPUs", "step", "tokens/s", "MFU", "GiB"):
+    for name in ("micro", "GPUs", "step", "80 %", "tokens/s", "MFU", "GiB", "fits"):
         table.add_column(name, justify="right")
     if question.limits.price is not None or question.objective == "cost":
         table.add_column("GPU hours" if question.limits.price is None else "cost", justify="right")
@@ -155,7 +170,9 @@ def _table(answer: Answer, rehearsed: list[Rehearsed] | None) -> Any:
     for number, plan in enumerate(answer.result.plans, start=1):
         w = plan.workload
         row = [str(number), degree_words(w), state_words(w), w.recompute, str(w.micro), str(plan.gpus), duration(plan.time.step)]
-        row += [f"{plan.tokens_per_s:,.0f}", f"{mfu(w, plan.time, question.hardware):.1%}", f"{plan.worst.device / GIB:.1f}"]
+        low, high = plan.time.step_range
+        row += [f"{low:.3g}–{high:.3g}", f"{plan.tokens_per_s:,.0f}", f"{mfu(w, plan.time, question.hardware):.1%}"]
+        row += [f"{plan.worst.device / GIB:.1f}", f"{plan.chance:.2f}"]
         if question.limits.price is not None or question.objective == "cost":
             row.append(f"{question.limits.cost(plan.time.step, plan.gpus):,.0f}")
         if played:

@@ -26,6 +26,7 @@ TIME_OF = {
     "context parallel": "communication",
     "pipeline sends": "communication",
     "pipeline bubble": "communication",
+    "launches": "compute",
     "zero gathers": "communication",
     "data parallel": "communication",
     "stragglers": "communication",

@@ -167,7 +167,7 @@ class Session:
         }
         if cuda:
             snapshot = f"profile/snapshot-rank{self.world.rank}.pickle"
-            torch.cuda.memory._dump_snapshot(str(self.run_dir / snapshot))
+            torch.cuda.memory._dump_snapshot(str(self._target(snapshot)))
             torch.cuda.memory._record_memory_history(enabled=None)
             result |= {
                 "allocated": torch.cuda.max_memory_allocated(),
@@ -188,11 +188,15 @@ class Session:
         with torch.profiler.profile(activities=kinds) as profiler, observed(record_function):
             self._one()
         name = f"profile/trace-rank{self.world.rank}.json.gz"
-        target = self.run_dir / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(target) as part:
+        with replacing(self._target(name)) as part:
             profiler.export_chrome_trace(str(part))
         return name
+
+    def _target(self, name: str) -> Path:
+        """A file of the run folder, in a folder made on this host too: only rank 0's has one yet where hosts share no disk."""
+        target = self.run_dir / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
 
 
 def header(config: RunConfig, layout: Layout, world: World, *, steps: int) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def rehearse(
     session.refuse_errors(answers)
     cast = match.cast(layout, answers)
     findings = match.compare({rank: sent for rank, (_, sent) in cast.items()})
+    findings += match.compare({rank: sent for rank, (_, sent) in match.cast(layout, answers, part="evaluation").items()})
     played = play.play(cast)
     played.findings = findings or played.findings  # what does not agree explains who waits
     if out is not None:

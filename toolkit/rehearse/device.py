@@ -201,6 +201,9 @@ def _operators(device: Device) -> None:
         return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     anything.scaled_dot_product_attention = attention
+    # it changes what is there and returns nothing, and torch has no word for that without data
+    Device.missing = torch.library.Library("aten", "IMPL", "Meta")  # type: ignore[attr-defined]
+    Device.missing.impl("_fused_sgd_", lambda *_, **__: None)  # type: ignore[attr-defined]
     if device.kind == "cuda":
         _fused_rms_norm()
 
@@ -357,6 +360,10 @@ def _cuda(device: Device, *, gpu: str, memory: int, gpus: int) -> None:
         setattr(c, name, lambda *_, what=what: listener.memory(what))
     for name in ("empty_cache", "reset_peak_memory_stats", "reset_max_memory_cached", "reset_max_memory_allocated"):
         setattr(c, name, lambda *_, what=name: listener.memory(what))
+    c.set_per_process_memory_fraction = lambda *_, **__: None
+    c.nccl.version = lambda: (2, 0, 0)
+    c.memory._record_memory_history = lambda *_, **__: None
+    c.memory._dump_snapshot = lambda path="dump_snapshot.pickle": Path(path).write_bytes(b"")
     c.nvtx.range_push = lambda *_, **__: None
     c.nvtx.range_pop = lambda *_, **__: None
     tensor: Any = torch.Tensor

@@ -48,12 +48,12 @@ class Finding:
     text: str
 
 
-def messages_of(answer: dict[str, Any]) -> list[Sent]:
-    """The messages of one rehearsed rank."""
+def messages_of(answer: dict[str, Any], part: str = "step") -> list[Sent]:
+    """The messages of one rehearsed rank; part: step, or evaluation."""
     groups = [expand(g) for g in answer["groups"]]
     return [
         Sent(i, operation, groups[group], nbytes, dtype, peer, batch, seconds, place)
-        for i, (operation, group, nbytes, dtype, peer, batch, _, seconds, place) in enumerate(answer["step"]["messages"])
+        for i, (operation, group, nbytes, dtype, peer, batch, _, seconds, place) in enumerate(answer[part]["messages"])
     ]
 
 
@@ -64,8 +64,11 @@ def expand(ranks: Any) -> tuple[int, ...]:
     return tuple(ranks)
 
 
-def cast(layout: Layout, answers: Sequence[dict[str, Any]]) -> dict[int, tuple[dict[str, Any], list[Sent]]]:
-    """The ranks that are matched, with the answer each plays and its messages: all rehearsed places, on every rehearsed stage."""
+def cast(layout: Layout, answers: Sequence[dict[str, Any]], *, part: str = "step") -> dict[int, tuple[dict[str, Any], list[Sent]]]:
+    """The ranks that are matched, with the answer each plays and its messages: all rehearsed places, on every rehearsed stage.
+
+    part: whose messages, a step's or an evaluation's.
+    """
     own = {a["rank"]: a for a in answers}
     by_stage: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for a in answers:
@@ -77,7 +80,7 @@ def cast(layout: Layout, answers: Sequence[dict[str, Any]]) -> dict[int, tuple[d
             at = Coordinates(tp=tp, cp=cp, dp=dp, pp=stage)
             rank = layout.rank(at)
             answer = own.get(rank) or candidates[0]
-            sent = messages_of(answer)
+            sent = messages_of(answer, part)
             if rank not in own:
                 before = layout.coordinates(answer["rank"])
                 moved = {g: _moved(layout, g, before, at) for g in {m.group for m in sent}}

@@ -12,8 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 _SKIPPED = (
     "/torch/",
     "/toolkit/rehearse/",
+    "/toolkit/gpu_check/",
+    "/warnings.py",
     "/deepspeed/comm/",
     "/deepspeed/utils/",
+    "/deepspeed/accelerator/",
     "contextlib.py",
     "typing_extensions.py",
     "/toolkit/engine/schedule.py",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from toolkit.cost import kernels, network
+from toolkit.cost.constants import VALUES
 from toolkit.hardware.catalogue import GB, Hardware
 
 PRECISION = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float64": "fp64"}
@@ -39,7 +40,7 @@ class Price:
 
     def host_copy(self, nbytes: float) -> float:
         """A copy between host and device."""
-        return kernels.LAUNCH + nbytes / (self.gpu.host_gb_s * GB)
+        return VALUES.kernel_launch + nbytes / (self.gpu.host_gb_s * GB)
 
     def message(self, operation: str, ranks: Sequence[int], nbytes: float, *, peer: int | None, rank: int) -> float:
         """A collective over ranks, or a send or receive. nbytes: of what this rank puts in (a gather) or of the whole (else)."""

@@ -16,6 +16,9 @@ GIB = 2**30
 PARTS = ("parameters", "gradients", "optimizer", "zero buffers", "activations", "logits", "working set")
 
 
+BESIDE = ("evaluation", "save")  # what a run does between steps
+
+
 def passes(answer: dict[str, Any]) -> float:
     """Kernels launched for one micro-batch, forward and backward."""
     runs = [i for i in answer["step"]["program"] if i[0] == "run" and i[3].startswith(("forward", "backward"))]
@@ -42,10 +45,10 @@ def as_json(hardware: Hardware, answers: Sequence[dict[str, Any]], played: Playe
     """Everything but the single kernels, which the Chrome traces hold."""
     ranks = []
     for a in answers:
-        step = {k: v for k, v in a["step"].items() if k not in ("program", "messages")}
-        whole = {k: v for k, v in a.items() if k not in ("step", "groups")}
+        parts = {part: {k: v for k, v in a[part].items() if k not in ("program", "messages")} for part in ("step", *BESIDE) if part in a}
+        whole = {k: v for k, v in a.items() if k not in ("step", "groups", *BESIDE)}
         more = {"kernels_per_microbatch": passes(a), "traffic": traffic(a), "idle_s": played.idle_s.get(a["rank"])}
-        ranks.append(whole | {"step": step} | more)
+        ranks.append(whole | parts | more)
     return {
         "hardware": str(hardware),
         "step_s": played.step_s,
@@ -79,16 +82,7 @@ def text(hardware: Hardware, answers: Sequence[dict[str, Any]], played: Played, 
     console.print(table)
     console.print(f"A step takes {played.step_s:.3f} s if kernels and messages take what the cost model says.")
     _wire(console, answers[0])
-    for title, key in (("The host waits for the device", "syncs"), ("Operators on the CPU", "elsewhere")):
-        rows = [(a["rank"], *row) for a in answers for row in a["step"][key]]
-        if rows:
-            console.print(f"{title}:")
-            places: dict[tuple[str, str], list[tuple[int, int]]] = {}
-            for rank, what, place, count in rows:
-                places.setdefault((what, place), []).append((rank, count))
-            for (what, place), seen in places.items():
-                most = max(count for _, count in seen)
-                console.print(f"  up to {most} times a step: {what}, {place or 'within autograd'} (rank {seen[0][0]}, {len(seen)} in all)")
+    _places(console, answers)
     for a in answers:
         if a["overdrawn"]:
             over = f"rank {a['rank']} needs {a['peak_reserved'] / GIB:.1f} GiB, and the GPU has {hardware.gpu.memory_gib:g}"
@@ -110,3 +104,18 @@ def _wire(console: Console, answer: dict[str, Any]) -> None:
         table.add_row(row["operation"], str(row["ranks"]), row["dtype"], str(row["calls"]), f"{row['nbytes'] / GIB:.4f}", row["place"])
     if table.rows:
         console.print(table)
+
+
+def _places(console: Console, answers: Sequence[dict[str, Any]]) -> None:
+    """Where the host waits, and what runs on the CPU."""
+    for title, key in (("The host waits for the device", "syncs"), ("Operators on the CPU", "elsewhere")):
+        for part in ("step", *BESIDE):
+            places: dict[tuple[str, str], list[tuple[int, int]]] = {}
+            for a in answers:
+                for what, place, count in a[part][key] if part in a else ():
+                    places.setdefault((what, place), []).append((a["rank"], count))
+            if places:
+                console.print(f"{title} in {'an' if part == 'evaluation' else 'a'} {part}:")
+            for (what, place), seen in places.items():
+                most = max(count for _, count in seen)
+                console.print(f"  up to {most} times: {what}, {place or 'within autograd'} (rank {seen[0][0]}, {len(seen)} in all)")

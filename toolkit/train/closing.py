@@ -76,7 +76,7 @@ def _commands(config: RunConfig, outcome: Outcome, *, finished: bool) -> list[st
     # a run folder stands for its newest checkpoint, where the checkpoints lie in it
     checkpoint = run if outcome.checkpoint.parent == config.run.dir / "checkpoints" else checkpoint
     export = _words("toolkit", "convert", "export", checkpoint, os.path.join(run, "hf"))
-    return [export, report]
+    return [_words("toolkit", "evaluate", checkpoint) + " DATA", export, report]
 
 
 def _train(config: RunConfig, outcome: Outcome) -> str:

@@ -18,7 +18,6 @@ from toolkit.cluster.launch import cluster_command, read_hostfile, run_on_hosts
 from toolkit.config.load import load_config
 from toolkit.errors import ConfigError, MachineError, at_least_one
 from toolkit.parallel.rules import Machine, check
-from toolkit.train.resolve import machine, resolve
 
 RUNNERS = ("pdsh", "openmpi")
 KINDS = ("trainjob", "mpijob")
@@ -153,6 +152,8 @@ def _plain(name: str) -> str:
 def _on_hosts(
     path: Path, overrides: list[str], hostfile: Path, *, runner: str, node_rank: int | None, address: str | None, port: int, dry_run: bool
 ) -> None:
+    from toolkit.train.resolve import machine, resolve  # loads numpy, which `toolkit tune` starts without
+
     hosts = read_hostfile(hostfile)
     ranks = sum(hosts.values())
     if node_rank is not None:

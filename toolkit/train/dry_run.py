@@ -79,7 +79,7 @@ def _data_words(config: RunConfig) -> str:
 
 def _file_words(config: RunConfig) -> str:
     run, c = config.run.dir, config.checkpoint
-    names = (files.CONFIG, files.DS_CONFIG, files.MACHINE, files.METRICS)
+    names = (files.CONFIG, files.DS_CONFIG, files.MACHINE, files.METRICS, files.CONSOLE)
     when = f"every {c.every} steps and at the end, {c.keep} kept" if c.every else "none: checkpoint.every is 0"
     return f"{run}{os.sep} {', '.join(names)}\n{checkpoint_folder(config)}{os.sep} checkpoints, {when}"
 

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -301,17 +301,24 @@ class Run:
         """Mean loss over eval_steps global batches of the validation split, the same ones every
         time.
         """
-        t = self.config.train
-        reader = self._reader(self.valid_set, workers=0)
+        return self.evaluate(self.valid_set, batches=self.config.train.eval_steps)
+
+    def evaluate(self, dataset: Any, *, batches: int, told: Callable[[int], None] = lambda batch: None) -> float:
+        """Mean loss over the first global batches of a data set; all ranks call it. told: called with
+        the number of each batch that has been given to the device.
+        """
+        reader = self._reader(dataset, workers=0)
         self.engine.evaluation(True)
-        total = torch.zeros(2, device=self.world.device)  # losses, and how many ranks have met an error
+        # losses, and how many ranks have met an error; fp64 for sums over many batches
+        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         with torch.no_grad():
-            for _ in range(t.eval_steps):
+            for batch in range(1, batches + 1):
                 micro, error = self._fetch(reader)
                 self.data_error = self.data_error or error
                 loss = self.schedule(lambda: iter(micro), num_microbatches=len(micro), forward_only=True)  # noqa: B023
                 if loss is not None and self.at.tp == 0:
                     total[0] += loss
+                told(batch)
         self.engine.evaluation(False)
         if reader is not None:
             reader.close()
@@ -320,7 +327,7 @@ class Run:
         losses, errors = total.tolist()
         if errors:
             self._end_together()
-        return float(losses / (t.eval_steps * self.layout.dp))
+        return float(losses / (batches * self.layout.dp))
 
     def _reader(self, dataset: Any, *, workers: int, consumed: int = 0) -> Any:
         """Micro-batches for this data-parallel rank; None on stages that neither embed nor compute

@@ -1,0 +1,49 @@
+"""A generation on the ranks of a pool, from ids to ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def tokens(asked: dict[str, Any]) -> list[tuple[list[int], str]] | None:
+    """(tokens, finish) of each prompt in order, on rank 0; None elsewhere.
+
+    asked: the request's values, and "ids", the prompts.
+    """
+    from toolkit.inference.request import Request, Sampling
+    from toolkit.inference.run import Session
+
+    asked = dict(asked)
+    ids = asked.pop("ids")
+    sampling = Sampling(**asked.pop("sampling", {}))
+    session = Session(Request(prompts=[], sampling=sampling, **{"tokenizer": "bytes", **asked}))
+    answers = session.generate(ids)
+    return None if answers is None else [(a.tokens, a.finish) for a in answers]
+
+
+def logits(asked: dict[str, Any]) -> dict[str, Any]:
+    """Logits of a prompt and of the tokens after it, one by one, and what the model and its cache take on this rank."""
+    import torch
+
+    from toolkit.inference.request import Request
+    from toolkit.inference.run import Session
+    from toolkit.model.savings import LINEARS, weight_bytes
+
+    session = Session(Request(prompts=[], tokenizer="bytes", **asked))
+    stage = session.stage
+    ids = torch.arange(3, 27).view(2, 12)
+    cache = stage.cache(batch=2, length=40)
+    parts = []
+    with torch.no_grad():
+        for piece in (ids[:, :5], *ids[:, 5:].split(1, dim=1)):
+            found = stage.forward(piece, cache, everywhere=True)
+            assert found is not None
+            parts.append(found)
+    weights = [p for n, p in stage.model.named_parameters() if n.endswith(tuple(f"{name}.weight" for name in LINEARS))]
+    plain = not hasattr(weights[0], "__tensor_flatten__")
+    return {
+        "logits": torch.cat(parts, dim=1).numpy(),
+        "weight_bytes": weight_bytes(stage.model),
+        "cache_bytes": cache.nbytes,
+        "zeros": sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights) if plain else None,
+    }

@@ -1,0 +1,118 @@
+"""What cannot be generated is refused with one message, and a rank that dies takes no other along into a hang."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from tests.convert import models  # noqa: E402
+from toolkit.errors import CheckpointError, ConfigError, ConvertError, LayoutError, ToolkitError  # noqa: E402
+from toolkit.inference.generate import check_lengths  # noqa: E402
+from toolkit.inference.plan import plan  # noqa: E402
+from toolkit.inference.source import open_model  # noqa: E402
+
+DEADLINE_S = 180
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 6 heads in 3 groups, with bytes for tokens and a context long enough to be killed in."""
+    shape = models.draw(1, even=True) | {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48, "intermediate_size": 48}
+    shape |= {"vocab_size": 257, "max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    return models.saved(models.llama(**shape, eos_token_id=None), tmp_path_factory.mktemp("bad") / "hf")
+
+
+def refused(call: Any, kind: type[ToolkitError], *words: str) -> None:
+    with pytest.raises(kind) as caught:
+        call()
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_degrees_that_do_not_divide_name_the_nearest(folder: Path) -> None:
+    section = open_model(folder).section
+
+    def cut(*overrides: str, processes: int) -> Any:
+        return plan(section, overrides, processes=processes, precision="fp32")
+
+    assert cut("parallel.tp=3", processes=6)[1].dp == 2
+    refused(
+        lambda: cut("parallel.tp=2", processes=2),
+        LayoutError,
+        "parallel.tp=2 does not divide model.num_query_groups=3",
+        "parallel.tp to 1 or 3",
+    )
+    refused(lambda: cut("parallel.tp=6", processes=6), LayoutError, "num_query_groups=3")
+    refused(lambda: cut("parallel.pp=3", processes=4), LayoutError, "4 processes are no multiple of")
+    refused(lambda: cut("parallel.vpp=2", processes=1), ConfigError, "parallel.vpp=2", "one chunk")
+    refused(lambda: cut("model.hidden_size=8", processes=1), ConfigError, "model.hidden_size=8", "the checkpoint")
+
+
+def test_prompts_that_fill_the_context() -> None:
+    check_lengths([[1] * 7], context=8, names=["the prompt"])
+    refused(lambda: check_lengths([[1], [1] * 8], context=8, names=["prompt 1", "prompt 2"]), ConfigError, "prompt 2 has 8 tokens", "7")
+
+
+def test_what_is_no_model(folder: Path, tmp_path: Path) -> None:
+    refused(lambda: open_model(tmp_path / "none"), CheckpointError, "does not exist")
+    refused(lambda: open_model(tmp_path), CheckpointError, "holds no checkpoint")
+    shards = sorted(folder.glob("*.safetensors"))
+    copy = tmp_path / "hf"
+    copy.mkdir()
+    for path in folder.iterdir():
+        if path != shards[-1]:
+            (copy / path.name).symlink_to(path)
+    refused(lambda: open_model(copy), ConvertError, shards[-1].name, "is missing")
+
+
+def test_missing_shards_of_our_own(folder: Path, tmp_path: Path) -> None:
+    from toolkit.convert.importing import import_model
+
+    import_model(folder, tmp_path / "ours")
+    assert open_model(tmp_path / "ours").section.num_query_groups == 3
+    (tmp_path / "ours" / "weights-00000.safetensors").unlink()
+    refused(lambda: open_model(tmp_path / "ours"), CheckpointError, "weights-00000.safetensors", "manifest")
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "toolkit", "generate", str(folder), "--tokenizer", "bytes", *arguments]
+
+
+def test_command_on_one_process(folder: Path) -> None:
+    done = subprocess.run(
+        command(folder, "--prompt", "ab", "--max-new-tokens", "3", "--json"), capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["answers"][0]["prompt_tokens"] == 2 and len(found["answers"][0]["tokens"]) == 3
+
+
+def test_a_rank_that_dies_ends_the_others(folder: Path) -> None:
+    """Killed in the middle of an answer: one message, an exit code, and nobody left."""
+    process = subprocess.Popen(
+        command(folder, "parallel.pp=2", "--prompt", "ab", "--max-new-tokens", "4000"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(1), process.stderr.read() if process.stderr else ""  # the answer has begun
+    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if p.cmdline()[-3:-1] == ["-m", "toolkit.inference"]]
+    assert len(ranks) == 2
+    victim = max(ranks, key=lambda p: int(p.environ()["RANK"]))
+    victim.send_signal(signal.SIGKILL)
+    _, errors = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert errors.decode().count("SIGKILL") == 1 and "Traceback" not in errors.decode(), errors.decode()
+    psutil.wait_procs(ranks, timeout=DEADLINE_S)
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks)

@@ -1,0 +1,33 @@
+"""Written by `python -m tests.bench.planner --fit`; do not edit. What it means: toolkit/cost/spread.py."""
+
+SPREADS: dict[str, dict[str, tuple[float, float]]] = {
+    "time": {
+        "all": (-0.1275, 0.1275),
+        "deepspeed": (-0.3659, 0.3659),
+        "deepspeed, offload": (-0.5159, 0.5159),
+        "fsdp": (-0.0681, 0.0681),
+        "megatron": (-0.1201, 0.1201),
+        "megatron-deepspeed": (-0.1487, 0.1487),
+        "nemo": (-0.082, 0.082),
+        "offload": (-0.4784, 0.4784),
+        "plain": (-0.1777, 0.1777),
+    },
+    "memory": {
+        "all": (-0.1125, 0.1125),
+        "deepspeed": (-0.1096, 0.1096),
+        "deepspeed, offload": (-0.4167, 0.4167),
+        "fsdp": (-0.0823, 0.0823),
+        "megatron": (-0.0601, 0.0601),
+        "megatron-deepspeed": (-0.1267, 0.1267),
+        "offload": (-0.3399, 0.3399),
+        "plain": (-0.152, 0.152),
+        "toolkit": (-0.1207, 0.1511),
+        "toolkit, ZeRO-0": (-0.0629, 0.05),
+        "toolkit, ZeRO-1": (-0.0531, 0.0538),
+        "toolkit, ZeRO-1, offload": (-0.1147, 0.05),
+        "toolkit, ZeRO-2": (-0.1617, 0.1194),
+        "toolkit, ZeRO-3": (-0.1642, 0.2009),
+        "toolkit, ZeRO-3, offload": (-0.186, 0.5893),
+    },
+}
+COMPARISON = 0.0477

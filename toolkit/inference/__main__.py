@@ -1,0 +1,58 @@
+"""`python -m toolkit.inference REQUEST`: one rank of a generation, as the launcher starts it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from toolkit.errors import MachineError, ToolkitError
+from toolkit.inference.request import Request
+from toolkit.train.program import quiet, say
+
+LAUNCHER_S = 20.0  # the launcher looks after its ranks once a second, and ends them all when one has died
+
+
+def main(arguments: list[str]) -> int:
+    """Generate; returns the exit code. A user error is one message, never a traceback."""
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    quiet()
+    try:
+        request = Request.load(Path(arguments[0]))
+        if request.bench is None:
+            from toolkit.inference.run import run
+        else:
+            from toolkit.inference.bench import run
+        run(request)
+    except ToolkitError as error:
+        say(error, rank=rank, local_rank=local_rank)
+        return error.exit_code
+    except RuntimeError as error:
+        if not _lost_a_rank(error):
+            raise
+        time.sleep(LAUNCHER_S)  # the command says which signal ended the other rank; without a launcher it is said here
+        lost = MachineError("another rank has ended", why="its messages stopped coming", fix="Look for its own message above.")
+        say(lost, rank=rank, local_rank=local_rank)
+        return lost.exit_code
+    return 0
+
+
+def _lost_a_rank(error: RuntimeError) -> bool:
+    """Whether a message to or from another rank failed because that rank is gone."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(sign in text for sign in ("connection closed", "connection reset", "gloo"))
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    if code:
+        os._exit(code)  # leaving the world in good order would wait for a rank that may be gone
+    sys.exit(code)

@@ -1,0 +1,135 @@
+"""The loop that generates: prompts in, tokens out, over tensor, pipeline and data-parallel ranks.
+
+generator = Generator(stage, stop=text.stop)
+answers = generator(prompts, max_new_tokens=64, sampling=Sampling())
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import ConfigError
+from toolkit.inference.request import Sampling
+from toolkit.inference.sampling import choose
+from toolkit.model.stage import Stage
+
+OnToken = Callable[[int, int], None]
+"""Called with a prompt's number and a new token of its answer."""
+
+
+@dataclass
+class Answer:
+    """What a prompt got. number: the prompt's; finish: stop (a stop token, which is not in tokens), length (as many as asked for) or
+    context (the model knows no place beyond).
+    """
+
+    number: int
+    tokens: list[int] = field(default_factory=list)
+    finish: str = ""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of prompts and of single tokens, and how many of them there were, over all rows of this rank."""
+
+    prefill: float = 0.0
+    decode: float = 0.0
+    prompt_tokens: int = 0
+    decoded: int = 0
+
+
+class Generator:
+    """Generates with one copy of a model; every rank of the copy calls it with the same arguments and gets the same answers.
+
+    stop: ids that end an answer. batch: prompts computed at once.
+    """
+
+    def __init__(self, stage: Stage, *, stop: Iterable[int] = (), batch: int = 8) -> None:
+        self.stage, self.stop, self.batch = stage, frozenset(stop), batch
+        self.times = Times()
+
+    def __call__(
+        self,
+        prompts: Sequence[tuple[int, list[int]]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        on_token: OnToken = lambda _number, _token: None,
+    ) -> list[Answer]:
+        """Answers in the order of the prompts, which are (number, ids)."""
+        found: dict[int, Answer] = {}
+        # of nearly the same length together: less padding
+        order = sorted(prompts, key=lambda p: len(p[1]))
+        with torch.no_grad():
+            for start in range(0, len(order), self.batch):
+                rows = order[start : start + self.batch]
+                for answer in self._batch(rows, max_new_tokens=max_new_tokens, sampling=sampling, on_token=on_token):
+                    found[answer.number] = answer
+        return [found[number] for number, _ in prompts]
+
+    def _batch(self, rows: Sequence[tuple[int, list[int]]], *, max_new_tokens: int, sampling: Sampling, on_token: OnToken) -> list[Answer]:
+        stage, context = self.stage, self.stage.config.model.max_position_embeddings
+        answers = [Answer(number) for number, _ in rows]
+        limits = [min(max_new_tokens, context - len(ids)) for _, ids in rows]
+        tokens, padding = pad([ids for _, ids in rows], device=stage.device)
+        cache = stage.cache(batch=len(rows), length=tokens.shape[1] + max(limits), padding=padding)
+        numbers = [number for number, _ in rows]
+        chosen = torch.empty(len(rows), dtype=torch.int64, device=stage.device)
+        live = set(range(len(rows)))
+        started, prefill, decoded, place = time.perf_counter(), 0.0, 0, 0
+        while live:
+            logits = stage.forward(tokens, cache)
+            if logits is not None and stage.at.tp == 0:
+                chosen = choose(logits, sampling, prompts=numbers, places=[place] * len(rows))
+            stage.share(chosen)
+            place += 1
+            if place == 1:
+                prefill = time.perf_counter() - started
+            else:
+                decoded += len(live)
+            for row, token in enumerate(chosen.tolist()):
+                if row in live and self._take(answers[row], token, limits[row], on_token, context_ends=limits[row] < max_new_tokens):
+                    live.remove(row)
+            tokens = chosen[:, None]
+        self.times = Times(
+            self.times.prefill + prefill,
+            self.times.decode + time.perf_counter() - started - prefill,
+            self.times.prompt_tokens + sum(len(ids) for _, ids in rows),
+            self.times.decoded + decoded,
+        )
+        return answers
+
+    def _take(self, answer: Answer, token: int, limit: int, on_token: OnToken, *, context_ends: bool) -> bool:
+        """Add a token to an answer; whether that ends it."""
+        if token in self.stop:
+            answer.finish = "stop"
+            return True
+        answer.tokens.append(token)
+        on_token(answer.number, token)
+        if len(answer.tokens) < limit:
+            return False
+        answer.finish = "context" if context_ends else "length"
+        return True
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], *, context: int, names: Sequence[str]) -> None:
+    """Refuse a prompt that leaves no place for an answer within the model's context."""
+    for ids, name in zip(prompts, names, strict=True):
+        if len(ids) >= context:
+            raise ConfigError(
+                f"{name} has {len(ids):,} tokens, and the model's context is {context:,}",
+                why="there is no place for an answer",
+                fix=f"Shorten it to at most {context - 1:,} tokens.",
+            )
+
+
+def pad(rows: Sequence[Sequence[int]], *, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of ids side by side, filled up with 0 on the left: ids [b, s], and how many were filled up, [b]."""
+    longest = max(map(len, rows))
+    padding = torch.tensor([longest - len(ids) for ids in rows], device=device)
+    return torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in rows], device=device), padding

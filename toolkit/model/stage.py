@@ -1,0 +1,92 @@
+"""This rank's part of a model that generates: its layers, and the messages to the ranks beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from toolkit.arch.spec import WeightSpec
+from toolkit.config.schema import RunConfig
+from toolkit.model.build import DTYPES, build_chunks
+from toolkit.model.cache import KeyValueCache
+from toolkit.model.forward import Decoder
+from toolkit.model.savings import NO_SAVINGS, Savings, apply_savings
+from toolkit.parallel.layout import Coordinates, Layout
+
+
+class Stage:
+    """The layers of this rank, for forward passes alone; process groups must be up.
+
+    read: gives this rank's part of a weight. savings: what to keep smaller than it is.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        layout: Layout,
+        *,
+        rank: int,
+        device: torch.device,
+        read: Callable[[WeightSpec], Tensor],
+        savings: Savings = NO_SAVINGS,
+    ) -> None:
+        self.config, self.layout, self.device, self.savings = config, layout, device, savings
+        self.at = layout.coordinates(rank)
+        self.first, self.last = self.at.pp == 0, self.at.pp == layout.pp - 1
+        self.dtype = DTYPES[config.train.precision]
+        (chunk,) = build_chunks(config, layout, device=device, read=read)
+        self.model: Any = chunk.eval().requires_grad_(False)
+        assert config.model.vocab_size is not None, "a model with weights has a vocabulary"
+        self.decoder = Decoder(self.model, vocab=config.model.vocab_size)
+        apply_savings(self.model, savings)
+        self.before, self.behind = (layout.rank(replace(self.at, pp=self.at.pp + step)) for step in (-1, 1))
+        self.head = layout.rank(Coordinates(tp=0, cp=0, dp=self.at.dp, pp=layout.pp - 1))
+        """The rank that chooses tokens for this copy of the model."""
+        self.alone = layout.tp * layout.pp == 1
+
+    def cache(self, *, batch: int, length: int, padding: Tensor | None = None) -> KeyValueCache:
+        """An empty cache for `batch` texts of up to `length` tokens, kept as self.savings says."""
+        m = self.config.model
+        inverse = self.model.rotary_pos_emb.inv_freq if m.spec.rotary else None
+        return KeyValueCache(
+            batch=batch,
+            length=length,
+            inverse=inverse,
+            dtype=self.dtype,
+            device=self.device,
+            context=m.max_position_embeddings,
+            padding=padding,
+            window=m.sliding_window,
+            int8=self.savings.kv == "int8",
+            grow=self.savings.grow,
+        )
+
+    def forward(self, tokens: Tensor, cache: KeyValueCache, *, everywhere: bool = False) -> Tensor | None:
+        """One pass over new tokens [b, s], through all stages.
+
+        Logits in fp32 on the last stage, None elsewhere: of the last place [b, vocab], or of every place [b, s, vocab].
+        """
+        b, s = tokens.shape
+        positions = cache.begin(s)
+        if self.first:
+            hidden = self.decoder.embed(tokens, positions)
+        else:
+            hidden = torch.empty((b, s, self.config.model.hidden_size), dtype=self.dtype, device=self.device)
+            dist.recv(hidden, src=self.before)
+        hidden = self.decoder.hidden(hidden, cache)
+        cache.advance(s)
+        if not self.last:
+            dist.send(hidden.contiguous(), dst=self.behind)
+            return None
+        return self.decoder.logits(hidden) if everywhere else self.decoder.logits(hidden[:, -1:])[:, 0]
+
+    def share(self, tokens: Tensor) -> None:
+        """Give the tokens that the last stage's first rank chose to every rank of this copy of the model, in place."""
+        if not self.alone:
+            dist.broadcast(tokens, src=self.head, group=parallel_state.get_model_parallel_group())
