@@ -11,6 +11,8 @@ from tests.cost.strategies import workloads
 from toolkit.config.load import parse_config
 from toolkit.config.presets import PRESETS
 from toolkit.cost import own_engine as own
+from toolkit.cost.gathers import foreseen
+from toolkit.cost.rank_weights import edge_weights, layer_weights
 from toolkit.cost.stack import TOOLKIT
 from toolkit.cost.workload import Workload
 from toolkit.engine.partitions import partitions
@@ -18,9 +20,7 @@ from toolkit.parallel.layout import Layout
 
 
 def _held(w: Workload, stage: int) -> int:
-    return w.layers_on(stage) * sum(x.count for x in own.layer_weights(w)) + sum(
-        x.count for side in own.edge_weights(w, stage) for x in side
-    )
+    return w.layers_on(stage) * sum(x.count for x in layer_weights(w)) + sum(x.count for side in edge_weights(w, stage) for x in side)
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -66,3 +66,33 @@ def test_groups_are_padded_as_deepspeed_pads_them(world: int, zero: int) -> None
         assert counted == each * sum(cut.numel for cut in cuts[rank]) + 4 * len(cuts[rank])
     if world > 1 and zero:
         assert sum(cut.numel for rank in cuts for cut in rank) > spec.parameters, "something must be padded"
+
+
+@settings(max_examples=100, deadline=None)
+@given(w=workloads(stack=TOOLKIT))
+def test_what_is_offloaded_lies_in_host_memory_or_on_the_device(w: Workload) -> None:
+    for stage in {0, w.pp - 1}:
+        whole, host, device = own.states(w, stage), own.on_host(w, stage), own.on_device(w, stage, cpu=False)
+        assert all(host[part] >= 0 and device[part] >= 0 for part in whole)
+        assert {part: host[part] + device[part] for part in whole} == pytest.approx(whole)
+        assert own.on_device(w, stage, cpu=True) == whole
+        if w.offload_optimizer == "none" and w.offload_param == "none":
+            assert not any(host.values())
+        else:
+            assert w.offload_optimizer == "none" or device["optimizer"] == 0
+
+
+@pytest.mark.parametrize(("stage", "forwards"), [(7, [(0, 0)] * 8), (4, [(0, -1)] * 3 + [(0, 0)] * 3)])
+def test_deepspeed_foresees_a_forward_that_it_has_written_down(stage: int, forwards: list[tuple[int, int]]) -> None:
+    """Eight stages and micro-batches: the last stage repeats one forward and one backward; stage 4 warms up with three forwards, of which
+    the first is written, then writes its second pair, whose backward it did not expect; the third pair's forward, the sixth, it knows.
+    """
+    config = parse_config(
+        {
+            "model": {"num_layers": 8, "hidden_size": 64, "num_attention_heads": 4},
+            "parallel": {"pp": 8},
+            "zero": {"stage": 3},
+            "train": {"global_batch_size": 8},
+        }
+    )
+    assert foreseen(Workload.of(config, 8), stage) == forwards

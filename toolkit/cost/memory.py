@@ -8,6 +8,7 @@ from math import inf
 from toolkit.cost import activations
 from toolkit.cost import own_engine as own
 from toolkit.cost.constants import VALUES
+from toolkit.cost.gathers import MAX_LIVE, gathered
 from toolkit.cost.spread import RISK, Spread, memory_spread
 from toolkit.cost.workload import Workload
 from toolkit.hardware.catalogue import Hardware
@@ -162,7 +163,7 @@ def zero_buffers(w: Workload, params: float) -> float:
     if w.zero == 2:
         return 2 * b * min(VALUES.bucket, layer)
     largest = s.rows * s.hidden / w.tp  # the embedding or the output matrix, gathered, and its gradient
-    return b * (min(VALUES.bucket, params) + min(own.MAX_LIVE, params) + 2 * largest)
+    return b * (min(VALUES.bucket, params) + min(MAX_LIVE, params) + 2 * largest)
 
 
 def host_bytes(w: Workload, hardware: Hardware) -> tuple[float, float]:
@@ -180,7 +181,7 @@ def _stage(w: Workload, stage: int, hardware: Hardware) -> StageMemory:
     params = w.parameters_on(stage)
     if w.stack.sharding == "toolkit":  # our own engine's weights are counted, not approximated
         base = dict.fromkeys(PARTS, 0.0) | own.on_device(w, stage, cpu=not hardware.gpu.accelerator)
-        base["working set"] = own.gathered(w, stage)
+        base["working set"] = gathered(w, stage)
     else:
         base = dict.fromkeys(PARTS, 0.0) | states(w, params)
         base["zero buffers"] = zero_buffers(w, params)
@@ -258,5 +259,5 @@ def _step(w: Workload, params: float) -> dict[str, float]:
         and (not w.stack.main_grads or w.stack.sharding == "toolkit")
         and w.offload_optimizer == "none"
     ):
-        return {"working set": 4 * min(params / w.shards, own.MAX_LIVE if w.zero == 3 else params)}
+        return {"working set": 4 * min(params / w.shards, MAX_LIVE if w.zero == 3 else params)}
     return {}

@@ -7,51 +7,16 @@ buffers are counted too. tests/cost/test_own_engine_runs.py holds the figures to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from math import ceil
 
-from toolkit.arch.spec import Group, ModelSpec, WeightSpec
+from toolkit.cost.gathers import gathered, gathers, largest_cut, prefetched
+from toolkit.cost.rank_weights import RankWeight, edge_weights, layer_weights
 from toolkit.cost.workload import Workload
 from toolkit.parallel.order import order, warmup
 
-MAX_LIVE = 1e9  # DeepSpeed's default stage3_max_live_parameters
 SUB_GROUP = 1e9  # elements that ZeRO-3 steps at a time: DeepSpeed's default sub_group_size
 ALIGN = 2  # DeepSpeed pads each optimizer group of ZeRO-0/1/2 to this many elements per data-parallel rank
-
-
-@dataclass(frozen=True)
-class RankWeight:
-    """One weight of a rank: its elements, and the index of its optimizer group in the engine."""
-
-    count: int
-    group: int
-
-
-def _on_rank(weight: WeightSpec, tp: int, group_of: tuple[tuple[Group, int], ...]) -> RankWeight:
-    return RankWeight(weight.count_on(tp), dict(group_of)[weight.group])
-
-
-@lru_cache(maxsize=1024)
-def _layer_weights(model: ModelSpec, tp: int, group_of: tuple[tuple[Group, int], ...]) -> list[RankWeight]:
-    return [_on_rank(weight, tp, group_of) for weight in model.layer]
-
-
-def layer_weights(w: Workload) -> list[RankWeight]:
-    """A layer's weights on one rank, in the order of megatron-core's modules."""
-    return _layer_weights(w.model, w.tp, w.optimizer.indices)
-
-
-def edge_weights(w: Workload, stage: int) -> tuple[list[RankWeight], list[RankWeight]]:
-    """What a rank of a stage holds before its layers (embeddings) and after them (final norm, output layer)."""
-    model, tp, group_of = w.model, w.tp, w.optimizer.indices
-    first = [_on_rank(weight, tp, group_of) for weight in model.before] if stage == 0 else []
-    last = [_on_rank(weight, tp, group_of) for weight in model.after] if stage == w.pp - 1 else []
-    if model.tied and w.pp > 1:
-        copy = RankWeight(model.before[0].count_on(tp), w.optimizer.tied_index)
-        first[:1] = [copy] if stage == 0 else []
-        last += [copy] if stage == w.pp - 1 else []
-    return first, last
 
 
 def states(w: Workload, stage: int, *, dp_rank: int = 0) -> dict[str, float]:
@@ -265,83 +230,6 @@ def known(w: Workload) -> bool:
     return w.stack.name == "toolkit" and w.flash and w.recompute in ("none", "selective", "full")
 
 
-def gathered(w: Workload, stage: int) -> float:
-    """Bytes of weights that ZeRO-3 holds whole at the end of a forward, and the gradient of the largest one.
-
-    Where every forward is followed by its backward, DeepSpeed sees that weights are needed again soon and keeps up to
-    stage3_max_live_parameters of them: without a pipeline, on its last stage, and where a stage goes on long enough with one forward and
-    one backward of the same chunk (see foreseen). Elsewhere each is freed after its use.
-    """
-    if not _gathers(w):
-        return 0.0
-    largest = _largest(w, stage)
-    if w.vpp == 1 and stage == w.pp - 1:
-        return w.width * (min(MAX_LIVE, _cut_weights(w, stage, 0)) + largest)
-    kept = [_cut_weights(w, stage, f) for f, back in foreseen(w, stage) if back == f]
-    # two layers' uses must not be further apart than stage3_max_reuse_distance, which is as large
-    near = max((n for n in kept if 2 * n <= MAX_LIVE), default=0)
-    return w.width * max(2.0 * largest, near + largest)
-
-
-def prefetched(w: Workload, stage: int) -> dict[int, float]:
-    """Bytes of weights beyond gathered() that ZeRO-3 holds early in a forward whose modules it foresees, by model chunk.
-
-    Each module's fetch begins at least one more gather, so that soon all weights of the chunk are there, or
-    stage3_max_live_parameters and the one that went beyond (partitioned_param_coordinator.py, fetch_sub_module).
-    """
-    if not _gathers(w):
-        return {}
-    there, largest = gathered(w, stage), _largest(w, stage)
-    live = {f: w.width * min(MAX_LIVE + largest, _cut_weights(w, stage, f)) for f, _ in foreseen(w, stage)}
-    return {f: nbytes - there for f, nbytes in live.items() if nbytes > there}
-
-
-def foreseen(w: Workload, stage: int) -> list[tuple[int, int]]:
-    """Forwards whose order of modules DeepSpeed knows when they begin: their chunk, and that of the backward it expects next (-1: none).
-
-    It writes down what runs from one forward to the next. What it has written it foresees from then on, until something else runs: that
-    passage is lost, and the next one is written (partitioned_param_coordinator.py, trace_prologue and reset_step).
-    """
-    passages: list[list[tuple[str, int]]] = []
-    for work in list(order(stage=stage, pp=w.pp, vpp=w.vpp, microbatches=w.microbatches)) * 2:  # the second step knows the first
-        if work.kind == "forward":
-            passages.append([])
-        passages[-1].append((work.kind, work.chunk))
-    written: list[tuple[str, int]] | None = None
-    known, found = False, []
-    for i, passage in enumerate(passages):
-        if not known and written is not None:
-            known = True
-        elif not known:
-            written = passage  # this one is being written
-            continue
-        assert written is not None
-        if passage == written[: len(passage)]:
-            back = next((chunk for kind, chunk in written[1:] if kind == "backward"), -1)
-            found += [(passage[0][1], back)] if i >= len(passages) // 2 else []
-        else:
-            known, written = False, None
-    return found
-
-
-def _gathers(w: Workload) -> bool:
-    """Whether ZeRO-3's weights have to be made whole: they are cut, or lie in host memory."""
-    return w.zero == 3 and (w.shards > 1 or w.offload_param != "none")
-
-
-def _cut_weights(w: Workload, stage: int, chunk: int) -> int:
-    """Elements of the weights of a chunk that ZeRO-3 does not keep whole anyway."""
-    before, after = edge_weights(w, stage)
-    ends = (before if chunk == 0 else []) + (after if chunk == w.vpp - 1 else [])
-    return sum(x.count for x in layer_weights(w) * w.layers_in(stage, chunk) + ends if x.count > w.persist)
-
-
-def _largest(w: Workload, stage: int) -> int:
-    """Elements of the largest weight of a stage that ZeRO-3 does not keep whole anyway."""
-    every = layer_weights(w) + [x for side in edge_weights(w, stage) for x in side]
-    return max((x.count for x in every if x.count > w.persist), default=0)
-
-
 def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]]:
     """Bytes beyond the states at each moment that can be a stage's worst, by part.
 
@@ -398,7 +286,7 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
             whole = (t * s.rows + s.rows * s.hidden) / w.tp * b
             found["output layer"] = {"activations": kept["activations"], "working set": whole + stream}
         if w.zero == 3:
-            found["loss"]["working set"] -= w.width * _largest(w, stage) if _gathers(w) else 0  # its gradient is not there yet
+            found["loss"]["working set"] -= w.width * largest_cut(w, stage) if gathers(w) else 0  # its gradient is not there yet
         if w.zero == 3:  # base counts the weight and its gradient
             found["output layer"] = {"activations": kept["activations"], "working set": t * s.rows / w.tp * b + 2 * stream}
         if buckets:
