@@ -28,7 +28,7 @@ EXAMPLES = dict(re.findall(r"^\| \[(\S+)\].*\| `toolkit launch (.*)` \|$", (REPO
 
 
 def job(*overrides: str, name: str = "run", nodes: int = 2) -> Job:
-    return Job(config="/work/run.yaml", overrides=overrides, name=name, nodes=nodes, ranks_per_node=4, gpus=True, python="/venv/bin/python")
+    return Job(config="/shared/run.yaml", overrides=overrides, name=name, nodes=nodes, ranks_per_node=4, gpus=True, python="/env/bin/python")
 
 
 def strictly(schema: Any) -> Any:
@@ -62,10 +62,10 @@ def launch(*words: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("write, kind", [(trainjob, "trainjob"), (mpijob, "mpijob")])
 def test_a_kubernetes_job_fits_the_published_schema(write: Any, kind: str) -> None:
-    pods = Pods(image="i:1", namespace="ml", volumes=(("data", "/data"), ("work", "/work")), variables={"NCCL_DEBUG": "INFO"})
+    pods = Pods(image="i:1", namespace="ml", volumes=(("data", "/data"), ("results", "/results")), variables={"NCCL_DEBUG": "INFO"})
     manifest = accepted(write(job("parallel.tp=2", name="Llama 3_8b!"), pods), kind)
     assert manifest["metadata"] == {"name": "llama-3-8b", "namespace": "ml"}
-    assert "parallel.tp=2" in json.dumps(manifest) and '"claimName": "work"' in json.dumps(manifest)
+    assert "parallel.tp=2" in json.dumps(manifest) and '"claimName": "results"' in json.dumps(manifest)
 
 
 def test_the_check_of_the_schema_can_fail() -> None:
@@ -84,9 +84,9 @@ def test_no_word_of_an_override_reaches_a_shell_unquoted(words: list[str]) -> No
     # what bash would give to srun, printed instead
     body = 'srun() { printf "%s\\0" "$@"; }\n' + script[script.index("srun ") :]
     said = subprocess.run(["bash", "-c", body], capture_output=True)
-    assert said.stderr == b"" and said.stdout.decode().split("\0")[-len(words) - 2 : -1] == ["/work/run.yaml", *words]
+    assert said.stderr == b"" and said.stdout.decode().split("\0")[-len(words) - 2 : -1] == ["/shared/run.yaml", *words]
     command = torchrun_command(job(*words, nodes=1), master_addr=None)
-    assert shlex.split(shlex.join(command))[-len(words) - 1 :] == ["/work/run.yaml", *words]
+    assert shlex.split(shlex.join(command))[-len(words) - 1 :] == ["/shared/run.yaml", *words]
 
 
 @pytest.mark.parametrize("option", ["partition=a b", "comment=x\n#SBATCH --uid=0", "--", "A=$(id)#", "Partition=x"])
