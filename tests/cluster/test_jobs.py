@@ -28,7 +28,9 @@ EXAMPLES = dict(re.findall(r"^\| \[(\S+)\].*\| `toolkit launch (.*)` \|$", (REPO
 
 
 def job(*overrides: str, name: str = "run", nodes: int = 2) -> Job:
-    return Job(config="/shared/run.yaml", overrides=overrides, name=name, nodes=nodes, ranks_per_node=4, gpus=True, python="/env/bin/python")
+    return Job(
+        config="/shared/run.yaml", overrides=overrides, name=name, nodes=nodes, ranks_per_node=4, gpus=True, python="/env/bin/python"
+    )
 
 
 def strictly(schema: Any) -> Any:

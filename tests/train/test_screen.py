@@ -17,8 +17,8 @@ from tests.train.terminal import on_terminal, screen
 from toolkit.config.load import parse_config
 from toolkit.errors import Stopped, TrainingError
 from toolkit.runfolder.metrics import StepRecord
-from toolkit.train.closing import Outcome, closing_lines
 from toolkit.train.console import ConsoleLog, launcher_log
+from toolkit.train.words import Outcome, closing_lines
 
 STEP = re.compile(r"step \d/4 \| loss ")
 

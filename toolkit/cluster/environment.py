@@ -77,6 +77,12 @@ def take_place_from_mpi(environ: MutableMapping[str, str] | None = None) -> None
         environ.update({name: environ[theirs] for name, theirs in MPI_NAMES.items()})
 
 
+def hosts(environ: Mapping[str, str] | None = None) -> int:
+    """Hosts of the run that this rank belongs to, as DeepSpeed's launcher or torchrun has told it; 1 where nobody has."""
+    environ = os.environ if environ is None else environ
+    return int(environ.get("CROSS_SIZE", environ.get("GROUP_WORLD_SIZE", 1)))
+
+
 def rank_environment(num_procs: int, *, environ: Mapping[str, str] | None = None, python: str = sys.executable) -> dict[str, str]:
     """The environment local ranks start with: what the user set wins, the rest is chosen for num_procs ranks on this machine."""
     env = dict(os.environ if environ is None else environ)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +19,7 @@ from torch import Tensor
 from toolkit.checkpoint.claim import checkpoint_folder
 from toolkit.checkpoint.manifest import folder_name
 from toolkit.checkpoint.session import Checkpoints
+from toolkit.cluster.environment import hosts
 from toolkit.cluster.locks import check_extension_locks
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import build_datasets
@@ -31,12 +31,12 @@ from toolkit.parallel.agree import everywhere
 from toolkit.runfolder.files import write_machine, write_run
 from toolkit.runfolder.metrics import Metrics, StepRecord
 from toolkit.train.bar import Bar
-from toolkit.train.closing import Outcome, closing_lines
 from toolkit.train.console import ConsoleLog
 from toolkit.train.hooks import Extensions, Hooks
 from toolkit.train.lr import learning_rate
 from toolkit.train.resolve import ResolvedRun
 from toolkit.train.signals import StopRequest
+from toolkit.train.words import Outcome, closing_lines, opening_lines
 from toolkit.train.world import World, connect
 
 log = logging.getLogger("toolkit.train")
@@ -121,10 +121,11 @@ class Run:
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
         self.peak = peak_flops(name, t.precision)
         if folder is not None:
-            write_machine(folder, device=name, processes=world.size, hosts=_hosts())
+            write_machine(folder, device=name, processes=world.size, hosts=hosts())
         self.process = psutil.Process()
         if world.rank == 0:
-            _announce(resolved, device=name, seconds=time.perf_counter() - self.started)
+            for line in opening_lines(resolved, device=name, seconds=time.perf_counter() - self.started):
+                log.info(line)
 
     def steps(self) -> StepRecord | None:
         """All optimizer steps, with evaluation where it is due, or those until a signal or a hook
@@ -182,7 +183,7 @@ class Run:
             evaluated=self.evaluated,
             checkpoint=self.checkpoints.newest(record.step if record else 0),
             processes=self.world.size,
-            hosts=_hosts(),
+            hosts=hosts(),
             own_data=self.own_data,
         )
         for line in closing_lines(self.config, outcome):
@@ -379,37 +380,6 @@ def check_together(data: GivenData, config: RunConfig) -> None:
             why="all ranks take their part of the same samples",
             fix="Make the same data set on every rank.",
         )
-
-
-def _announce(resolved: ResolvedRun, *, device: str, seconds: float) -> None:
-    config, layout, data = resolved.config, resolved.layout, resolved.data
-    m, z, t = config.model, config.zero, config.train
-    offload = "".join(
-        f", {what} on {where}" for what, where in (("optimizer", z.offload_optimizer), ("parameters", z.offload_param)) if where != "none"
-    )
-    log.info(
-        "%s, %s parameters | tp %d pp %d vpp %d dp %d%s | ZeRO-%d%s | %s | %d sequences of %d tokens a step, %d micro-batches of %d | %s",
-        m.preset or m.family,
-        f"{m.spec.unpadded_parameters:,}",
-        layout.tp,
-        layout.pp,
-        layout.vpp,
-        layout.dp,
-        " sp" if layout.sequence_parallel else "",
-        z.stage,
-        offload,
-        t.precision,
-        t.global_batch_size,
-        t.seq_length,
-        layout.num_microbatches,
-        t.micro_batch_size,
-        device,
-    )
-    log.info("data: %s | ready in %.1f s", data.summary, seconds)
-
-
-def _hosts() -> int:
-    return int(os.environ.get("CROSS_SIZE", os.environ.get("GROUP_WORLD_SIZE", 1)))  # by DeepSpeed's launcher, by torchrun
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""The last words of a run: what it did, where its weights are, and the commands that go on from there."""
+"""The first and last words of a run: what it is; what it did, where its weights are, and the commands that go on from there."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from toolkit.config.schema import RunConfig
 from toolkit.runfolder.files import CONFIG
 from toolkit.runfolder.metrics import StepRecord, thousands
 from toolkit.runfolder.pace import hours
+from toolkit.train.resolve import ResolvedRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,3 +93,18 @@ def _words(*words: str) -> str:
 
 def _seconds(seconds: float) -> str:
     return hours(seconds) if seconds >= 600 else f"{seconds:.1f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+
+
+def opening_lines(resolved: ResolvedRun, *, device: str, seconds: float) -> list[str]:
+    """What a run is and how it is laid out, and its data. seconds: from the start of its build until it is ready."""
+    config, layout = resolved.config, resolved.layout
+    m, z, t = config.model, config.zero, config.train
+    places = (("optimizer", z.offload_optimizer), ("parameters", z.offload_param))
+    degrees = f"tp {layout.tp} pp {layout.pp} vpp {layout.vpp} dp {layout.dp}" + (" sp" if layout.sequence_parallel else "")
+    return [
+        f"{m.preset or m.family}, {m.spec.unpadded_parameters:,} parameters | {degrees}"
+        f" | ZeRO-{z.stage}{''.join(f', {what} on {where}' for what, where in places if where != 'none')} | {t.precision}"
+        f" | {t.global_batch_size} sequences of {t.seq_length} tokens a step,"
+        f" {layout.num_microbatches} micro-batches of {t.micro_batch_size} | {device}",
+        f"data: {resolved.data.summary} | ready in {seconds:.1f} s",
+    ]
