@@ -7,6 +7,7 @@ from html import escape
 from importlib.resources import files
 
 from toolkit.report import memory, runs, times
+from toolkit.report.headline import headline
 from toolkit.report.svg import tag
 from toolkit.runfolder.read import RunFolder
 
@@ -17,7 +18,8 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 def page(folders: Sequence[RunFolder], *, title: str = "") -> str:
     """The whole report as HTML."""
     name = title or ", ".join(run.name for run in folders)
-    sections = [("overview", "Runs", runs.side_by_side(folders) + _notes(folders))]
+    heads = "".join((tag("h3", escape(run.name)) if len(folders) > 1 else "") + text for run in folders if (text := headline(run)))
+    sections = [("overview", "Runs", heads + runs.side_by_side(folders) + _notes(folders))]
     if any(run.metrics for run in folders):
         sections.append(("training", "Training", runs.curves(folders)))
     profiled = [run for run in folders if run.profile]

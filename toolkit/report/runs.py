@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from toolkit.report import svg
+from toolkit.report.headline import late, numbers
 from toolkit.report.memory import peak_of
 from toolkit.report.svg import Frame, chart, legend, path, table, tag
 from toolkit.runfolder.read import RunFolder
@@ -106,8 +107,7 @@ def _facts(run: RunFolder) -> dict[str, str]:
             )
     if run.metrics:
         last = run.metrics[-1]
-        losses = [r["loss"] for r in run.metrics if isinstance(r.get("loss"), (int, float))]
-        evals = [r["eval_loss"] for r in run.metrics if isinstance(r.get("eval_loss"), (int, float))]
+        losses, evals = numbers(run.metrics, "loss"), numbers(run.metrics, "eval_loss")
         summary["steps"] = f"{last['step']:,}"
         summary["last loss"] = f"{losses[-1]:.4f}" if losses else ""
         summary["last validation loss"] = f"{evals[-1]:.4f}" if evals else ""
@@ -123,7 +123,6 @@ def _facts(run: RunFolder) -> dict[str, str]:
 
 
 def _medians(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    late = metrics[min(len(metrics) - 1, max(1, len(metrics) // 5)) :]  # without the first steps, which load and compile
     summary = {}
     for name, key, show in (
         ("tokens a second (median)", "tokens_per_s", svg.number),
@@ -131,7 +130,7 @@ def _medians(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         ("data wait (median)", "data_wait_s", svg.duration),
         ("memory of the worst rank", "memory_gib", lambda v: f"{v:.2f} GiB"),
     ):
-        values = [r[key] for r in late if isinstance(r.get(key), (int, float))]
+        values = numbers(late(metrics), key)
         if values:
             summary[name] = show(max(values) if key == "memory_gib" else median(values))
     return summary
