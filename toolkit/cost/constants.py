@@ -113,7 +113,7 @@ class Constants:
     )
     # states and offload
     host_adam: float = _stated(
-        4.0e9, "weights a second of DeepSpeed's CPU Adam on a two-socket node: arXiv 2101.06840, table 4, 1e9 in 0.25 s"
+        4.0e9, "weights a second of DeepSpeed's CPU Adam on a two-socket node: arXiv 2101.06840, table 4: about 0.25 s a billion"
     )
     nvme: float = _stated(6.0 * GB, "bytes a second of two PCIe 4 drives' sequential rate, halved, one direction")
     copies_2: float = _stated(
@@ -126,7 +126,8 @@ class Constants:
     workspace: float = _stated(64 * MIB, "PyTorch, CUDABlas.cpp: cuBLAS's workspaces by default")
     context: float = _stated(0.45 * GIB, "nvidia-smi for an idle process of PyTorch with lazily loaded kernels (CUDA 11.7 and later)")
     old_context: float = _stated(
-        1.45 * GIB, "the same before lazy loading, all of PyTorch's and Apex's kernels on the device (PyTorch issue 20532: 0.9 to 1.5)"
+        1.45 * GIB,
+        "the same before lazy loading: above 1 GB for PyTorch alone (its issues 28394, 107667); the rest for Apex's and own kernels is our reading",
     )
     communicator: float = _stated(0.06 * GIB, "NCCL's buffers of one communicator: 16 channels of 4 MiB and their protocol copies")
     old_communicator: float = _fitted(
