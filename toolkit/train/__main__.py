@@ -10,7 +10,7 @@ from pathlib import Path
 from toolkit.cluster.environment import take_place_from_mpi
 from toolkit.cluster.launch import clear_line
 from toolkit.errors import Stopped, ToolkitError
-from toolkit.train.program import quiet, say
+from toolkit.train.program import alone, quiet, say
 
 
 def main(arguments: list[str]) -> int:
@@ -27,7 +27,8 @@ def main(arguments: list[str]) -> int:
     try:
         from toolkit.trainer import Trainer
 
-        Trainer(Path(arguments[0]), overrides=arguments[1:]).fit()
+        with alone(rank=rank):
+            Trainer(Path(arguments[0]), overrides=arguments[1:]).fit()
     except Stopped as stopped:  # said already, in the line after its last step
         return stopped.exit_code
     except ToolkitError as error:
