@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -31,13 +32,37 @@ def start_build(code: str, *, log: Path, env: Mapping[str, str] | None = None) -
             stdout=output,
             stderr=output,
             start_new_session=True,
+            cwd=Path(__file__).parents[1],
         )
 
 
-def end_build(build: subprocess.Popen[bytes]) -> bool:
-    """Kill a build that still runs, with all that it has started; whether it did."""
-    if build.poll() is not None:
-        return False
-    os.killpg(build.pid, signal.SIGKILL)
-    build.wait()
-    return True
+def end_build(build: subprocess.Popen[bytes]) -> None:
+    """Kill a build that still runs, with all that it has started."""
+    if build.poll() is None:
+        os.killpg(build.pid, signal.SIGKILL)
+        build.wait()
+
+
+def compile_extension(name: str) -> None:
+    """Compile one of DeepSpeed's extensions into TORCH_EXTENSIONS_DIR, one process of the tests at a time.
+
+    The kernel takes the turn from a process that is killed. Torch's own lock file stays where that was
+    while it compiled, and whoever has the turn next takes it away.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+
+    from toolkit.cluster.locks import check_extension_locks
+    from toolkit.errors import MachineError
+
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.turn").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        parts = {name, "pin_memory"} if name == "async_io" else {name}
+        try:
+            check_extension_locks(parts)
+        except MachineError:
+            for part in parts:
+                (folder / part / "lock").unlink(missing_ok=True)
+        os.nice(5)
+        {"cpu_adam": CPUAdamBuilder, "async_io": AsyncIOBuilder}[name]().load(verbose=False)

@@ -10,14 +10,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.builds import end_build, start_build
 from tests.pool import Pool
-from toolkit.cluster.locks import check_extension_locks, extension_folders
-from toolkit.errors import MachineError
+from tests.shares import scheduler, turn
 
 # the same examples everywhere, and none that fails because a machine was busy
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -55,14 +55,7 @@ class Extensions:
         self.builds = {name: self._start(name) for name in sorted(names)}
 
     def _start(self, name: str) -> subprocess.Popen[bytes]:
-        folders = {name, "pin_memory"} if name == "async_io" else {name}
-        try:
-            check_extension_locks(folders)
-        except MachineError:  # an earlier session of these tests was killed
-            for folder in folders:
-                (Path(os.environ["TORCH_EXTENSIONS_DIR"]) / folder / "lock").unlink(missing_ok=True)
-        builder = {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}[name]
-        code = f"os.nice(5)\nfrom deepspeed.ops.op_builder import {builder}\n{builder}().load(verbose=False)"
+        code = f"from tests.builds import compile_extension\ncompile_extension({name!r})"
         return start_build(code, log=self.logs[name], env={**os.environ, "DS_ACCELERATOR": "cpu", "MAX_JOBS": "2"})
 
     def wait(self, name: str) -> None:
@@ -78,12 +71,9 @@ class Extensions:
             pytest.fail(f"DeepSpeed could not build {name}:\n{text[-3000:]}")
 
     def close(self) -> None:
-        """End what is still compiling, and take away the lock that a killed build leaves for the next one to wait on."""
-        for name, build in self.builds.items():
-            if end_build(build):
-                for folder in extension_folders():
-                    for part in (name, "pin_memory"):
-                        (folder / part / "lock").unlink(missing_ok=True)
+        """End what is still compiling."""
+        for build in self.builds.values():
+            end_build(build)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -91,12 +81,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long parity cells go last, and those that wait for a compiler after all others."""
+    """Long files first, so that processes that share the tests end together; with --all-cells what waits for a compiler last."""
     if not config.option.all_cells:
         left_out = [i for i in items if i.get_closest_marker("all_cells")]
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [i for i in items if i not in left_out]
-    items.sort(key=lambda i: ("parity/" in str(i.fspath), "nvme" in i.name, "cpu" in i.name and "parity/" in str(i.fspath)))
+        items[:] = [i for i in items if not i.get_closest_marker("all_cells")]
+        items.sort(key=lambda i: (turn(i.nodeid), "parity/" in i.nodeid and "cpu" in i.name))
+    else:
+        items.sort(key=lambda i: ("parity/" in i.nodeid, "nvme" in i.name, "parity/" in i.nodeid and "cpu" in i.name))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return scheduler(config, log)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

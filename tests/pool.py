@@ -9,7 +9,6 @@ import importlib
 import multiprocessing as mp
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -46,7 +45,7 @@ class Pool:
         self.calls += 1
         rendezvous = os.path.join(self.folder.name, f"store-{self.calls}")
         for rank in range(world_size):
-            self.workers[rank][1].send((function, rank, world_size, rendezvous, _free_port(), argument))
+            self.workers[rank][1].send((function, rank, world_size, rendezvous, argument))
         pending = {self.workers[r][1]: r for r in range(world_size)}
         results: dict[int, Any] = {}
         end = time.monotonic() + deadline_s
@@ -102,12 +101,6 @@ class Pool:
         self.workers = []
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def _work(connection: Connection, stacks: str) -> None:
     faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)  # noqa: SIM115  lives as long as the process
     warnings.simplefilter("ignore")
@@ -118,7 +111,7 @@ def _work(connection: Connection, stacks: str) -> None:
     fresh = True
     while True:
         try:
-            function, rank, world_size, rendezvous, _, argument = connection.recv()
+            function, rank, world_size, rendezvous, argument = connection.recv()
         except EOFError:
             sys.exit(0)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))

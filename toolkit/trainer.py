@@ -58,7 +58,8 @@ class Trainer:
         """Train to the last step, and return its record; None where a checkpoint has already
         reached it.
 
-        Raises ToolkitError on all ranks alike. The model is let go at the end: a checkpoint keeps
+        Raises ToolkitError on all ranks alike, but for OutOfMemory: the others wait for a rank whose
+        memory has ended, and the launcher ends them. The model is let go at the end: a checkpoint keeps
         it, and hooks see it before. The process group stays, so that another Trainer may follow in
         the same processes.
         """
@@ -73,4 +74,11 @@ class Trainer:
                 warnings.simplefilter("ignore")  # of absent options that nothing here needs
                 from toolkit.train.loop import train  # torch comes with it, once there is something to train
 
-            return train(resolved, self.extensions, console)
+            try:
+                return train(resolved, self.extensions, console)
+            except (MemoryError, RuntimeError) as error:  # PyTorch says with either that memory has ended
+                from toolkit.profile.oom import in_training, is_out_of_memory
+
+                if not is_out_of_memory(error):
+                    raise
+                raise in_training(resolved.config, resolved.layout, rank, error) from None

@@ -7,7 +7,6 @@ import json
 import multiprocessing as mp
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from toolkit.cluster.launch import free_port
 
 PRELOADED = ["tests.checkpoint.runs", "torch", "numpy", "pydantic", "rich", "typer", "datasets", "tokenizers", "toolkit.train.loop", "toolkit.engine.zero", "toolkit.model.build", "toolkit.data.samples", "tests.preload"]  # fmt: skip
 CONTEXT = mp.get_context("forkserver")
@@ -31,9 +32,7 @@ class Run:
     def __init__(
         self, config: Path, *overrides: str, ranks: int = 1, killer: tuple[int, int] | None = None, limits: dict[int, int] | None = None
     ) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = free_port()
         self.output = [config.parent / f"output-{port}-{r}.txt" for r in range(ranks)]
         self.processes: list[BaseProcess] = []
         for r in range(ranks):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,6 +31,17 @@ launch.SECOND_SIGNAL_S = float(os.environ["SECOND_SIGNAL_S"])
 logging.basicConfig(format="toolkit: %(message)s")
 sys.exit(launch.run_local("c.yaml", sys.argv[2:], num_procs=int(sys.argv[1]), module="tests.cluster.smoke"))
 """
+
+
+def test_a_free_port_is_none_that_the_kernel_gives_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    assert not kernel.exists() or launch.PORTS[-1] < int(kernel.read_text().split()[0])
+    port = launch.free_port()
+    monkeypatch.setattr(launch, "PORTS", range(port, port + 1))
+    with socket.socket() as taken:
+        taken.bind(("", port))
+        with pytest.raises(MachineError, match=f"from {port} to {port}"):
+            launch.free_port()
 
 
 def start(*args: str, second_signal_s: float = 60.0) -> subprocess.Popen[str]:

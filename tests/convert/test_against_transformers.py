@@ -18,9 +18,10 @@ from transformers import AutoConfig  # noqa: E402
 
 from tests.convert import models  # noqa: E402
 from tests.convert.run import config_of  # noqa: E402
-from toolkit.config.load import parse_config  # noqa: E402
+from toolkit.config.load import load_config, parse_config  # noqa: E402
 from toolkit.convert.exporting import export_model  # noqa: E402
 from toolkit.convert.importing import import_model  # noqa: E402
+from toolkit.parallel.rules import Machine, check  # noqa: E402
 
 LOGITS, STEP = "tests.convert.run:logits", "tests.convert.run:one_step"
 LAYOUTS: list[dict[str, Any]] = [
@@ -135,6 +136,25 @@ def test_pickled_weights(tmp_path: Path) -> None:
     import_model(hf, tmp_path / "ours")
     export_model(tmp_path / "ours", tmp_path / "back")
     same(hf, tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("shape", "cut"),
+    [
+        ({"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}, ["parallel.tp=2"]),
+        ({"num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 2}, ["parallel.pp=2"]),
+        ({"num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 1}, []),
+    ],
+)
+def test_the_command_above_the_config_is_legal(shape: dict[str, int], cut: list[str], tmp_path: Path) -> None:
+    """It trains on two processes, cut as far as heads and layers divide, and saves what an export needs."""
+    plain = {"head_dim": 4, "hidden_size": 36, "intermediate_size": 34, "vocab_size": 131, "max_position_embeddings": 32}
+    done = import_model(models.saved(models.llama(**plain, **shape), tmp_path / "hf"), tmp_path / "ours")
+    command = next(line for line in done.config.read_text().splitlines() if "toolkit train" in line).split()
+    assert command[-2:] == ["--num-procs", "2"] and command[5:-2] == cut, command
+    config = load_config(done.config, ["data.source=text", "data.tokenizer=bytes", *cut])
+    check(config, 2, machine=Machine(cuda=True))
+    assert 0 < config.checkpoint.every <= config.train.steps
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

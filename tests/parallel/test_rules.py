@@ -106,6 +106,20 @@ BROKEN: list[tuple[str, dict[str, Any], int, Machine, list[str]]] = [
     ("offload-param-stage", {"zero.offload_param": "cpu", "zero.stage": 2}, 1, GPU, ["zero.offload_param=cpu", "zero.stage=3"]),
     ("nvme-optimizer-stage", {"zero.offload_optimizer": "nvme", "zero.nvme_path": "/d", "zero.stage": 2}, 1, GPU, ["zero.stage=3"]),
     (
+        "nvme-optimizer-stage",
+        {"zero.offload_optimizer": "nvme", "zero.nvme_path": "/d", "zero.stage": 0},
+        1,
+        GPU,
+        ["Set zero.stage=3, or zero.stage=1 and zero.offload_optimizer=cpu."],
+    ),
+    (
+        "nvme-path",
+        {"zero.offload_optimizer": "nvme", "zero.stage": 0},
+        1,
+        GPU,
+        ["or set zero.stage=1 and zero.offload_optimizer=cpu, or zero.offload_optimizer=none."],
+    ),
+    (
         "nvme-buffer",
         {
             "zero.offload_param": "nvme",

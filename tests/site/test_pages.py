@@ -103,7 +103,8 @@ def test_first_hour(reader: Reader) -> None:
     steps = [yaml.safe_load(line)["step"] for line in (runs / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4], "two steps on one process, and two more on two"
     assert "<svg" in (reader.folder / "report.html").read_text()
-    assert (reader.folder / "models/mine/tokenizer.json").exists()
+    beside = reader.folder / "data/mine.tokenizer.json"
+    assert (reader.folder / "models/mine/tokenizer.json").read_bytes() == beside.read_bytes(), "that of the prepared data"
 
 
 @pytest.mark.parametrize("page", HOW_TO, ids=lambda page: page.stem)

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 import os
+import random
 import re
 import shlex
 import shutil
@@ -44,15 +45,23 @@ logger = logging.getLogger(__name__)
 TRAIN_MODULE = "toolkit.train"
 POLL_S = 0.2
 SSH_TIMEOUT_S = 10
+PORTS = range(21000, 29000)  # Linux gives those from 32768 on, and a run of a cluster has 29500
 SECOND_SIGNAL_S = 1.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on at this moment, for the ranks' first meeting."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A TCP port nobody listens on at this moment, for the ranks' first meeting.
+
+    It is none of those that the kernel gives to whoever asks for any. Seconds pass until rank 0
+    listens, and one of those could be given away in the meantime.
+    """
+    chance = random.SystemRandom()  # a seed that is set elsewhere must not give two runs the same port
+    for port in chance.sample(PORTS, min(len(PORTS), 100)):
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("", port))
+            return port
+    raise MachineError("no free port was found", why=f"those tried, from {PORTS[0]} to {PORTS[-1]}, are taken", fix="End what has them.")
 
 
 def local_command(

@@ -17,12 +17,14 @@ from toolkit.arch.spec import TIED_NAME, ModelSpec, WeightSpec
 from toolkit.checkpoint.folders import checkpoint_in
 from toolkit.checkpoint.manifest import Manifest, verify_files
 from toolkit.checkpoint.whole import WholeCheckpoint
+from toolkit.config.load import override_config
 from toolkit.config.schema import ModelSection
 from toolkit.convert.architecture import foreign_config
 from toolkit.convert.carried import carried_files
 from toolkit.convert.stream import Job, Slot, shards, write_all
 from toolkit.convert.transform import split, zeros
-from toolkit.errors import CheckpointError, ConvertError
+from toolkit.data.dataset import tokenizer_file
+from toolkit.errors import CheckpointError, ConfigError, ConvertError
 from toolkit.files import Partial, write_durably
 from toolkit.tensors import Rows
 
@@ -53,7 +55,7 @@ def export_model(
     """Write a checkpoint's weights to the new folder OUT as Hugging Face has them.
 
     ckpt: an imported folder, a step-… folder, or a run (its newest complete checkpoint), of any layout. dtype: fp32, bf16 or fp16; None:
-    as stored, or for a training checkpoint as trained. tokenizer: a folder or tokenizer.json to carry along; None: the checkpoint's own.
+    as stored, or for a training checkpoint as trained. tokenizer: a folder or tokenizer.json to carry along; None: the checkpoint's own, or its data's.
     Every file is held to its checksum while it is converted. Raises ConvertError or CheckpointError; OUT is then as before.
     """
     if out.exists():
@@ -170,13 +172,17 @@ def _write(
 
 
 def _files(folder: Path, manifest: Manifest, tokenizer: Path | None) -> tuple[dict[str, bytes], Path | None]:
-    """What goes along: of the folder asked for, else of the checkpoint, of the data's tokenizer, of what the run started from."""
+    """What goes along: of the folder asked for, else of the checkpoint, of data.tokenizer, of the prepared data, of what the run started from."""
     if tokenizer is not None:
         found = _tokenizer_files(tokenizer)
         if not _has_tokenizer(found):
             raise ConvertError(f"--tokenizer {tokenizer} holds no tokenizer", fix="Name a folder with tokenizer.json, or the file.")
         return carried_files(folder) | _described(found), tokenizer
-    named = [manifest.config.get("data", {}).get("tokenizer"), manifest.config.get("checkpoint", {}).get("init_from")]
+    named = [
+        manifest.config.get("data", {}).get("tokenizer"),
+        _beside_the_data(manifest),
+        manifest.config.get("checkpoint", {}).get("init_from"),
+    ]
     candidates = [folder, *(Path(str(n)).expanduser() for n in named if n)]
     settings: dict[str, bytes] = {}
     for place in reversed(candidates):  # the first of them has the last word
@@ -185,6 +191,14 @@ def _files(folder: Path, manifest: Manifest, tokenizer: Path | None) -> tuple[di
         if _has_tokenizer(found := _tokenizer_files(place)):
             return settings | _described(found), place
     return settings, None
+
+
+def _beside_the_data(manifest: Manifest) -> Path | None:
+    known = manifest.identity.get("data.tokenizer")
+    try:
+        return tokenizer_file(override_config(manifest.config, []), tokenizer_hash=str(known)) if known else None
+    except ConfigError:  # of another version
+        return None
 
 
 def _tokenizer_files(place: Path) -> dict[str, bytes]:

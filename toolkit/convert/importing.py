@@ -14,12 +14,13 @@ from toolkit.arch.family import Part
 from toolkit.arch.spec import WeightSpec
 from toolkit.checkpoint.weights import WeightsWriter, weights_manifest
 from toolkit.config.load import parse_config
-from toolkit.config.schema import ModelSection
+from toolkit.config.schema import ModelSection, RunConfig
 from toolkit.config.yaml_text import write_yaml
 from toolkit.convert.architecture import model_section
 from toolkit.convert.source import Source, open_source, some, tokenizer_size
 from toolkit.convert.transform import IGNORED, join
 from toolkit.errors import ConfigError, ConvertError
+from toolkit.parallel.rules import Machine, violations
 from toolkit.tensors import Rows
 
 Plan = list[tuple[WeightSpec, tuple[Part, ...]]]
@@ -89,7 +90,7 @@ def import_model(
             del rows
         for name, data in files.items():
             writer.add_file(name, data)
-        writer.add_file(CONFIG, _text(raw, source).encode())
+        writer.add_file(CONFIG, _text(raw, source, config).encode())
     return Imported(out / CONFIG, done, spec.unpadded_parameters, precision, tokenizer_spec)
 
 
@@ -182,14 +183,23 @@ def _run(model: ModelSection, out: Path, *, precision: str, tokenizer: str | Non
         },
         "optimizer": {"lr": 2e-5, "warmup_steps": 10},
         "data": {"tokenizer": tokenizer or _UNKNOWN},
-        "checkpoint": {"init_from": "."},  # the folder of this config
+        "checkpoint": {"init_from": ".", "every": 100},  # the folder of this config; without a save there is nothing to export
     }
 
 
-def _text(run: Mapping[str, Any], source: Source) -> str:
+def _on_two_ranks(config: RunConfig) -> str:
+    """What to set so that the run is legal on two processes: a cut of the model where one can be made, else nothing, for two copies."""
+    for option in ({"tp": 2}, {"pp": 2}):
+        cut = config.model_copy(update={"parallel": config.parallel.model_copy(update=option)})
+        if not violations(cut, 2, machine=Machine(cuda=True)):
+            return "".join(f" parallel.{key}={value}" for key, value in option.items())
+    return ""
+
+
+def _text(run: Mapping[str, Any], source: Source, config: RunConfig) -> str:
     lines = [
         f"# Imported from {source.where}. Start from these weights with a fresh optimizer:",
-        "#   toolkit train THIS_FILE data.source=PATH parallel.tp=2 --num-procs 2",
+        f"#   toolkit train THIS_FILE data.source=PATH{_on_two_ranks(config)} --num-procs 2",
     ]
     if run["data"]["tokenizer"] == _UNKNOWN:
         lines.append("# The model came without a tokenizer: set data.tokenizer to the one it was trained with.")

@@ -18,7 +18,7 @@ from toolkit.data.manifest import Manifest, load_manifest, manifest_path
 from toolkit.data.prepare import prepare
 from toolkit.data.sources import is_source_path, open_source
 from toolkit.data.tokenizer import load_tokenizer
-from toolkit.errors import DataError
+from toolkit.errors import DataError, ToolkitError
 from toolkit.files import write_durably
 
 if TYPE_CHECKING:
@@ -109,6 +109,23 @@ def resolve_data(config: RunConfig, *, prepare_missing: bool) -> PreparedData:
         identity=hashlib.sha256("".join(m.identity for m in members).encode()).hexdigest(),
         cache_dir=cache_dir_of(config),
     )
+
+
+def tokenizer_file(config: RunConfig, *, tokenizer_hash: str) -> Path | None:
+    """The tokenizer.json that a finished run's data was prepared with, from beside the data; None where
+    the data is not on this disk, has none, or was prepared again with another.
+    """
+    data = config.data
+    if not all(prefix_of(name) or is_source_path(name) for name in data.blend or [data.source or ""]):
+        return None  # a data set of the hub, which is not asked for what it holds today
+    try:
+        members = open_members(config, prepare_missing=False)
+    except (ToolkitError, OSError):
+        return None
+    for prefix, manifest in ((m.prefix, m.manifest) for m in members):
+        if manifest is not None and manifest.tokenizer.file and manifest.tokenizer.hash == tokenizer_hash:
+            return manifest_path(prefix).with_name(manifest.tokenizer.file)
+    return None
 
 
 def open_members(config: RunConfig, *, prepare_missing: bool) -> list[Member]:

@@ -57,6 +57,13 @@ def _no_nvme(c: Case, device: str) -> Option:
     return {key: device for key, now in _offloads(c).items() if now == "nvme"}
 
 
+def _nvme_to_cpu(c: Case) -> Option:
+    """Offload to the CPU in the place of NVMe, with the stage that it needs."""
+    option = _no_nvme(c, "cpu")
+    least = 3 if "zero.offload_param" in option else 1
+    return option if c.stage >= least else {"zero.stage": least, **option}
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         id="world-size",
@@ -254,7 +261,7 @@ RULES: tuple[Rule, ...] = (
         why="DeepSpeed swaps optimizer states to disk in stage 3 only",
         broken=lambda c: c.opt_offload == "nvme" and c.stage < 3,
         what=lambda c: f"zero.offload_optimizer=nvme with zero.stage={c.stage}",
-        options=lambda c: choices({"zero.stage": 3}, {"zero.offload_optimizer": "cpu"}, {"zero.offload_optimizer": "none"}),
+        options=lambda c: choices({"zero.stage": 3}, _nvme_to_cpu(c), {"zero.offload_optimizer": "none"}),
     ),
     Rule(
         id="nvme-path",
@@ -262,7 +269,7 @@ RULES: tuple[Rule, ...] = (
         why="there is no folder to write to",
         broken=lambda c: not c.nvme_path and "nvme" in (c.opt_offload, c.param_offload),
         what=lambda c: " and ".join(f"{k}={v}" for k, v in _offloads(c).items() if v == "nvme") + " with zero.nvme_path=null",
-        options=lambda c: choices(_no_nvme(c, "cpu"), _no_nvme(c, "none")),
+        options=lambda c: choices(_nvme_to_cpu(c), _no_nvme(c, "none")),
         hint="set zero.nvme_path to a folder on a local disk",
     ),
     Rule(

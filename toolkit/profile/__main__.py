@@ -6,14 +6,11 @@ import argparse
 import logging
 import os
 import sys
-import time
 from pathlib import Path
 
 from toolkit.cluster.rank import run_as_rank
-from toolkit.errors import OutOfMemory, ToolkitError
-from toolkit.train.program import mute_if_already_reported, quiet, say, set_cuda_defaults
-
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
+from toolkit.errors import ToolkitError
+from toolkit.train.program import alone, mute_if_already_reported, quiet, say, set_cuda_defaults
 
 
 def main(arguments: list[str]) -> int:
@@ -37,18 +34,8 @@ def main(arguments: list[str]) -> int:
         set_cuda_defaults(run.config)
         from toolkit.profile.session import Options, profile
 
-        profile(run, Options(steps=options.steps, memory_limit=options.memory_limit))
-    except OutOfMemory as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.stderr.flush()
-        os._exit(error.exit_code)  # other ranks wait in a collective that this one will not join, and tidying up would wait for them
-    except RuntimeError as error:
-        if not any(text in str(error) for text in LOST_PEER):
-            raise
-        sys.stderr.write(f"rank {rank} stops: another rank has ended\n")
-        sys.stderr.flush()
-        time.sleep(3.0)  # the launcher reports the first exit code that it sees
-        os._exit(1)
+        with alone(rank=rank):
+            profile(run, Options(steps=options.steps, memory_limit=options.memory_limit))
     except ToolkitError as error:
         say(error, rank=rank, local_rank=local_rank)
         return error.exit_code

@@ -1,8 +1,9 @@
-"""When memory ends: which part, rank, stage and layer asked for it, and the nearest change that fits."""
+"""When memory ends, in a profile or in a run: what asked for it, on which rank, and the nearest change that fits."""
 
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,16 @@ from toolkit.profile import predict
 GIB = 2**30
 _ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|[KMGT]iB)?", re.IGNORECASE)
 _UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+# what a run is doing, by the function that it is in: the first that is on the stack
+DOING = {
+    "_build": "parameters and optimizer states",
+    "evaluate": "an evaluation",
+    "save": "a save",
+    "finish": "the update",
+    "_step": "activations and gradients",
+}
 
 
 class Place:
@@ -62,26 +73,47 @@ class Place:
 
     def error(self, cause: BaseException) -> OutOfMemory:
         """The message for a user."""
-        at = self.layout.coordinates(self.rank)
-        where = f"rank {self.rank} (stage {at.pp}" + (f", layer {self.layer}" if self.layer else "") + ")"
-        asked = _ASKED.search(str(cause))
-        size = float(asked[1]) * _UNITS[(asked[2] or "bytes").lower()] if asked else None
-        wanted = f" asking for {_size(size)}" if size else ""
-        cuda = torch.cuda.is_available()
-        memory = self.limit_gib or (torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().total) / GIB
-        ranks_here = 1 if cuda or self.limit_gib else self.layout.world_size
-        hardware = predict.hardware_here(
-            gpu=torch.cuda.get_device_name() if cuda else None, ranks=self.layout.world_size, memory_gib=memory / ranks_here
-        )
-        limit = f"{memory / ranks_here:.2f} GiB" + (" of --memory-limit" if self.limit_gib else " a rank")
-        fix = nearest_fit(self.config, self.layout.world_size, hardware, machine=Machine(cuda=cuda), ran_out=True)
-        stages = predict.as_json(Workload.of(self.config, self.layout.world_size), hardware)["memory"]
-        estimate = stages[str(at.pp)]["peak"]
-        return OutOfMemory(
-            f"{where} ran out of memory for {self.part}{wanted}",
-            why=f"it takes about {_size(estimate)} at its peak, of {limit}",
-            fix=fix,
-        )
+        return _error(self.config, self.layout, self.rank, self.part, cause, layer=self.layer, limit_gib=self.limit_gib)
+
+
+def in_training(config: RunConfig, layout: Layout, rank: int, cause: BaseException) -> OutOfMemory:
+    """The message for a user whose run has met the end of memory, with the parts of the estimate."""
+    on_stack = {frame.f_code.co_name for frame, _ in traceback.walk_tb(cause.__traceback__)}
+    part = next((text for name, text in DOING.items() if name in on_stack), "training")
+    return _error(config, layout, rank, part, cause, parts=True)
+
+
+def _error(
+    config: RunConfig,
+    layout: Layout,
+    rank: int,
+    part: str,
+    cause: BaseException,
+    *,
+    layer: int | None = None,
+    limit_gib: float | None = None,
+    parts: bool = False,
+) -> OutOfMemory:
+    at = layout.coordinates(rank)
+    where = f"rank {rank} (stage {at.pp}" + (f", layer {layer}" if layer else "") + ")"
+    asked = _ASKED.search(str(cause))
+    size = float(asked[1]) * _UNITS[(asked[2] or "bytes").lower()] if asked else None
+    wanted = f" asking for {_size(size)}" if size else ""
+    cuda = torch.cuda.is_available()
+    memory = limit_gib or (torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().total) / GIB
+    ranks_here = 1 if cuda or limit_gib else layout.world_size
+    hardware = predict.hardware_here(
+        gpu=torch.cuda.get_device_name() if cuda else None, ranks=layout.world_size, memory_gib=memory / ranks_here
+    )
+    limit = f"{memory / ranks_here:.2f} GiB" + (" of --memory-limit" if limit_gib else " a rank")
+    fix = nearest_fit(config, layout.world_size, hardware, machine=Machine(cuda=cuda), ran_out=True)
+    estimate = predict.memory(Workload.of(config, layout.world_size), hardware, at.pp)
+    held = " (" + ", ".join(f"{name} {_size(nbytes)}" for name, nbytes in estimate.items() if name != "peak" and nbytes) + ")"
+    return OutOfMemory(
+        f"{where} ran out of memory for {part}{wanted}",
+        why=f"it takes about {_size(estimate['peak'])} at its peak{held if parts else ''}, of {limit}",
+        fix=fix,
+    )
 
 
 def _size(nbytes: float) -> str:
@@ -93,17 +125,19 @@ def fences(place: Place) -> Iterator[None]:
     """Turn every way in which PyTorch says that memory has ended into OutOfMemory."""
     try:
         yield
-    except MemoryError as error:
-        raise place.error(error) from None
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise place.error(error) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has a class for it; the CPU allocator says it in a RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
+    """Python and CUDA have classes for it; the CPU allocator says it in a RuntimeError."""
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or "can't allocate memory" in str(error)
+        or "out of memory" in str(error).lower()
+    )
 
 
 def limit_memory(gib: float | None, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from toolkit.cluster.environment import take_place_from_mpi
 from toolkit.cluster.launch import clear_line
 from toolkit.cluster.rank import run_as_rank
 from toolkit.errors import Stopped, ToolkitError
-from toolkit.train.program import quiet, say
+from toolkit.train.program import alone, quiet, say
 
 
 def main(arguments: list[str]) -> int:
@@ -28,7 +28,8 @@ def main(arguments: list[str]) -> int:
     try:
         from toolkit.trainer import Trainer
 
-        Trainer(Path(arguments[0]), overrides=arguments[1:]).fit()
+        with alone(rank=rank):
+            Trainer(Path(arguments[0]), overrides=arguments[1:]).fit()
     except Stopped as stopped:  # said already, in the line after its last step
         return stopped.exit_code
     except ToolkitError as error:

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import IO
 
 from toolkit import __version__
-from toolkit.errors import Stopped, ToolkitError
+from toolkit.errors import OutOfMemory, Stopped, ToolkitError
 from toolkit.runfolder.files import CONSOLE
 
 _MOST_HELD = 1000  # lines said before the run has its folder
@@ -48,8 +48,8 @@ class ConsoleLog(logging.Handler):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, ToolkitError):
-            # raised on all ranks alike; that the run was stopped has been said
-            if self.rank == 0 and not isinstance(error, Stopped):
+            # raised on all ranks alike, but for the end of one's memory; that the run was stopped has been said
+            if isinstance(error, OutOfMemory) or (self.rank == 0 and not isinstance(error, Stopped)):
                 self._say(f"error: {error}")
         elif error is not None:
             self._say("".join(traceback.format_exception(error)).rstrip())

@@ -16,17 +16,42 @@ from typing import Any
 
 from toolkit.cluster.environment import PLANNED, cuda_defaults, gpu_count
 from toolkit.config.schema import RunConfig
-from toolkit.errors import ToolkitError
+from toolkit.errors import OutOfMemory, ToolkitError
 from toolkit.train.console import ConsoleLog
+
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
 
 
 def say(error: ToolkitError, *, rank: int, local_rank: int) -> None:
-    """Write a user error once a host; its other ranks give the one that writes time to do so."""
-    if local_rank == 0:
-        sys.stderr.write(f"{'error' if rank == 0 else f'error on rank {rank}'}: {error}\n")
+    """Write a user error once a host; its other ranks give the one that writes time to do so. That
+    memory has ended each rank says of itself.
+    """
+    if local_rank == 0 or isinstance(error, OutOfMemory):
+        named = rank == 0 or isinstance(error, OutOfMemory)  # which says its rank itself
+        sys.stderr.write(f"{'error' if named else f'error on rank {rank}'}: {error}\n")
         sys.stderr.flush()
     elif signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         time.sleep(3.0)  # the launcher ends all ranks at the first exit that it sees
+
+
+@contextmanager
+def alone(*, rank: int) -> Iterator[None]:
+    """End this process at once where memory has ended, or where another rank has gone: the others wait
+    in a collective that this one will not join, and tidying up would wait for them.
+    """
+    try:
+        yield
+    except OutOfMemory as error:
+        say(error, rank=rank, local_rank=0)
+        sys.stdout.flush()
+        os._exit(error.exit_code)
+    except RuntimeError as error:
+        if not any(text in str(error) for text in LOST_PEER):
+            raise
+        sys.stderr.write(f"rank {rank} stops: another rank has ended\n")
+        sys.stderr.flush()
+        time.sleep(3.0)  # the launcher reports the first exit code that it sees
+        os._exit(1)
 
 
 @contextmanager
