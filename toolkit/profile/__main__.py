@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 from toolkit.errors import OutOfMemory, ToolkitError
+from toolkit.train.failures import LOST_PEER
 from toolkit.train.program import mute_if_already_reported, quiet, say, set_cuda_defaults
-
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
 
 
 def main(arguments: list[str]) -> int:
