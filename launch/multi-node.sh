@@ -15,7 +15,9 @@ HOSTFILE=${HOSTFILE:-$(dirname "$0")/hostfile}
 
 # What the ranks on the other hosts need from this environment. A .deepspeed_env of your own is taken as it is.
 variables=${XDG_CACHE_HOME:-$HOME/.cache}/toolkit/deepspeed_env
-python -m toolkit.cluster.launch --hostfile "$HOSTFILE" --env-file "$variables"
+# An argument in which the other hosts' shells would read something travels as base64, and the rank unpacks it.
+packed=$(python -m toolkit.cluster.launch --hostfile "$HOSTFILE" --env-file "$variables" --master-addr "${MASTER_ADDR:-}" -- "$@")
+mapfile -t words <<<"$packed"
 if [ -z "${DS_ENV_FILE:-}" ] && [ ! -e .deepspeed_env ] && [ ! -e "$HOME/.deepspeed_env" ]; then
     export DS_ENV_FILE=$variables
 fi
@@ -26,4 +28,4 @@ if [ -n "${MASTER_ADDR:-}" ]; then
 fi
 
 # exec, so that a scheduler's signal reaches the launcher, which passes it to the ranks of every host
-exec deepspeed --hostfile "$HOSTFILE" "${master[@]}" --no_local_rank --module toolkit.train "$@"
+exec deepspeed --hostfile "$HOSTFILE" "${master[@]}" --no_local_rank --module toolkit.train "${words[@]}"

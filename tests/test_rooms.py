@@ -12,7 +12,8 @@ import pytest
 
 # from the ground up: a room imports only rooms before it
 HOUSE = [
-    *("errors", "files", "tensors", "arch", "config", "parallel", "hardware", "runfolder", "cluster", "data", "cost", "plan", "evidence"),
+    *("errors", "redact", "files", "tensors", "arch", "config", "parallel", "hardware", "runfolder", "cluster"),
+    *("data", "cost", "plan", "evidence", "doctor"),
     *("model", "engine", "checkpoint", "convert", "train", "evaluate", "inference", "profile", "rehearse", "report", "supervise"),
     *("trainer", "gpu_check", "cli"),
 ]
@@ -27,6 +28,8 @@ PURE = [
     "toolkit.parallel.rules",
     "toolkit.cluster.launch",
     "toolkit.cluster.locks",
+    "toolkit.doctor.probe",
+    "toolkit.doctor.session",
     "toolkit.cost.own_engine",
     "toolkit.plan.remedy",
     "toolkit.evaluate.resolve",

@@ -12,12 +12,15 @@ import typer
 from toolkit import __version__
 from toolkit.checkpoint.commands import app as checkpoint_app
 from toolkit.convert.commands import app as convert_app
+from toolkit.doctor.commands import doctor
 from toolkit.errors import ConfigError, ToolkitError, at_least_one
 from toolkit.evaluate.commands import evaluate
 from toolkit.evidence.commands import calibrate
+from toolkit.files import keep_others_out
 from toolkit.inference.commands import bench_inference, generate
 from toolkit.plan.commands import log_to_stderr, tune
 from toolkit.profile.commands import profile
+from toolkit.redact import hide_secrets, redact
 from toolkit.rehearse.commands import rehearse
 from toolkit.report.commands import report
 from toolkit.train.commands import launch
@@ -36,8 +39,8 @@ app.command()(bench_inference)
 app.command()(rehearse)
 app.command()(report)
 app.command()(launch)
+app.command()(doctor)
 
-LOCAL = {"localhost", "127.0.0.1"}  # in a hostfile: no ssh is needed
 NO = 1  # exit code of a question whose answer is no
 
 
@@ -67,11 +70,12 @@ def train(
 ) -> None:
     """Train on this machine, or on the hosts of a hostfile, through the deepspeed launcher."""
     import os
+    from functools import partial
 
     from toolkit.cluster.environment import PLANNED, gpu_count
-    from toolkit.cluster.launch import read_hostfile, run_local, run_on_hosts
+    from toolkit.cluster.launch import LOCAL, read_hostfile, run_local, run_on_hosts
     from toolkit.config.load import load_config
-    from toolkit.train.console import launcher_log
+    from toolkit.train.console import watched
     from toolkit.train.resolve import resolve
 
     at_least_one("--num-procs", num_procs)
@@ -81,8 +85,10 @@ def train(
             other = "--num-procs" if num_procs is not None else "--dry-run"
             raise ConfigError(f"{other} beside --hostfile", why="the hostfile says what runs where", fix="Leave one of the two out.")
         if not hosts.keys() <= LOCAL:
-            resolve(load_config(config, overrides or []), sum(hosts.values()))
-            raise typer.Exit(run_on_hosts(config, overrides or [], hostfile=hostfile))
+            folder = resolve(load_config(config, overrides or []), sum(hosts.values())).config.run.dir
+            look = ["toolkit", "doctor", str(config), *(overrides or []), "--hostfile", str(hostfile)]
+            code = watched(partial(run_on_hosts, config, overrides or [], hostfile=hostfile), folder=folder, doctor=look)
+            raise typer.Exit(code)
         num_procs = sum(hosts.values())
     processes = num_procs or gpu_count() or 1
     if dry_run:
@@ -91,8 +97,9 @@ def train(
         typer.echo(say_what_would_run(config, overrides or [], load_config(config, overrides or []), processes=processes), nl=False)
         return
     resolved = resolve(load_config(config, overrides or []), processes)  # what is wrong is said before any process starts
-    with launcher_log(resolved.config.run.dir):
-        raise typer.Exit(run_local(config, overrides or [], num_procs=processes, environ={**os.environ, PLANNED: "1"}))
+    run = partial(run_local, config, overrides or [], num_procs=processes, environ={**os.environ, PLANNED: "1"})
+    look = ["toolkit", "doctor", str(config), *(overrides or []), "--num-procs", str(processes)]
+    raise typer.Exit(watched(run, folder=resolved.config.run.dir, doctor=look))
 
 
 @app.command()
@@ -191,10 +198,12 @@ def main() -> None:
     """Entry point: a user error becomes one message and its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("megatron").setLevel(logging.ERROR)  # it names options that are absent
+    hide_secrets()
+    keep_others_out()
     try:
         app(prog_name="toolkit")
     except ToolkitError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(redact(f"error: {error}\n"))
         raise SystemExit(error.exit_code) from None
 
 

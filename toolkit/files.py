@@ -37,6 +37,11 @@ class FileRecord(BaseModel):
     sha256: str
 
 
+def keep_others_out() -> None:
+    """Let no file that this process makes be writable by everybody, however loose the user's umask is."""
+    os.umask(os.umask(0o077) | 0o002)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; the file written there takes the name when the block ends, after an fsync.

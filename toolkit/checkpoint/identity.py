@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.checkpoint.manifest import Manifest
+from toolkit.config.load import saved_config
 from toolkit.config.schema import OptimizerSection, RunConfig
 from toolkit.data.dataset import PreparedData
 from toolkit.data.given import GivenData
@@ -106,7 +107,7 @@ def moved(manifest: Manifest, layout: Mapping[str, Any]) -> str:
 
 def changed_keys(manifest: Manifest, config: RunConfig) -> list[str]:
     """`key: old -> new` for every other key that changed since the checkpoint; those a run may change."""
-    old, new = _flat(_known_now(manifest)), _flat(config.model_dump(mode="json"))
+    old, new = _flat(_known_now(manifest)), _flat(saved_config(config))
     quiet = (*_QUIET, *manifest.layout)
     return [f"{k}: {_show(old.get(k))} -> {_show(v)}" for k, v in new.items() if old.get(k) != v and not k.startswith(quiet)]
 

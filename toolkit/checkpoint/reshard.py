@@ -22,6 +22,7 @@ from toolkit.checkpoint.manifest import Manifest, folder_name, verify_files, wri
 from toolkit.checkpoint.names import group_file, rank_file
 from toolkit.checkpoint.target import Target
 from toolkit.checkpoint.whole import WholeCheckpoint
+from toolkit.config.load import saved_config
 from toolkit.engine.partitions import Cut
 from toolkit.errors import CheckpointError
 from toolkit.files import FileRecord, Partial
@@ -87,7 +88,7 @@ def _manifest(source: Manifest, target: Target, files: Sequence[FileRecord]) -> 
         update={
             "layout": target.cut,
             "processes": target.layout.world_size,
-            "config": target.config.model_dump(mode="json"),
+            "config": saved_config(target.config),
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "files": sorted(files, key=lambda f: f.name),
         }

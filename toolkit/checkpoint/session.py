@@ -16,6 +16,7 @@ from toolkit.checkpoint.resume import Resume, check_probe, find, probe
 from toolkit.checkpoint.save import Saver, SaveSettings
 from toolkit.checkpoint.start import announce
 from toolkit.config.deepspeed import zero_key
+from toolkit.config.load import saved_config
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import PreparedData
 from toolkit.data.given import GivenData
@@ -106,7 +107,7 @@ class Checkpoints:
             facts={
                 "layout": layout_of(self.config, self.layout),
                 "identity": identity_of(self.config, self.data),
-                "config": self.config.model_dump(mode="json"),
+                "config": saved_config(self.config),
             },
         )
         self.saver = Saver(self.config, self.layout, state, settings)

@@ -14,6 +14,7 @@ from torch import Tensor
 from toolkit.checkpoint.identity import layout_of, model_identity
 from toolkit.checkpoint.manifest import Manifest, versions, write_manifest
 from toolkit.checkpoint.names import weights_file
+from toolkit.config.load import saved_config
 from toolkit.config.schema import RunConfig
 from toolkit.errors import CheckpointError
 from toolkit.files import FileRecord, Partial, write_durably
@@ -42,7 +43,7 @@ def weights_manifest(config: RunConfig, *, step: int = 0, consumed_samples: int 
         layout=layout_of(plain, Layout()),
         identity=model_identity(config),
         probe={},
-        config=config.model_dump(mode="json"),
+        config=saved_config(config),
         versions=versions(),
         saved_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         files=[],

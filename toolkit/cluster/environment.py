@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Mapping, MutableMapping
 from importlib import metadata
 from pathlib import Path
 
-from toolkit.errors import ConfigError, MachineError
+from toolkit.cluster.words import check_exports
+from toolkit.errors import MachineError
+from toolkit.redact import is_secret
 
 # DeepSpeed's launcher exports only PYTHON*, NCCL* and a few more by itself
 EXPORTED_PREFIXES: tuple[str, ...] = ("FI_", "GLOO_", "NCCL_", "TP_SOCKET_", "UCX_")  # network
@@ -19,9 +20,6 @@ EXPORTED_PREFIXES += ("TORCHINDUCTOR_", "TORCH_", "TRITON_", "WANDB_")
 EXPORTED_NAMES = ("CC", "CXX", "CUDA_HOME", "LD_LIBRARY_PATH", "MAX_JOBS", "PATH", "TMPDIR", "XDG_CACHE_HOME")
 # meant for this process or this host alone, so not exported
 KEPT_NAMES = ("DS_ENV_FILE",)
-SECRET_WORDS = {"TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "CREDENTIALS"}
-# what a shell inside double quotes, or pdsh (%h, %n, %u), would replace
-UNQUOTABLE = re.compile(r'["$`\\%\n\r\x00]')
 
 
 def usable_cores() -> int:
@@ -123,20 +121,20 @@ def deepspeed_env_lines(environ: Mapping[str, str] | None = None) -> list[str]:
     Secrets (…_TOKEN, …_KEY) are left out, since the launcher puts every value on a command line that all users of a host can
     read. Raises ConfigError for a value that no shell would pass on unchanged.
     """
+    variables = exported_variables(environ)
+    check_exports(variables, variables)
+    return [f"{name}={value}" for name, value in variables.items()]
+
+
+def exported_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables of this environment that ranks on other hosts get, by name."""
     environ = os.environ if environ is None else environ
-    lines = []
+    variables = {}
     for name in sorted(environ):
         wanted = name in EXPORTED_NAMES or name.startswith(EXPORTED_PREFIXES)
-        if not wanted or name in KEPT_NAMES or SECRET_WORDS & set(name.split("_")) or not environ[name].strip():
-            continue
-        if found := UNQUOTABLE.search(environ[name]):
-            raise ConfigError(
-                f"the environment variable {name}={environ[name]!r} cannot be exported to the other hosts",
-                why=f"the shells on the way would replace its {found[0]!r}",
-                fix=f"Unset {name}, or set it on every host.",
-            )
-        lines.append(f"{name}={environ[name]}")
-    return lines
+        if wanted and name not in KEPT_NAMES and not is_secret(name) and environ[name].strip():
+            variables[name] = environ[name]
+    return variables
 
 
 def export_environment(path: Path, *, environ: Mapping[str, str] | None = None) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.cluster.launch import TRAIN_MODULE, read_hostfile
+from toolkit.cluster.words import check_host
 from toolkit.config.yaml_text import write_yaml
 from toolkit.errors import ConfigError, MachineError
 
@@ -49,6 +50,8 @@ def torchrun_command(job: Job, *, master_addr: str | None, master_port: int = MA
     """
     command = [job.python, "-m", "torch.distributed.run", f"--nnodes={job.nodes}", f"--nproc-per-node={job.ranks_per_node}"]
     command.append(f"--max-restarts={restarts}")
+    if master_addr is not None:
+        check_host(master_addr, where="--master-addr")
     if job.nodes == 1 and master_addr is None:
         command.append("--standalone")
     elif master_addr is None:
@@ -93,6 +96,8 @@ def no_ssh_command(
 ) -> list[str]:
     """DeepSpeed's command for one host of a hostfile, to be given on that host itself, where ssh between hosts is not allowed."""
     hosts = list(read_hostfile(hostfile))
+    if master_addr:
+        check_host(master_addr, where="--master-addr")
     if not 0 <= node_rank < len(hosts):
         raise ConfigError(
             f"--node-rank {node_rank} is not a host of {hostfile}",
@@ -169,7 +174,7 @@ def trainjob(job: Job, pods: Pods) -> str:
         "numNodes": job.nodes,
         "numProcPerNode": job.ranks_per_node,
         "command": ["torchrun", "-m", TRAIN_MODULE],
-        "args": [job.config, *job.overrides],
+        "args": [_literal(word) for word in (job.config, *job.overrides)],
     }
     if job.gpus:
         trainer["resourcesPerNode"] = {"limits": {"nvidia.com/gpu": job.ranks_per_node}}
@@ -190,7 +195,7 @@ def mpijob(job: Job, pods: Pods) -> str:
     address = f"{_pod_name(job.name)}-worker-0.{_pod_name(job.name)}"
     variables = {"MASTER_ADDR": address, "MASTER_PORT": str(MASTER_PORT), **(pods.variables or {})}
     exports = [word for name, value in variables.items() for word in ("-x", f"{name}={value}")]
-    command = ["mpirun", "-n", str(job.ranks), *exports, "python3", *job.program[1:]]
+    command = [_literal(word) for word in ("mpirun", "-n", str(job.ranks), *exports, "python3", *job.program[1:])]
     worker: dict[str, Any] = {"name": "worker", "image": pods.image, "command": ["/usr/sbin/sshd"], "args": ["-De"]}
     if job.gpus:
         worker["resources"] = {"limits": {"nvidia.com/gpu": job.ranks_per_node}}
@@ -213,6 +218,11 @@ def mpijob(job: Job, pods: Pods) -> str:
             },
         }
     )
+
+
+def _literal(word: str) -> str:
+    """A word in which Kubernetes replaces no $(VARIABLE)."""
+    return word.replace("$(", "$$(")
 
 
 def _metadata(job: Job, pods: Pods) -> dict[str, str]:

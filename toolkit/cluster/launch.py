@@ -27,6 +27,7 @@ from types import FrameType
 import psutil
 
 from toolkit.cluster.environment import deepspeed_env_lines, device_ids, export_environment, rank_environment
+from toolkit.cluster.words import check_exports, check_host, check_place, exported_by_deepspeed, packed
 from toolkit.errors import ConfigError, MachineError, ToolkitError
 
 __all__ = [
@@ -43,9 +44,11 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 TRAIN_MODULE = "toolkit.train"
+LOCAL = {"localhost", "127.0.0.1"}  # in a hostfile: no ssh is needed
 POLL_S = 0.2
 SSH_TIMEOUT_S = 10
 PORTS = range(21000, 29000)  # Linux gives those from 32768 on, and a run of a cluster has 29500
+SSH_OPTIONS = ["-o", "BatchMode=yes"]  # it must never ask
 SECOND_SIGNAL_S = 1.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -145,9 +148,14 @@ def cluster_command(
 ) -> list[str]:
     """The `deepspeed` command that starts the same run on every host of a hostfile, over pdsh and ssh or by OpenMPI's mpirun.
 
-    Raises ConfigError for a hostfile that is missing or wrong (DeepSpeed would train on one machine, or show a traceback).
+    The ranks' arguments are packed where a shell on the way would read something into them. Raises ConfigError for a hostfile that
+    is missing or wrong (DeepSpeed would train on one machine, or show a traceback), and for a working folder or an address that
+    cannot be packed.
     """
     hosts = read_hostfile(hostfile)
+    check_place()
+    if master_addr:
+        check_host(master_addr, where="--master-addr")
     command = ["deepspeed", "--hostfile", str(hostfile)]
     if runner == "openmpi":
         command += [
@@ -158,7 +166,8 @@ def cluster_command(
         ]
     if master_addr:
         command += ["--master_addr", master_addr]
-    return [*command, "--master_port", str(master_port), "--no_local_rank", "--module", module, str(config_path), *overrides]
+    words = [packed(str(word)) for word in (config_path, *overrides)]
+    return [*command, "--master_port", str(master_port), "--no_local_rank", "--module", module, *words]
 
 
 def _mpirun_arguments(master_addr: str, master_port: int, *, environ: Mapping[str, str] | None = None) -> list[str]:
@@ -191,6 +200,7 @@ def run_on_hosts(
     command.insert(1, "--no_ssh_check")
     env = dict(os.environ)
     env["PATH"] = rank_environment(1)["PATH"]
+    check_exports(env, exported_by_deepspeed(env))
     if "DS_ENV_FILE" not in env and not any(Path(place, ".deepspeed_env").exists() for place in (".", Path.home())):
         variables = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "toolkit" / "deepspeed_env"
         export_environment(variables)
@@ -210,7 +220,7 @@ def check_reachable(hosts: Iterable[str]) -> None:
     """Raise MachineError naming a host on which ssh cannot run a command without a password, as the launcher will have to."""
     if shutil.which("ssh") is None:
         raise MachineError("the command ssh is not on the PATH", why="other hosts are reached by it", fix="Install an ssh client.")
-    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_TIMEOUT_S}"]
+    options = [*SSH_OPTIONS, "-o", f"ConnectTimeout={SSH_TIMEOUT_S}"]
     tries = {host: subprocess.Popen(["ssh", *options, host, "true"], stderr=subprocess.PIPE, text=True) for host in hosts}
     for host, process in tries.items():
         error = process.communicate()[1]
@@ -218,7 +228,7 @@ def check_reachable(hosts: Iterable[str]) -> None:
             raise MachineError(
                 f"host {host} of the hostfile is not reachable by ssh",
                 why=(error.strip().splitlines() or ["it gave no reason"])[-1].strip().rstrip("."),
-                fix=f"Make `ssh {host} true` work without a password, or correct the name.",
+                fix=f"Make `ssh {host} true` work without a password, or correct the name. `toolkit doctor --hostfile H` looks at all hosts.",
             )
 
 
@@ -242,6 +252,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
             raise ConfigError(
                 f"{path}:{number} is {line.strip()!r}", why="a line names a host and its ranks", fix="Write it as `HOST slots=RANKS`."
             )
+        check_host(match[1], where=f"{path}:{number} names")
         if match[1] in hosts:
             raise ConfigError(f"{path}:{number} names {match[1]} a second time", fix="Give each host one line with all its slots.")
         hosts[match[1]] = int(match[2])
@@ -325,14 +336,21 @@ def _in_main_thread() -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check a hostfile and write the file of exported variables, for launch/multi-node.sh."""
+    """Check a hostfile, write the file of exported variables and print the ranks' arguments packed, for launch/multi-node.sh."""
     parser = argparse.ArgumentParser(prog="python -m toolkit.cluster.launch", description=main.__doc__)
     parser.add_argument("--hostfile", type=Path, required=True)
     parser.add_argument("--env-file", type=Path, required=True)
+    parser.add_argument("--master-addr", default="")
+    parser.add_argument("words", nargs="*", help="arguments of the ranks, printed one a line")
     args = parser.parse_args(argv)
     try:
         read_hostfile(args.hostfile)
+        check_place()
+        check_exports(os.environ, exported_by_deepspeed(os.environ))
+        if args.master_addr:
+            check_host(args.master_addr, where="MASTER_ADDR")
         export_environment(args.env_file)
+        sys.stdout.write("".join(f"{packed(word)}\n" for word in args.words))
     except ToolkitError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -69,6 +70,33 @@ def check_extension_locks(names: Iterable[str] | None = None, *, grace_s: float 
             logger.info("compiling DeepSpeed's extension %s, once on this machine: %s", name, BUILD_TIMES.get(name, "a minute or more"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class UnfinishedBuild:
+    """A lock on an extension's build folder: seconds since anything changed there, and the processes that compile in it."""
+
+    lock: Path
+    idle_s: float
+    builders: list[int]
+    grace_s: float
+
+    @property
+    def stale(self) -> bool:
+        """Nobody has compiled for so long that the build was killed."""
+        return not self.builders and self.idle_s >= self.grace_s
+
+
+def unfinished_builds() -> list[UnfinishedBuild]:
+    """Every lock there is now, without waiting."""
+    found = []
+    for folder in extension_folders():
+        for lock in sorted(folder.glob("*/lock")):
+            newest = _newest_change(lock)
+            if newest is not None:
+                grace_s = SHARED_GRACE_S if is_shared(lock) else GRACE_S
+                found.append(UnfinishedBuild(lock=lock, idle_s=time.time() - newest, builders=_builders(lock.parent), grace_s=grace_s))
+    return found
+
+
 def is_built(name: str) -> bool:
     """Whether an extension is compiled already, by an earlier run or with DeepSpeed itself."""
     by_a_run = any((folder / name / f"{name}.so").is_file() for folder in extension_folders())
@@ -77,7 +105,7 @@ def is_built(name: str) -> bool:
 
 def _wait_or_refuse(lock: Path, *, grace_s: float | None, poll_s: float) -> None:
     if grace_s is None:
-        grace_s = SHARED_GRACE_S if _is_shared(lock) else GRACE_S
+        grace_s = SHARED_GRACE_S if is_shared(lock) else GRACE_S
     busy_at, seen, announced = 0.0, None, False
     while (newest := _newest_change(lock)) is not None:
         now = time.time()
@@ -127,7 +155,8 @@ def _builders(folder: Path) -> list[int]:
     return processes
 
 
-def _is_shared(path: Path) -> bool:
+def is_shared(path: Path) -> bool:
+    """Whether a file lies on a file system of a kind that hosts share, by the mount's type."""
     mounts = {p.mountpoint: p.fstype for p in psutil.disk_partitions(all=True)}
     for parent in path.resolve().parents:
         if str(parent) in mounts:

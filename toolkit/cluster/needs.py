@@ -8,11 +8,12 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from toolkit.config.schema import RunConfig
-from toolkit.errors import ConfigError, MachineError
+from toolkit.errors import ConfigError, MachineError, ToolkitError
 
 MONITORS = {"log.tensorboard": "tensorboard", "log.wandb": "wandb"}
 # what DeepSpeed's own check compiles: a program that calls libaio
@@ -21,22 +22,52 @@ LIBAIO = "#include <libaio.h>\nint main(void) { return io_submit(0, 0, 0); }\n"
 
 def check_needs(config: RunConfig) -> None:
     """Raise MachineError or ConfigError for what the run would stumble over minutes later, with what to install or set."""
+    for check in _checks(config):
+        check()
+
+
+def unmet(config: RunConfig) -> list[ToolkitError]:
+    """All that check_needs would raise, one after the other."""
+    errors = []
+    for check in _checks(config):
+        try:
+            check()
+        except ToolkitError as error:
+            errors.append(error)
+    return errors
+
+
+def needed_extensions(config: RunConfig) -> list[str]:
+    """DeepSpeed's extensions that the run compiles at its first use."""
+    zero = config.zero
+    return [
+        *(["cpu_adam"] if zero.offload_optimizer != "none" else []),
+        *(["async_io"] if "nvme" in (zero.offload_optimizer, zero.offload_param) else []),
+    ]
+
+
+def _checks(config: RunConfig) -> Iterator[Callable[[], None]]:
     for key, package in MONITORS.items():
         section, name = key.split(".")
-        if getattr(getattr(config, section), name) and importlib.util.find_spec(package) is None:
-            raise MachineError(
-                f"{key}=true needs the package {package}, which is not installed",
-                fix=f"Install it (pip install {package}), or set {key} to false.",
-            )
+        if getattr(getattr(config, section), name):
+            yield partial(_check_monitor, key, package)
     zero = config.zero
     devices = {"zero.offload_optimizer": zero.offload_optimizer, "zero.offload_param": zero.offload_param}
     on_nvme = [key for key, device in devices.items() if device == "nvme"]
     if zero.offload_optimizer != "none":
-        _check_compiler("zero.offload_optimizer", zero.offload_optimizer, "cpu_adam")
+        yield partial(_check_compiler, "zero.offload_optimizer", zero.offload_optimizer, "cpu_adam")
     if on_nvme:
-        _check_folder(zero.nvme_path)
-        _check_compiler(on_nvme[0], "nvme", "async_io")
-        _check_libaio(on_nvme[0])
+        yield partial(_check_folder, zero.nvme_path)
+        yield partial(_check_compiler, on_nvme[0], "nvme", "async_io")
+        yield partial(_check_libaio, on_nvme[0])
+
+
+def _check_monitor(key: str, package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise MachineError(
+            f"{key}=true needs the package {package}, which is not installed",
+            fix=f"Install it (pip install {package}), or set {key} to false.",
+        )
 
 
 def _check_folder(path: Path | None) -> None:

@@ -17,6 +17,7 @@ from toolkit.config.presets import with_preset
 from toolkit.config.schema import BUILT_IN, RunConfig
 from toolkit.config.yaml_text import read_text, read_yaml, write_yaml
 from toolkit.errors import ConfigError
+from toolkit.redact import redact_values
 
 log = logging.getLogger("toolkit.train")
 
@@ -92,6 +93,11 @@ def dump_config(config: RunConfig, *, open_data: bool = False) -> str:
     if open_data:
         raw["data"] = config.data.model_dump(mode="json", exclude_unset=True)
     return write_yaml(raw)
+
+
+def saved_config(config: RunConfig) -> dict[str, Any]:
+    """The config as a checkpoint keeps it: JSON values, without secrets of the environment."""
+    return dict(redact_values(config.model_dump(mode="json")))
 
 
 READ = ("data.source", "data.tokenizer", "checkpoint.init_from")  # paths; data.blend has some as its keys

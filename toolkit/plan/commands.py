@@ -49,6 +49,7 @@ def tune(
 ) -> None:
     """Choose TP, PP, VPP, CP, DP, ZeRO, offload, recompute and micro-batch for a config on a cluster, without a GPU."""
     import json
+    import shlex
     import shutil
 
     from toolkit.plan.tune import tune as answer_to
@@ -103,7 +104,9 @@ def tune(
     if out is not None:
         write_plan(question, chosen, out, ranking=ranking)
         if not as_json:
-            typer.echo(f"written to {out}; start it with: {launch_command(str(out / 'run.yaml'), question.hardware, chosen.gpus)}")
+            typer.echo(
+                f"written to {out}; start it with: {launch_command(shlex.quote(str(out / 'run.yaml')), question.hardware, chosen.gpus)}"
+            )
 
 
 def _question(

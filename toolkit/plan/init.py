@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def write_config(out: Path, raw: dict[str, Any], hardware: Hardware) -> tuple[Pl
             value, default = getattr(best.workload, axis), getattr(getattr(question.config, section), key)
             if value != default or key == "stage":
                 raw.setdefault(section, {})[key] = value
-    command = launch_command(str(out), hardware, best.gpus)
+    command = launch_command(shlex.quote(str(out)), hardware, best.gpus)
     head = f"# Written by toolkit init for {spec(hardware, best.gpus)}. Start it with:\n#   {command}\n"
     order = ("run", "model", "parallel", "zero", "train", "optimizer", "data", "checkpoint")
     text = head + write_yaml({section: raw[section] for section in order if section in raw})

@@ -9,13 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit.config.load import dump_config
+from toolkit.config.load import saved_config
 from toolkit.config.schema import RunConfig
+from toolkit.config.yaml_text import write_yaml
 from toolkit.files import write_durably
+from toolkit.redact import redact_values
 
 CONFIG = "config.yaml"  # the resolved config: a run of this file alone is the same run
 DS_CONFIG = "ds_config.json"  # the configuration as it was given to DeepSpeed
 MACHINE = "machine.json"  # device name, processes, hosts
+LOGS = "logs"  # what each rank has said, one file a rank
 CONSOLE = "console.log"  # what the run has said, each line with its time
 METRICS = "metrics.jsonl"  # one record per optimizer step
 
@@ -24,8 +27,8 @@ def write_run(config: RunConfig, ds_config: Mapping[str, Any]) -> Path:
     """Make the run folder and write what runs in it; returns the folder."""
     folder = config.run.dir
     folder.mkdir(parents=True, exist_ok=True)
-    write_durably(folder / CONFIG, dump_config(config).encode())
-    write_durably(folder / DS_CONFIG, (json.dumps(ds_config, indent=2) + "\n").encode())
+    write_durably(folder / CONFIG, write_yaml(saved_config(config)).encode())
+    write_durably(folder / DS_CONFIG, (json.dumps(redact_values(ds_config), indent=2) + "\n").encode())
     return folder
 
 

@@ -10,18 +10,24 @@ from pathlib import Path
 from toolkit.cluster.environment import take_place_from_mpi
 from toolkit.cluster.launch import clear_line
 from toolkit.cluster.rank import run_as_rank
+from toolkit.cluster.words import unpacked
 from toolkit.errors import Stopped, ToolkitError
-from toolkit.train.program import alone, quiet, say
+from toolkit.train.console import rank_name
+from toolkit.train.program import alone, quiet, say, say_failure
 
 
 def main(arguments: list[str]) -> int:
     """Train; returns the exit code. A user error is one message from each host, never a traceback."""
     take_place_from_mpi()
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     if rank:
-        logging.getLogger().handlers[0].addFilter(_on_a_line_of_its_own)
+        screen = logging.getLogger().handlers[0]
+        screen.setLevel(logging.WARNING)  # its own file gets all it says
+        screen.setFormatter(logging.Formatter(f"{rank_name(rank).replace('%', '%%')}: %(message)s"))
+        screen.addFilter(_on_a_line_of_its_own)
     quiet()
+    arguments = [unpacked(word) for word in arguments]
     if not arguments:
         sys.stderr.write("usage: python -m toolkit.train CONFIG [section.key=value …]\n")
         return 2
@@ -35,6 +41,10 @@ def main(arguments: list[str]) -> int:
     except ToolkitError as error:
         say(error, rank=rank, local_rank=local_rank)
         return error.exit_code
+    except Exception as error:
+        say_failure(error, rank=rank)
+        sys.last_value = error  # as Python does for one that nothing catches: leaving the world then does not wait for the others
+        return 1
     return 0
 
 

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -152,6 +153,7 @@ def _plain(name: str) -> str:
 def _on_hosts(
     path: Path, overrides: list[str], hostfile: Path, *, runner: str, node_rank: int | None, address: str | None, port: int, dry_run: bool
 ) -> None:
+    from toolkit.train.console import watched
     from toolkit.train.resolve import machine, resolve  # loads numpy, which `toolkit tune` starts without
 
     hosts = read_hostfile(hostfile)
@@ -166,8 +168,10 @@ def _on_hosts(
         check(load_config(path, overrides), ranks, machine=machine())
         typer.echo(shlex.join(command))
         return
-    resolve(load_config(path, overrides), ranks)
-    raise typer.Exit(run_on_hosts(path, overrides, hostfile=hostfile, master_addr=address, master_port=port, runner=runner))
+    folder = resolve(load_config(path, overrides), ranks).config.run.dir
+    run = partial(run_on_hosts, path, overrides, hostfile=hostfile, master_addr=address, master_port=port, runner=runner)
+    look = ["toolkit", "doctor", str(path), *overrides, "--hostfile", str(hostfile), "--master-port", str(port)]
+    raise typer.Exit(watched(run, folder=folder, doctor=look))
 
 
 def _run(command: list[str], *, dry_run: bool) -> None:

@@ -9,17 +9,20 @@ import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 from toolkit.cluster.environment import PLANNED, cuda_defaults, gpu_count
+from toolkit.cluster.launch import clear_line
 from toolkit.config.schema import RunConfig
 from toolkit.errors import OutOfMemory, ToolkitError
-from toolkit.train.console import ConsoleLog
-
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
+from toolkit.files import keep_others_out
+from toolkit.redact import Redacted, hide_secrets, redact
+from toolkit.train.console import ConsoleLog, rank_name, was_told
+from toolkit.train.failures import is_echo
 
 
 def say(error: ToolkitError, *, rank: int, local_rank: int) -> None:
@@ -28,10 +31,26 @@ def say(error: ToolkitError, *, rank: int, local_rank: int) -> None:
     """
     if local_rank == 0 or isinstance(error, OutOfMemory):
         named = rank == 0 or isinstance(error, OutOfMemory)  # which says its rank itself
-        sys.stderr.write(f"{'error' if named else f'error on rank {rank}'}: {error}\n")
+        sys.stderr.write(redact(f"{'error' if named else f'error on {rank_name(rank)}'}: {error}\n"))
         sys.stderr.flush()
     elif signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         time.sleep(3.0)  # the launcher ends all ranks at the first exit that it sees
+
+
+def say_failure(error: BaseException, *, rank: int) -> None:
+    """Write the traceback of an error that is no user's, after a line that names the rank; nothing where another rank has said the
+    cause. A rank that only lost another one says so in a line: whoever has gone may have had no time to say why.
+    """
+    if was_told(error):
+        return
+    clear_line()
+    if is_echo(error):
+        first = " ".join(str(error).split())[:160]
+        text = f"{rank_name(rank)} lost another rank, which has said nothing yet: {first}\n"
+    else:
+        text = f"{rank_name(rank)} failed:\n" + "".join(traceback.format_exception(error))
+    sys.stderr.write(redact(text))
+    sys.stderr.flush()
 
 
 @contextmanager
@@ -46,10 +65,9 @@ def alone(*, rank: int) -> Iterator[None]:
         sys.stdout.flush()
         os._exit(error.exit_code)
     except RuntimeError as error:
-        if not any(text in str(error) for text in LOST_PEER):
+        if not is_echo(error):
             raise
-        sys.stderr.write(f"rank {rank} stops: another rank has ended\n")
-        sys.stderr.flush()
+        say_failure(error, rank=rank)
         time.sleep(3.0)  # the launcher reports the first exit code that it sees
         os._exit(1)
 
@@ -86,6 +104,8 @@ def quiet() -> None:
     """
     warnings.filterwarnings("ignore")
     quiet_libraries()
+    hide_secrets()
+    keep_others_out()
 
 
 def quiet_libraries() -> None:
@@ -105,8 +125,12 @@ def speak(*, rank: int) -> None:
         return
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
+    if rank:
+        handler.setLevel(logging.WARNING)
+        handler.setFormatter(logging.Formatter(f"{rank_name(rank).replace('%', '%%')}: %(message)s"))
+    handler.setFormatter(Redacted(handler.formatter))
     log.addHandler(handler)
-    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    log.setLevel(logging.INFO)
 
 
 def say_uncaught_errors() -> None:
@@ -124,9 +148,11 @@ class _SayErrors:
     def __init__(self, before: Any) -> None:
         self.before = before
 
-    def __call__(self, kind: Any, error: BaseException, traceback: Any) -> None:
+    def __call__(self, kind: Any, error: BaseException, trace: Any) -> None:
+        if was_told(error):
+            return
         if not isinstance(error, ToolkitError):
-            self.before(kind, error, traceback)
+            self.before(kind, error, trace)
             return
         with redirect_stderr(sys.__stderr__):  # torch.distributed calls this hook with stderr put away, to add the rank to each line
             say(error, rank=int(os.environ.get("RANK", 0)), local_rank=int(os.environ.get("LOCAL_RANK", 0)))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import ipaddress
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -74,7 +77,7 @@ def connect(world: World, layout: Layout, *, seed: int, timeout_s: float = 1800.
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if world.device.type == "cuda" else "gloo",
-            store=dist.HashStore() if world.size == 1 else None,  # a world of one needs no port
+            store=_store(world, timedelta(seconds=timeout_s)),
             rank=world.rank,
             world_size=world.size,
             timeout=timedelta(seconds=timeout_s),
@@ -82,6 +85,46 @@ def connect(world: World, layout: Layout, *, seed: int, timeout_s: float = 1800.
         atexit.register(disconnect)
     groups.initialise(layout)
     groups.seed_generators(layout.coordinates(world.rank), seed=seed)
+
+
+def _store(world: World, timeout: timedelta) -> dist.Store | None:
+    """Where the ranks meet, listening on one address alone where it is known which; None: as torch does it by itself.
+
+    torch's own store listens on every interface of the first host. A world of one needs no port, and torchrun brings its own store.
+    """
+    if world.size == 1:
+        return dist.HashStore()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listening = None
+    if world.rank == 0:
+        listening = listen(host, port, interface=os.environ.get("GLOO_SOCKET_IFNAME") or os.environ.get("NCCL_SOCKET_IFNAME"))
+        if listening is None:
+            return None
+    descriptor = listening.detach() if listening is not None else None
+    return dist.TCPStore(host, port, world.size, world.rank == 0, timeout, multi_tenant=True, master_listen_fd=descriptor)
+
+
+def listen(host: str, port: int, *, interface: str | None) -> socket.socket | None:
+    """A socket that listens for the ranks on the address `host`; None where it is not certain that all ranks come to that address.
+
+    An address is what it says. A name may mean another address on other hosts, so it counts only where it means one of `interface`.
+    """
+    try:
+        address = str(ipaddress.ip_address(host))
+    except ValueError:
+        try:
+            address = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
+        except OSError:
+            return None
+        if interface is None or address not in {a.address for a in psutil.net_if_addrs().get(interface, [])}:
+            return None
+    try:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        return socket.create_server((address, port), family=family, backlog=2048)
+    except OSError:  # taken, or no address of this host (a forwarded one): torch says what is wrong, or listens everywhere
+        return None
 
 
 def disconnect() -> None:
