@@ -70,6 +70,7 @@ def train(
 
     from toolkit.cluster.environment import PLANNED, gpu_count
     from toolkit.cluster.launch import read_hostfile, run_local, run_on_hosts
+    from toolkit.cluster.stalls import STALLED
     from toolkit.config.load import load_config
     from toolkit.train.console import launcher_log
     from toolkit.train.resolve import resolve
@@ -81,8 +82,8 @@ def train(
             other = "--num-procs" if num_procs is not None else "--dry-run"
             raise ConfigError(f"{other} beside --hostfile", why="the hostfile says what runs where", fix="Leave one of the two out.")
         if not hosts.keys() <= LOCAL:
-            resolve(load_config(config, overrides or []), sum(hosts.values()))
-            raise typer.Exit(run_on_hosts(config, overrides or [], hostfile=hostfile))
+            run = resolve(load_config(config, overrides or []), sum(hosts.values())).config.run.dir
+            raise typer.Exit(run_on_hosts(config, overrides or [], hostfile=hostfile, stalled=run / STALLED))
         num_procs = sum(hosts.values())
     processes = num_procs or gpu_count() or 1
     if dry_run:

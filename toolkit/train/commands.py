@@ -15,6 +15,7 @@ import typer
 from toolkit.cluster.environment import gpu_count
 from toolkit.cluster.jobs import MASTER_PORT, Job, Pods, mpijob, no_ssh_command, slurm_script, torchrun_command, torchrun_place, trainjob
 from toolkit.cluster.launch import cluster_command, read_hostfile, run_on_hosts
+from toolkit.cluster.stalls import STALLED
 from toolkit.config.load import load_config
 from toolkit.errors import ConfigError, MachineError, at_least_one
 from toolkit.parallel.rules import Machine, check
@@ -166,8 +167,9 @@ def _on_hosts(
         check(load_config(path, overrides), ranks, machine=machine())
         typer.echo(shlex.join(command))
         return
-    resolve(load_config(path, overrides), ranks)
-    raise typer.Exit(run_on_hosts(path, overrides, hostfile=hostfile, master_addr=address, master_port=port, runner=runner))
+    run = resolve(load_config(path, overrides), ranks).config.run.dir
+    code = run_on_hosts(path, overrides, hostfile=hostfile, master_addr=address, master_port=port, runner=runner, stalled=run / STALLED)
+    raise typer.Exit(code)
 
 
 def _run(command: list[str], *, dry_run: bool) -> None:
