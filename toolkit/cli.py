@@ -74,6 +74,7 @@ def train(
 
     from toolkit.cluster.environment import PLANNED, gpu_count
     from toolkit.cluster.launch import LOCAL, read_hostfile, run_local, run_on_hosts
+    from toolkit.cluster.stalls import STALLED
     from toolkit.config.load import load_config
     from toolkit.train.console import watched
     from toolkit.train.resolve import resolve
@@ -87,8 +88,8 @@ def train(
         if not hosts.keys() <= LOCAL:
             folder = resolve(load_config(config, overrides or []), sum(hosts.values())).config.run.dir
             look = ["toolkit", "doctor", str(config), *(overrides or []), "--hostfile", str(hostfile)]
-            code = watched(partial(run_on_hosts, config, overrides or [], hostfile=hostfile), folder=folder, doctor=look)
-            raise typer.Exit(code)
+            run = partial(run_on_hosts, config, overrides or [], hostfile=hostfile, stalled=folder / STALLED)
+            raise typer.Exit(watched(run, folder=folder, doctor=look))
         num_procs = sum(hosts.values())
     processes = num_procs or gpu_count() or 1
     if dry_run:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.pool import Pool
+from toolkit.parallel.group_names import group_names
 from toolkit.parallel.layout import Layout
-from toolkit.profile.clock import Clock, group_names
+from toolkit.profile.clock import Clock
 
 
 def test_inner_parts_take_their_seconds_from_the_outer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ import pytest
 from tests.parity.cells import Cell, always
 from tests.rehearse.many import Task, rehearse_many
 from toolkit.config.load import parse_config
+from toolkit.parallel.group_names import group_names
 from toolkit.parallel.layout import Layout
-from toolkit.profile.clock import group_names
 from toolkit.rehearse import match, play
 from toolkit.rehearse.session import choose_ranks
 

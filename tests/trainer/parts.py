@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -176,3 +178,44 @@ def stops_on_rank_1(step: Any) -> None:
 
 def sees_the_model(step: Any) -> None:
     step.add("parameters", sum(p.numel() for chunk in step.model for p in chunk.parameters()))
+
+
+class StuckOnRank1(Numbers):
+    """From step 3 on, rank 1 waits for ever for its samples."""
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        if getattr(stuck_from_step_2, "over", False) and dist.get_rank() == 1:
+            threading.Event().wait()
+        return super().__getitem__(i)
+
+
+def stuck_from_step_2(step: Any) -> None:
+    stuck_from_step_2.over = step.record.step == 2  # type: ignore[attr-defined]
+
+
+def flips_a_bit_on_rank_2(step: Any) -> None:
+    """As a memory cell that fails would, after step 2."""
+    import torch
+
+    if step.record.step == 2 and step.rank == 2:
+        weight = next(iter(step.model[-1].parameters()))
+        weight.detach().view(torch.int32).view(-1)[3] ^= 1
+
+
+def computes_wrong_on_rank_1(output: Any, batch: Any) -> Any:
+    """A loss that comes out another way now and then on one rank, while nothing is trained."""
+    import torch
+
+    loss = output.mean()
+    if dist.get_rank() == 1 and not torch.is_grad_enabled():
+        computes_wrong_on_rank_1.calls += 1  # type: ignore[attr-defined]
+        return loss * (1 + 1e-4 * computes_wrong_on_rank_1.calls)  # type: ignore[attr-defined]
+    return loss
+
+
+computes_wrong_on_rank_1.calls = 0  # type: ignore[attr-defined]
+
+
+def is_slow_on_rank_1(step: Any) -> None:
+    if step.rank == 1:
+        time.sleep(0.1)

@@ -27,6 +27,7 @@ from types import FrameType
 import psutil
 
 from toolkit.cluster.environment import deepspeed_env_lines, device_ids, export_environment, rank_environment
+from toolkit.cluster.stalls import REQUEUE, SUMMARY
 from toolkit.cluster.words import check_exports, check_host, check_place, exported_by_deepspeed, packed
 from toolkit.errors import ConfigError, MachineError, ToolkitError
 
@@ -50,6 +51,7 @@ SSH_TIMEOUT_S = 10
 PORTS = range(21000, 29000)  # Linux gives those from 32768 on, and a run of a cluster has 29500
 SSH_OPTIONS = ["-o", "BatchMode=yes"]  # it must never ask
 SECOND_SIGNAL_S = 1.0
+STALL_GRACE_S = 15.0  # for a run that has reported that it makes no progress to end by itself
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -188,10 +190,12 @@ def run_on_hosts(
     master_addr: str | None = None,
     master_port: int = 29500,
     runner: str = "pdsh",
+    stalled: Path | None = None,
 ) -> int:
     """Start a run on every host of a hostfile and return the launcher's exit code.
 
     What the ranks of other hosts need of this environment is exported, unless there is a .deepspeed_env of the user's own.
+    stalled: where its watchdog reports; once it has, what is left of the run is ended, and the code is REQUEUE.
     Signals of a terminal reach the launcher, which passes them to the ranks; one sent to this process alone is passed on to it.
     Raises ConfigError for a wrong hostfile, MachineError for a host that ssh does not reach, or without the launcher.
     """
@@ -210,10 +214,36 @@ def run_on_hosts(
     process = subprocess.Popen([launcher, *command[1:]], env=env)
     previous = {s: signal.signal(s, lambda number, _: process.send_signal(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return _exit_code(process.wait(), asked=None)
+        return _watched(process, stalled=stalled)
     finally:
         for s, handler in previous.items():
             signal.signal(s, handler)
+
+
+def _watched(process: subprocess.Popen[bytes], *, stalled: Path | None) -> int:
+    """The exit code of a launcher. One that waits for a host that has stopped is ended once the other ranks have reported it."""
+    before = _verdicts(stalled)
+    reported: float | None = None
+    while True:
+        try:
+            code = process.wait(POLL_S * 5)
+            return REQUEUE if code and _verdicts(stalled) - before else _exit_code(code, asked=None)
+        except subprocess.TimeoutExpired:
+            pass
+        if reported is None and _verdicts(stalled) - before:
+            reported = time.monotonic()
+        if reported is not None and time.monotonic() - reported > STALL_GRACE_S:
+            children = psutil.Process(process.pid).children(recursive=True)  # pdsh and its ssh: the launcher alone would leave them
+            process.kill()
+            for child in children:
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+            process.wait()
+            return REQUEUE
+
+
+def _verdicts(stalled: Path | None) -> set[Path]:
+    return set(stalled.glob(f"*/{SUMMARY}")) if stalled is not None else set()
 
 
 def check_reachable(hosts: Iterable[str]) -> None:

@@ -212,6 +212,14 @@ class TrainSection(Section):
     eval_every: int = Field(0, ge=0, description="optimizer steps between evaluations; 0: never")
     eval_steps: int = Field(0, ge=0, description="global batches per evaluation")
     on_nonfinite: Literal["stop", "skip"] = Field("stop", description="a non-finite loss or gradient: stop, or skip the step")
+    watchdog_s: float = Field(
+        1500.0,
+        ge=0.0,
+        description="seconds without progress (a step, an evaluation batch, a save; the first step has three times as long) after which "
+        "every rank says what it waits in, and the run ends with exit code 75; 0: never",
+    )
+    check_replicas_every: int = Field(0, ge=0, description="optimizer steps between checks that replicas hold the same bits; 0: never")
+    check_repeat_every: int = Field(0, ge=0, description="optimizer steps between checks that a batch gives the same loss twice; 0: never")
 
 
 class OptimizerSection(Section):

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from toolkit.parallel.group_names import group_names
 from toolkit.parallel.layout import Layout
 
 PARTS = ("data wait", "forward", "backward", "optimizer", "communication", "other")
@@ -227,34 +228,3 @@ def _bytes(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     return sum(_bytes(item) for item in value) if isinstance(value, (list, tuple)) else 0
-
-
-def group_names(layout: Layout, rank: int) -> dict[tuple[int, ...], str]:
-    """Names of this rank's process groups, by their ranks.
-
-    Where two axes have the same ranks, the first axis names the group; the whole world comes last.
-    """
-    at = layout.coordinates(rank)
-    ranks = range(layout.world_size)
-    places = {r: layout.coordinates(r) for r in ranks}
-
-    def along(*axes: str) -> tuple[int, ...]:
-        fixed = [a for a in ("tp", "cp", "dp", "pp") if a not in axes]
-        return tuple(r for r in ranks if all(getattr(places[r], a) == getattr(at, a) for a in fixed))
-
-    pipeline = along("pp")
-    groups = [
-        (along("tp"), "tensor"),
-        (along("cp"), "context"),
-        (along("dp"), "data"),
-        (along("dp", "cp"), "data"),
-        (pipeline, "pipeline"),
-        ((pipeline[0], pipeline[-1]), "embedding"),
-        (along("tp", "pp"), "model"),
-        (tuple(ranks), "world"),
-    ]
-    named: dict[tuple[int, ...], str] = {}
-    for members, name in groups:
-        if len(set(members)) > 1:
-            named.setdefault(members, name)
-    return named

@@ -5,7 +5,7 @@ and on what.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ DS_CONFIG = "ds_config.json"  # the configuration as it was given to DeepSpeed
 MACHINE = "machine.json"  # device name, processes, hosts
 LOGS = "logs"  # what each rank has said, one file a rank
 CONSOLE = "console.log"  # what the run has said, each line with its time
+RANKS = "ranks.json"  # seconds a step that each rank worked itself, and its host
 METRICS = "metrics.jsonl"  # one record per optimizer step
 
 
@@ -35,3 +36,9 @@ def write_run(config: RunConfig, ds_config: Mapping[str, Any]) -> Path:
 def write_machine(folder: Path, *, device: str, processes: int, hosts: int) -> None:
     """Note what the run is measured on, for `toolkit calibrate`."""
     write_durably(folder / MACHINE, (json.dumps({"device": device, "processes": processes, "hosts": hosts}) + "\n").encode())
+
+
+def write_ranks(folder: Path, *, own_s: Sequence[float], hosts: Sequence[str]) -> None:
+    """Note how long each rank worked a step, without the seconds it waited for others."""
+    ranks = [{"rank": rank, "host": host, "own_s": round(own, 6)} for rank, (own, host) in enumerate(zip(own_s, hosts, strict=True))]
+    write_durably(folder / RANKS, (json.dumps({"ranks": ranks}) + "\n").encode())

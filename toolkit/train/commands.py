@@ -16,6 +16,7 @@ import typer
 from toolkit.cluster.environment import gpu_count
 from toolkit.cluster.jobs import MASTER_PORT, Job, Pods, mpijob, no_ssh_command, slurm_script, torchrun_command, torchrun_place, trainjob
 from toolkit.cluster.launch import cluster_command, read_hostfile, run_on_hosts
+from toolkit.cluster.stalls import STALLED
 from toolkit.config.load import load_config
 from toolkit.errors import ConfigError, MachineError, at_least_one
 from toolkit.parallel.rules import Machine, check
@@ -169,7 +170,9 @@ def _on_hosts(
         typer.echo(shlex.join(command))
         return
     folder = resolve(load_config(path, overrides), ranks).config.run.dir
-    run = partial(run_on_hosts, path, overrides, hostfile=hostfile, master_addr=address, master_port=port, runner=runner)
+    run = partial(
+        run_on_hosts, path, overrides, hostfile=hostfile, master_addr=address, master_port=port, runner=runner, stalled=folder / STALLED
+    )
     look = ["toolkit", "doctor", str(path), *overrides, "--hostfile", str(hostfile), "--master-port", str(port)]
     raise typer.Exit(watched(run, folder=folder, doctor=look))
 

@@ -24,6 +24,7 @@ from typing import IO
 
 from toolkit import __version__
 from toolkit.cluster.environment import hosts
+from toolkit.cluster.stalls import REQUEUE
 from toolkit.errors import OutOfMemory, Stopped, ToolkitError
 from toolkit.redact import Redacted
 from toolkit.runfolder.files import CONSOLE, LOGS, METRICS
@@ -31,7 +32,7 @@ from toolkit.train.failures import failure_lines, note
 
 _MOST_HELD = 1000  # lines said before the run has its folder
 RANK_BYTES, RANK_FILES = 16 << 20, 3
-EXPLAINED = (0, 2, 3, 4, 130, 143)  # exit codes after which the user knows what to do
+EXPLAINED = (0, 2, 3, 4, REQUEUE, 130, 143)  # exit codes after which the user knows what to do
 
 logger = logging.getLogger(__name__)
 

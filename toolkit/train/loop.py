@@ -28,7 +28,7 @@ from toolkit.data.loader import batches
 from toolkit.errors import DataError, Stopped, ToolkitError, TrainingError
 from toolkit.hardware.catalogue import peak_flops
 from toolkit.parallel.agree import everywhere
-from toolkit.runfolder.files import write_machine, write_run
+from toolkit.runfolder.files import write_machine, write_ranks, write_run
 from toolkit.runfolder.metrics import Metrics, StepRecord
 from toolkit.train.bar import Bar
 from toolkit.train.console import ConsoleLog
@@ -36,6 +36,8 @@ from toolkit.train.hooks import Extensions, Hooks
 from toolkit.train.lr import learning_rate
 from toolkit.train.resolve import ResolvedRun
 from toolkit.train.signals import StopRequest
+from toolkit.train.sound import check_repeat, check_replicas, slowest
+from toolkit.train.watchdog import Party, Progress, Watchdog
 from toolkit.train.words import Outcome, closing_lines, opening_lines
 from toolkit.train.world import World, connect
 
@@ -45,6 +47,7 @@ Batch = dict[str, Tensor]
 Fetched = tuple[list[Batch], ToolkitError | None]
 
 NOTHING = Extensions()  # added by the user
+MOST_QUIET = 20  # steps that are too few to tell which rank is slow
 BY_HOOK, BY_SIGNAL = 1, 2  # who asks for an end of the run; 0: nobody
 
 
@@ -77,6 +80,8 @@ class Run:
         self.stop = StopRequest()
         self.bar: Bar | None = None
         self.evaluated: StepRecord | None = None  # the last step that was
+        self.progress = Progress()
+        self.watchdog: Watchdog | None = None
         try:
             self._build(resolved, world, extensions, console)
         except BaseException:
@@ -133,14 +138,18 @@ class Run:
         """
         t = self.config.train
         record, stopping = None, 0
+        self._watch()
         if self.world.rank == 0:
             self.bar = Bar.on_terminal(steps=t.steps, done=self.checkpoints.step)
         for step in range(self.checkpoints.step + 1, t.steps + 1):
+            self.progress.step = step
             record, stopping = self._step(step)
+            self.progress.beats += 1
             if t.eval_every and (step % t.eval_every == 0 or step == t.steps):
                 record.eval_loss = self._evaluate()
                 self.evaluated = record
                 self.hooks.call("on_eval", record)
+            self._check_repeat(step)
             self.hooks.call("on_step", record)
             saving = self.checkpoints.save(record, last=stopping > 0 or step == t.steps)
             if saving:
@@ -150,19 +159,57 @@ class Run:
                 self.bar.step(record, partial(self.metrics.left_s, record))
             if saving:
                 self.checkpoints.commit()
+            self.progress.beats += 1
             if stopping:
                 if self.world.rank == 0:
                     who = "a signal" if stopping == BY_SIGNAL else f"the hook {self.hooks.stop_asked or 'of another rank'}"
                     log.info("stopped after step %d, as %s asked", step, who)
                 break
         self._end_together()
-        self._close_with_words(record)
+        self._close_with_words(record, self._slowest(record))
         if record is not None and stopping == BY_SIGNAL and record.step < t.steps:
             raise Stopped(f"the run was stopped after step {record.step} of {t.steps}", fix="Start it again to go on from its checkpoint.")
         return record
 
+    def _watch(self) -> None:
+        """From here on, a run that makes no progress is ended."""
+        t = self.config.train
+        if t.watchdog_s or t.check_replicas_every or t.check_repeat_every:
+            self.party = Party.of(self.config.run.dir)
+        if t.watchdog_s:
+            self.watchdog = Watchdog(self.progress, self.party, seconds=t.watchdog_s, rank=self.world.rank, layout=self.layout)
+
+    def _check_repeat(self, step: int) -> None:
+        """Compute the next step's batch twice where the config asks for it."""
+        t = self.config.train
+        if t.check_repeat_every and step % t.check_repeat_every == 0 and self.ahead is not None:
+            micro = self.ahead[0]
+            self.engine.evaluation(True)
+            with torch.no_grad():
+                check_repeat(
+                    lambda: self.schedule(lambda: iter(micro), num_microbatches=len(micro), forward_only=True),
+                    self.layout,
+                    self.party.hosts,
+                    rank=self.world.rank,
+                    step=step,
+                )
+            self.engine.evaluation(False)
+
+    def _slowest(self, record: StepRecord | None) -> str:
+        """Who held the others up, once enough steps tell; all ranks call it."""
+        taken = record.step - self.checkpoints.step if record else 0
+        # on a GPU the host's time says nothing of the device's
+        if self.watchdog is None or self.world.size < 2 or taken < MOST_QUIET or self.world.device.type == "cuda":
+            return ""
+        own = everywhere(lambda: self.watchdog.busy_s / (taken - 1) if self.watchdog else 0.0)
+        if self.world.rank == 0:
+            write_ranks(self.config.run.dir, own_s=own, hosts=self.party.hosts)
+        return slowest(own, self.party.hosts)
+
     def close(self) -> None:
         """Let go of reading processes, files, folders and the model; no other rank is waited for."""
+        if self.watchdog is not None:
+            self.watchdog.close()
         if self.train_batches is not None:
             self.train_batches.close()
         self._end_bar()
@@ -171,10 +218,12 @@ class Run:
         self.stop.close()
         self.engine.close()
 
-    def _close_with_words(self, record: StepRecord | None) -> None:
+    def _close_with_words(self, record: StepRecord | None, slowest: str) -> None:
         if self.world.rank != 0:
             return
         self._end_bar()
+        if slowest:
+            log.info(slowest)
         outcome = Outcome(
             record=record,
             taken=record.step - self.checkpoints.step if record else 0,
@@ -208,6 +257,9 @@ class Run:
             before = time.perf_counter()
             self.ahead = self._fetch()
             waited += time.perf_counter() - before
+        if t.check_replicas_every and step % t.check_replicas_every == 0:
+            # before the update, in which ZeRO sends all weights anew
+            check_replicas(self.engine.chunks, self.layout, self.party.hosts, step=step)
         scale = self.engine.loss_scale
         norm = self.engine.finish()
         mean_loss, asked, grad_norm, worst_wait, memory = self._agree(loss, norm, waited)
@@ -320,6 +372,7 @@ class Run:
                 if loss is not None and self.at.tp == 0:
                     total[0] += loss
                 told(batch)
+                self.progress.beats += 1
         self.engine.evaluation(False)
         if reader is not None:
             reader.close()

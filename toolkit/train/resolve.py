@@ -59,6 +59,12 @@ def resolve(config: RunConfig, world_size: int, *, given: GivenData | None = Non
     config.run.dir = config.run.dir.expanduser()
     _fit_micro_batch(config, world_size)
     check(config, world_size, machine=machine())
+    if config.train.check_replicas_every and config.zero.stage == 3:
+        raise ConfigError(
+            f"train.check_replicas_every={config.train.check_replicas_every} with zero.stage=3",
+            why="each rank holds its own part of the weights, so there are no replicas",
+            fix="Set train.check_replicas_every to 0, or zero.stage to 2 or less.",
+        )
     if PLANNED not in os.environ:  # a rank whose starter has looked already
         check_needs(config)
     data = _prepared(config) if given is None else _given(config, given)
