@@ -73,6 +73,8 @@ class ConsoleLog(logging.Handler):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, ToolkitError):
+            if isinstance(error, OutOfMemory):
+                note(self.folder, error, rank=self.rank)  # before this rank leaves, so that the others know why
             # raised on all ranks alike, but for the end of one's memory; that the run was stopped has been said
             if isinstance(error, OutOfMemory) or (self.rank == 0 and not isinstance(error, Stopped)):
                 self._say(f"error: {error}")
