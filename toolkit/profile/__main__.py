@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from toolkit.cluster.rank import run_as_rank
 from toolkit.errors import ToolkitError
 from toolkit.train.program import alone, mute_if_already_reported, quiet, say, set_cuda_defaults
 
@@ -42,6 +43,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.exit(code)
+    run_as_rank(main, sys.argv[1:])
