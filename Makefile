@@ -34,8 +34,11 @@ quickstart: $(VENV)/.run  ## train a small Llama on real text with 2 CPU process
 	$(BIN)/toolkit train launch/recipes/quickstart.yaml --num-procs 2
 	@$(BIN)/python launch/next_steps.py runs/quickstart
 
+# how many processes share the tests of `make test` (tests/shares.py says how)
+TEST_PROCESSES ?= 2
+
 test: $(VENV)/.dev  ## what a change must pass, in an environment of its own
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES)
 
 test-all: $(VENV)/.dev  ## all tests, with the long ones: the whole grid of layouts, NVMe offload, models larger than memory
 	$(BIN)/python -m pytest --all-cells

@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import slurm as slurms
-from tests.cluster.test_two_hosts_train import assert_same, config, metrics, reference
+from tests.cluster.tiny import assert_same, metrics
 from tests.cluster.two_hosts import ADDRESSES, TwoHosts
-
-__all__ = ["config", "reference"]  # fixtures: a tiny run, and its metrics in a single process
 
 LAUNCH = [sys.executable, "-m", "toolkit", "launch"]
 

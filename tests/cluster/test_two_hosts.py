@@ -8,27 +8,25 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.cluster.two_hosts import INTERFACE, REPOSITORY, TwoHosts
 
 SMOKE = "tests.cluster.smoke"
 
 
-def test_each_rank_runs_on_its_own_host(two_hosts: TwoHosts) -> None:
-    code, output = two_hosts.run(SMOKE, ["c.yaml"])
-    assert code == 0, output
+def test_each_rank_runs_on_its_own_host_and_one_that_refuses_gives_its_exit_code(two_hosts: TwoHosts) -> None:
+    code, output = two_hosts.run(SMOKE, ["c.yaml", "exit=2"])
+    assert code == 2 and output.count("the one message") == 1, output
     ranks = re.findall(r"^(\S+): rank (\d) of 2 host=(\S+) net=(\S+) sum=3 argument=c.yaml$", output, re.MULTILINE)
     assert sorted(rank[:3] for rank in ranks) == [("host-a", "0", "node-host-a"), ("host-b", "1", "node-host-b")], output
     assert ranks[0][3] != ranks[1][3]
 
 
+@pytest.mark.all_cells  # of the hosts of these tests: without it they would show nothing
 def test_without_the_exported_interface_the_ranks_do_not_meet(two_hosts: TwoHosts) -> None:
     code, output = two_hosts.run(SMOKE, ["c.yaml", "meet=5"], environ={"GLOO_SOCKET_IFNAME": ""})
     assert code == 1 and "connectFullMesh failed" in output and "sum=3" not in output, output
-
-
-def test_a_rank_that_refuses_gives_its_exit_code(two_hosts: TwoHosts) -> None:
-    code, output = two_hosts.run(SMOKE, ["c.yaml", "exit=2"])
-    assert code == 2 and output.count("the one message") == 1, output
 
 
 def test_a_signal_to_the_launcher_reaches_the_ranks_of_both_hosts(two_hosts: TwoHosts, tmp_path: Path) -> None:

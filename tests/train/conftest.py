@@ -58,6 +58,13 @@ class Started:
     def train(self, *arguments: str, procs: int = 1, timeout_s: float = 240.0) -> Done:
         return self.run(self.command(*arguments, procs=procs), timeout_s=timeout_s)
 
+    def ranks(self, *arguments: str, ranks: int = 1) -> Done:
+        """The same ranks without command and launcher, forked from a process that has loaded torch."""
+        from tests.checkpoint.runs import Run
+
+        run = Run(self.config, *arguments, "data.workers=0", ranks=ranks)  # a daemon may have no readers of its own
+        return Done(run.wait(), run.text())
+
     def run(self, command: list[str], *, timeout_s: float = 240.0, cwd: Path | None = None) -> Done:
         """Run to the end; a program that does not end in time fails the test with its output."""
         process = self.start(command, cwd=cwd)

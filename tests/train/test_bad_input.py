@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.site.warm import run_python, run_toolkit
 from tests.train.conftest import Started
 from toolkit.cluster.launch import local_command
 
@@ -32,11 +32,17 @@ CASES = {
 
 
 @pytest.mark.parametrize(("overrides", "procs", "named"), [pytest.param(*c, id=k.replace(" ", "-")) for k, c in CASES.items()])
-def test_one_message_through_the_launcher(shared: Started, overrides: list[str], procs: int, named: str) -> None:
-    done = shared.train(*overrides, procs=procs, timeout_s=120)
+def test_one_message(shared: Started, overrides: list[str], procs: int, named: str) -> None:
+    done = run_toolkit(["train", str(shared.config), *overrides, "--num-procs", str(procs)], shared.folder)
     assert done.code == 2, done.output
     assert "Traceback" not in done.output
     assert named in done.output and done.output.count("error:") == 1, done.output
+
+
+def test_a_process_of_its_own_says_the_same(shared: Started) -> None:
+    overrides, procs, _ = CASES["query groups"]
+    forked = run_toolkit(["train", str(shared.config), *overrides, "--num-procs", str(procs)], shared.folder)
+    assert shared.train(*overrides, procs=procs, timeout_s=120) == forked
 
 
 def _ranks_without_the_command(shared: Started, *overrides: str, procs: int = 2) -> list[str]:
@@ -50,13 +56,13 @@ def test_ranks_started_by_the_bare_launcher_refuse_alike(shared: Started) -> Non
 
 
 def test_a_missing_config_file(shared: Started) -> None:
-    done = shared.run([sys.executable, "-m", "toolkit.cli", "train", str(shared.folder / "absent.yaml")])
+    done = run_toolkit(["train", str(shared.folder / "absent.yaml")], shared.folder)
     assert done.code == 2 and "absent.yaml" in done.output and "Traceback" not in done.output
 
 
 def _prepared(shared: Started, text: Path, name: str, tokenizer: str = "bytes") -> Path:
     prefix = shared.folder / "prepared" / name
-    done = shared.run([sys.executable, "-m", "toolkit.cli", "data", "prepare", str(text), "--out", str(prefix), "--tokenizer", tokenizer])
+    done = run_toolkit(["data", "prepare", str(text), "--out", str(prefix), "--tokenizer", tokenizer], shared.folder)
     assert done.code == 0, done.output
     return prefix
 
@@ -65,17 +71,17 @@ def test_a_corrupt_index(shared: Started, text: Path) -> None:
     prefix = _prepared(shared, text, "cut")
     index = prefix.with_suffix(".idx")
     os.truncate(index, index.stat().st_size - 7)
-    done = shared.train(f"data.source={prefix}", procs=2)
+    done = run_toolkit(["train", str(shared.config), f"data.source={prefix}", "--num-procs", "2"], shared.folder)
     assert done.code == 2 and "Traceback" not in done.output and "cut.idx" in done.output
 
 
 def test_a_tokenizer_that_is_not_the_data_s(shared: Started, text: Path) -> None:
     prefix = _prepared(shared, text, "words", "train:300")
-    done = shared.train(f"data.source={prefix}", "data.tokenizer=bytes")
+    words = ["train", str(shared.config), f"data.source={prefix}", "--dry-run"]
+    done = run_toolkit([*words, "data.tokenizer=bytes"], shared.folder)
     assert done.code == 2 and "Traceback" not in done.output and "tokenizer" in done.output
-    assert shared.train(
-        f"data.source={prefix}", f"data.tokenizer={prefix}.tokenizer.json", f"run.dir={shared.folder / 'runs' / 'words'}"
-    ).code in (0, 2)
+    done = run_toolkit([*words, f"data.tokenizer={prefix}.tokenizer.json"], shared.folder)
+    assert done.code == 0, done.output
 
 
 def test_a_stale_build_lock(shared: Started, tmp_path: Path) -> None:
@@ -85,11 +91,10 @@ def test_a_stale_build_lock(shared: Started, tmp_path: Path) -> None:
     lock.touch()
     os.utime(lock, (1, 1))
     os.utime(folder, (1, 1))
-    command = [
-        "env",
-        f"TORCH_EXTENSIONS_DIR={tmp_path / 'ext'}",
-        *shared.command(f"run.dir={tmp_path / 'run'}", "zero.offload_optimizer=cpu"),
-    ]
-    done = shared.run(command, timeout_s=120)
+    arguments = [str(shared.config), f"run.dir={tmp_path / 'run'}", "zero.offload_optimizer=cpu"]
+    rank = (
+        f"import os, sys\nos.environ['TORCH_EXTENSIONS_DIR'] = {str(tmp_path / 'ext')!r}\n"
+        f"from toolkit.train.__main__ import main\nsys.exit(main({arguments}))"
+    )
+    done = run_python(rank, shared.folder)
     assert done.code == 2 and str(lock) in done.output and "Traceback" not in done.output
-    shutil.rmtree(folder)

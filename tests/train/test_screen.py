@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.site.warm import run_toolkit
 from tests.train.conftest import Started
 from tests.train.terminal import on_terminal, screen
 from toolkit.config.load import parse_config
@@ -74,8 +75,8 @@ def test_the_next_commands_work(shown: tuple[list[str], str, Path], shared: Star
     assert [command.split()[1] for command in commands] == ["evaluate", "convert", "report"]
     for command in commands:
         words = [str(tmp_path / "held out.txt") if word == "DATA" else word for word in shlex.split(command)]
-        done = shared.run([sys.executable, "-m", *words])
-        assert done.code == 0, done.output
+        done = run_toolkit(words[1:], shared.folder)
+        assert words[0] == "toolkit" and done.code == 0, done.output
 
 
 @pytest.mark.all_cells

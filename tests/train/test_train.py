@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.checkpoint.runs import Run
 from tests.train.conftest import Started, kill
 
 KEYS = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "tflops_per_gpu", "mfu", "step_s", "data_wait_s", "memory_gib"}
@@ -26,9 +25,9 @@ def _run_dir(shared: Started, name: str) -> str:
 
 
 def test_layouts_give_the_same_losses_on_real_data(shared: Started) -> None:
-    one = shared.train(_run_dir(shared, "one"), "zero.stage=0", "train.eval_every=2", "train.eval_steps=1")
+    one = shared.ranks(_run_dir(shared, "one"), "zero.stage=0", "train.eval_every=2", "train.eval_steps=1")
     assert one.code == 0, one.output
-    two = shared.train(_run_dir(shared, "two"), "zero.stage=2", "parallel.pp=2", "train.eval_every=2", "train.eval_steps=1", procs=2)
+    two = shared.ranks(_run_dir(shared, "two"), "zero.stage=2", "parallel.pp=2", "train.eval_every=2", "train.eval_steps=1", ranks=2)
     assert two.code == 0, two.output
     assert "step 4/4" in two.output and "eval loss" in two.output
     for a, b in zip(shared.metrics("one"), shared.metrics("two"), strict=True):
@@ -53,13 +52,14 @@ def test_run_folder_holds_what_ran(shared: Started) -> None:
 
 
 def test_resolved_config_reproduces_the_run(shared: Started) -> None:
-    assert shared.train(_run_dir(shared, "first"), "optimizer.lr=2e-3").code == 0
+    assert shared.ranks(_run_dir(shared, "first"), "optimizer.lr=2e-3").code == 0
     again = Started(shared.folder, shared.folder / "runs" / "first" / "config.yaml")
-    assert again.train(_run_dir(shared, "second")).code == 0
+    assert again.ranks(_run_dir(shared, "second")).code == 0
     assert [r["loss"] for r in shared.metrics("first")] == [r["loss"] for r in shared.metrics("second")]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+# SIGTERM goes the same way through the launcher (tests/cluster/test_launch.py) and the ranks (tests/checkpoint/test_killed.py)
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.all_cells), signal.SIGINT])
 def test_a_signal_ends_at_a_step_boundary(shared: Started, number: signal.Signals) -> None:
     name = f"signal-{number}"
     process = shared.start(shared.command(_run_dir(shared, name), "train.steps=100000", "parallel.tp=2", procs=2))
@@ -78,7 +78,7 @@ def test_a_signal_ends_at_a_step_boundary(shared: Started, number: signal.Signal
 
 
 def test_a_non_finite_step_stops_with_step_and_rank(shared: Started) -> None:
-    done = shared.train(_run_dir(shared, "stop"), "optimizer.lr=1e30", "train.grad_clip=0", "train.steps=20", procs=2)
+    done = shared.ranks(_run_dir(shared, "stop"), "optimizer.lr=1e30", "train.grad_clip=0", "train.steps=20", ranks=2)
     assert done.code == 3 and "Traceback" not in done.output
     assert re.search(r"error: step 2: (loss|gradient) on rank 0, 1 is not finite", done.output), done.output
     assert [line["step"] for line in shared.metrics("stop")] == [1], "the step before it is on record, and none after it"
@@ -86,7 +86,7 @@ def test_a_non_finite_step_stops_with_step_and_rank(shared: Started) -> None:
 
 def test_a_non_finite_step_can_be_skipped(shared: Started) -> None:
     keys = ("optimizer.lr=1e30", "train.grad_clip=0", "train.steps=5", "train.on_nonfinite=skip")
-    done = shared.train(_run_dir(shared, "skip"), *keys, "parallel.tp=2", procs=2)
+    done = shared.ranks(_run_dir(shared, "skip"), *keys, "parallel.tp=2", ranks=2)
     assert done.code == 0, done.output
     records = shared.metrics("skip")
     assert len(records) == 5 and records[-1]["skipped"] and records[-1]["grad_norm"] is None
@@ -105,10 +105,9 @@ def test_every_template_takes_a_step(shared: Started, template: str, extension: 
     raw["zero"] = {"config": str(TEMPLATES / template)}
     raw["run"]["dir"] = str(shared.folder / "runs" / template)
     config = shared.folder / f"{template}.yaml"
-    raw["data"]["workers"] = 0
     config.write_text(yaml.safe_dump(raw))
-    run = Run(config, ranks=2)
-    assert run.wait() == 0, run.text()
+    done = Started(shared.folder, config).ranks(ranks=2)
+    assert done.code == 0, done.output
     assert len(shared.metrics(template)) == 2
 
 

@@ -36,14 +36,15 @@ def show(value: object) -> str:
         if len(value) <= 4 and not any(isinstance(v, (dict, list, tuple)) for v in value):
             return "[" + ", ".join(show(v) for v in value) + "]"
         return f"[a list of {len(value)} values]"
+    most = 80
     if isinstance(value, Path):
-        value = str(value)
+        value, most = str(value), 400  # the end of a path says which file it is
     try:
         text = repr(value)
     except ValueError:  # Python refuses to print integers of thousands of digits
         text = "(a huge number)"
     text = text.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= 80 else text[:76] + "..."
+    return text if len(text) <= most else text[: most - 4] + "..."
 
 
 def expected(field: FieldInfo) -> str:
