@@ -22,6 +22,11 @@ if [ -z "${DS_ENV_FILE:-}" ] && [ ! -e .deepspeed_env ] && [ ! -e "$HOME/.deepsp
     export DS_ENV_FILE=$variables
 fi
 
+# DeepSpeed's launcher would put these on command lines, which all users of a host can read.
+for name in $(compgen -e | grep -E '^(MLFLOW|MV2|NCCL|PYTHON|UCX).*(TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL)' || true); do
+    unset "$name"
+done
+
 master=(--master_port "${MASTER_PORT:-29500}")
 if [ -n "${MASTER_ADDR:-}" ]; then
     master+=(--master_addr "$MASTER_ADDR")

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit.cluster.jobs import Job, Pods, mpijob, slurm_script, torchrun_command, trainjob
-from toolkit.cluster.launch import cluster_command, main, read_hostfile
+from toolkit.cluster.launch import cluster_command, launcher_environment, main, read_hostfile
 from toolkit.cluster.words import UNQUOTABLE, check_exports, check_host, packed, unpacked
 from toolkit.config.yaml_text import read_yaml
 from toolkit.doctor import hosts
@@ -161,6 +161,13 @@ def test_a_variable_whose_name_is_a_command_is_refused() -> None:
         check_exports({"PYTHON;reboot": "1"}, ["PYTHON;reboot"])
 
 
+def test_secrets_that_deepspeed_would_export_stay_here() -> None:
+    environ = {"MLFLOW_TRACKING_TOKEN": "x", "MLFLOW_TRACKING_URI": "http://m", "HF_TOKEN": "y", "PATH": "/bin"}
+    env = launcher_environment(environ)
+    assert "MLFLOW_TRACKING_TOKEN" not in env and env["MLFLOW_TRACKING_URI"] == "http://m", "DeepSpeed exports MLFLOW*"
+    assert env["HF_TOKEN"] == "y", "it exports nothing of this name, and rank 0's host may need it"
+
+
 def test_a_folder_that_the_launcher_would_tear_apart_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a;touch b").mkdir()
     monkeypatch.chdir(tmp_path / "a;touch b")
@@ -174,11 +181,11 @@ def test_the_script_packs_its_words(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(arguments) == 0
     assert [unpacked(word) for word in capsys.readouterr().out.splitlines()] == ["c.yaml", "a=$(x)\n", "--b"]
     # the script itself, up to the launcher, for which a program stands that prints
-    (tmp_path / "deepspeed").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "deepspeed").write_text('#!/bin/sh\nprintf "%s\\n" "$@" "token: $MLFLOW_TRACKING_TOKEN"\n')
     (tmp_path / "deepspeed").chmod(0o755)
     environ = {**os.environ, "PATH": f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin", "HOSTFILE": hostfile}
-    environ |= {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    environ |= {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY), "MLFLOW_TRACKING_TOKEN": "secret"}
     script = [str(REPOSITORY / "launch" / "multi-node.sh"), "c.yaml", "data.blend={a b: 1}", "x=$(reboot)"]
     done = subprocess.run(script, env=environ, cwd=REPOSITORY, capture_output=True, text=True)
     words = done.stdout.splitlines()
-    assert [unpacked(word) for word in words[words.index("toolkit.train") + 1 :]] == ["c.yaml", *script[2:]], done.stderr
+    assert [unpacked(word) for word in words[words.index("toolkit.train") + 1 :]] == ["c.yaml", *script[2:], "token: "], done.stderr

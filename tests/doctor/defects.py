@@ -85,6 +85,8 @@ SOFTWARE = [
            **_over("$REPO/toolkit/errors.py", "{ cat $REPO/toolkit/errors.py; echo '# changed'; }")),
     Defect(name="another torch", check="versions", found="torch 2.5.0, where the others have.*Install torch", default=True,
            **_version("torch", "2.5.0")),
+    Defect(name="a torch that is damaged", check="torch", found="torch does not start: .*libtorch", alone=True,
+           plant="mount --bind /dev/null $SITE/torch/lib/libtorch_cpu.so", mend="umount $SITE/torch/lib/libtorch_cpu.so"),
     Defect(name="another deepspeed", check="versions", found="deepspeed 0.1", **_version("deepspeed", "0.1")),
     Defect(name="another megatron-core", check="versions", found="megatron-core 0.15", **_version("megatron_core", "0.15")),
     Defect(name="no compiler on the PATH", check="needs", found=r"needs a C\+\+ compiler.*g\+\+",

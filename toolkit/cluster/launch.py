@@ -30,6 +30,7 @@ from toolkit.cluster.environment import deepspeed_env_lines, device_ids, export_
 from toolkit.cluster.stalls import REQUEUE, SUMMARY
 from toolkit.cluster.words import check_exports, check_host, check_place, exported_by_deepspeed, packed
 from toolkit.errors import ConfigError, MachineError, ToolkitError
+from toolkit.redact import is_secret
 
 __all__ = [
     "cluster_command",
@@ -202,9 +203,7 @@ def run_on_hosts(
     check_reachable(read_hostfile(hostfile))
     command = cluster_command(config_path, overrides, hostfile=hostfile, master_addr=master_addr, master_port=master_port, runner=runner)
     command.insert(1, "--no_ssh_check")
-    env = dict(os.environ)
-    env["PATH"] = rank_environment(1)["PATH"]
-    check_exports(env, exported_by_deepspeed(env))
+    env = launcher_environment()
     if "DS_ENV_FILE" not in env and not any(Path(place, ".deepspeed_env").exists() for place in (".", Path.home())):
         variables = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "toolkit" / "deepspeed_env"
         export_environment(variables)
@@ -244,6 +243,18 @@ def _watched(process: subprocess.Popen[bytes], *, stalled: Path | None) -> int:
 
 def _verdicts(stalled: Path | None) -> set[Path]:
     return set(stalled.glob(f"*/{SUMMARY}")) if stalled is not None else set()
+
+
+def launcher_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment for DeepSpeed's launcher of many hosts: without the secrets that it would put on command lines and into its log.
+
+    Raises ConfigError for a variable that it exports, and that would not arrive as it is.
+    """
+    environ = os.environ if environ is None else environ
+    exported = exported_by_deepspeed(environ)
+    env = {name: value for name, value in environ.items() if name not in exported or not is_secret(name)}
+    check_exports(env, exported_by_deepspeed(env))
+    return {**env, "PATH": rank_environment(1, environ=environ)["PATH"]}
 
 
 def check_reachable(hosts: Iterable[str]) -> None:
@@ -376,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         read_hostfile(args.hostfile)
         check_place()
-        check_exports(os.environ, exported_by_deepspeed(os.environ))
+        launcher_environment()
         if args.master_addr:
             check_host(args.master_addr, where="MASTER_ADDR")
         export_environment(args.env_file)

@@ -136,7 +136,6 @@ def gpus(look: Look) -> Iterator[Finding]:
     if not any(lists.values()):
         yield Finding(status=GREEN, check="GPUs", hosts=tuple(lists), found="none: ranks train on the CPU")
         return
-    before = len(lists)
     names = {host: sorted({g["name"] for g in found if g["name"]}) for host, found in lists.items()}
     common, odd = odd_ones(names)
     bad = False
@@ -165,7 +164,7 @@ def gpus(look: Look) -> Iterator[Finding]:
         yield Finding(status=RED, check="GPUs", hosts=(host,), found=what, fix="Take hosts of one kind.")
     if not bad:
         count = sum(map(len, lists.values()))
-        yield Finding(status=GREEN, check="GPUs", hosts=tuple(lists), found=f"{count} × {', '.join(common)} on {before} hosts")
+        yield Finding(status=GREEN, check="GPUs", hosts=tuple(lists), found=f"{count} × {', '.join(common)}")
 
 
 def needs(look: Look) -> Iterator[Finding]:

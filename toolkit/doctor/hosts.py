@@ -47,6 +47,7 @@ class Host:
         self.problem: tuple[str, str] | None = None
         self.lines: queue.Queue[str | None] = queue.Queue()
         self.errors = ""
+        self.asked = 0
         command = probe_words() if local else ["ssh", *SSH_OPTIONS, "-o", f"ConnectTimeout={CONNECT_S}", name, probe_line()]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, **pipes, errors="replace")
@@ -89,13 +90,19 @@ class Host:
     def ask(self, task: Mapping[str, Any], *, timeout: float = ANSWER_S) -> dict[str, Any]:
         """The probe's answer to one task; {"error": why} where none comes."""
         assert self.process.stdin is not None
+        self.asked += 1
         try:
-            self.process.stdin.write(json.dumps(task) + "\n")
+            self.process.stdin.write(json.dumps({**task, "id": self.asked}) + "\n")
             self.process.stdin.flush()
         except OSError:
             return {"error": "the probe has ended"}
-        line = self._line(timeout)
-        return {"error": f"no answer within {timeout:.0f} s"} if line is None else dict(json.loads(line))
+        ends = time.monotonic() + timeout
+        while (line := self._line(max(0.0, ends - time.monotonic()))) is not None:
+            with contextlib.suppress(ValueError):  # something else that writes to its standard output
+                answer = json.loads(line)
+                if isinstance(answer, dict) and answer.pop("id", None) == self.asked:  # an earlier task's may come late
+                    return answer
+        return {"error": "the probe has ended" if self.process.poll() is not None else f"no answer within {timeout:.0f} s"}
 
     def _line(self, timeout: float) -> str | None:
         try:

@@ -141,7 +141,13 @@ def links(look: Look) -> Iterator[Finding]:
 
 
 def all_reduce(look: Look) -> Iterator[Finding]:
+    broken = {host: rank["error"] for host, ranks in look.torch.items() for rank in ranks if "error" in rank}
+    for host, error in broken.items():
+        yield Finding(status=RED, check="torch", hosts=(host,), found=f"torch does not start: {error}", fix="Install torch anew there.")
     if not look.all_reduce:
+        if look.several and not broken and look.facts:
+            what = "not measured: hosts are missing, or some have GPUs and others none"
+            yield Finding(status=YELLOW, check="all-reduce", hosts=tuple(look.facts), found=what, fix="First mend what is red.")
         return
     answers = [(host, rank) for host, ranks in look.all_reduce.items() for rank in ranks]
     failed = {host: rank["error"] for host, rank in answers if "error" in rank}

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from toolkit import __version__
 from toolkit.doctor import facts, links
@@ -30,6 +30,7 @@ class Probe:
     def __init__(self) -> None:
         self.request: dict[str, Any] = {}
         self.ranks: list[subprocess.Popen[str]] = []
+        self.words: dict[int, IO[str]] = {}  # what a rank wrote to its standard error, by process
         self.listeners: list[links.Listener] = []
         self.markers: list[Path] = []
 
@@ -49,8 +50,10 @@ class Probe:
         gpus = facts.gpu_count()
         for local_rank in range(max(1, min(task["slots"], gpus)) if task["network"] or gpus else 0):
             command = [sys.executable, "-m", "toolkit.doctor.collective", str(local_rank)]
-            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-            self.ranks.append(subprocess.Popen(command, **pipes))
+            words = os.fdopen(os.memfd_create("words"), "w+", errors="replace")  # no disk: it may be full
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            self.ranks.append(subprocess.Popen(command, stderr=words, **pipes))
+            self.words[self.ranks[-1].pid] = words
         found = facts.gather(task)
         network = links.interface(task["first"]) if task["network"] else None
         port = None
@@ -125,11 +128,14 @@ class Probe:
             rank.stdin.write(json.dumps(task) + "\n")
             rank.stdin.flush()
 
-    @staticmethod
-    def _answer(rank: subprocess.Popen[str]) -> dict[str, Any]:
+    def _answer(self, rank: subprocess.Popen[str]) -> dict[str, Any]:
         assert rank.stdout is not None
-        line = rank.stdout.readline()
-        return json.loads(line) if line else {"error": f"the process ended with code {rank.wait()}"}
+        if line := rank.stdout.readline():
+            return dict(json.loads(line))
+        code, words = rank.wait(), self.words[rank.pid]
+        words.seek(0)
+        said = [line.strip() for line in words.read()[-4000:].splitlines() if line.strip()]
+        return {"error": said[-1] if said else f"the process ended with code {code}"}
 
     def close(self) -> None:
         """End what was started, and take away what was made."""
@@ -157,7 +163,8 @@ def main() -> None:
     try:
         say({"toolkit": __version__, "protocol": PROTOCOL})
         for line in sys.stdin:
-            say(probe.handle(json.loads(line)))
+            task = json.loads(line)
+            say({**probe.handle(task), "id": task["id"]})
     finally:
         probe.close()
 

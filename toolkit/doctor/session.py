@@ -94,7 +94,7 @@ def _gather(look: Look, hosts: list[Host], config: RunConfig | None, extra: Mapp
     folders, shared = _folders(config)
     folders |= extra
     token = secrets.token_hex(16)
-    each(hosts, lambda host: look.clocks.update({host.name: clock_offset(host)}))
+    look.clocks = {host.name: offset for host, offset in zip(hosts, each(hosts, clock_offset), strict=True)}
     task = {
         "do": "look",
         "config": None if config is None else config.model_dump(mode="json"),
