@@ -20,7 +20,7 @@ from toolkit.plan.commands import log_to_stderr, tune
 from toolkit.profile.commands import profile
 from toolkit.rehearse.commands import rehearse
 from toolkit.report.commands import report
-from toolkit.train.commands import launch
+from toolkit.supervise.commands import launch
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train GPT and Llama on megatron-core × DeepSpeed.")
 data_app = typer.Typer(no_args_is_help=True, help="Text to tokens.")
