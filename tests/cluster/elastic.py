@@ -21,8 +21,9 @@ from tests.cluster.two_hosts import TwoHosts
 from toolkit.cluster.launch import run_local
 from toolkit.runfolder.recoveries import Recovery, read_recoveries
 
+SEED = 7
 EVERY = 10  # steps between checkpoints
-LOST_AFTER_S = 5
+LOST_AFTER_S = 20  # a busy machine must not lose a host that is there
 CONFIG: dict[str, dict[str, Any]] = {
     "model": {
         "family": "llama",
@@ -47,7 +48,7 @@ def write_config(folder: Path, *, steps: int) -> Path:
     data = {**CONFIG["data"], "source": str(folder / "text.txt"), "cache_dir": str(folder / "data")}
     train = {**CONFIG["train"], "steps": steps}
     path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump({**CONFIG, "train": train, "data": data, "run": {"dir": str(folder / "uncut"), "seed": 7}}))
+    path.write_text(yaml.safe_dump({**CONFIG, "train": train, "data": data, "run": {"dir": str(folder / "uncut"), "seed": SEED}}))
     return path
 
 
@@ -70,17 +71,25 @@ def losses(run: Path) -> dict[int, float]:
 class Elastic:
     """One run under a supervisor on host-a."""
 
-    def __init__(self, hosts: TwoHosts, config: Path, name: str, *words: str, hostfile: Path | None = None) -> None:
+    def __init__(self, hosts: TwoHosts, config: Path, name: str, *words: str, lost_after_s: float = LOST_AFTER_S) -> None:
         self.hosts, self.config, self.run = hosts, config, config.parent / name
-        self.hostfile = hostfile or hosts.hostfile
-        self.words = words
+        self.words, self.lost_after_s = words, lost_after_s
         self.log = config.parent / f"{name}.log"
         self.start()
 
     def start(self, host: str = "host-a") -> None:
         """Start the supervisor, or start it again."""
-        command = [sys.executable, "-m", "toolkit.cli", "launch", str(self.config), f"run.dir={self.run}", "--hostfile", str(self.hostfile)]
-        command += ["--elastic", "--lost-after", str(LOST_AFTER_S), *self.words]
+        command = [
+            sys.executable,
+            "-m",
+            "toolkit.cli",
+            "launch",
+            str(self.config),
+            f"run.dir={self.run}",
+            "--hostfile",
+            str(self.hosts.hostfile),
+        ]
+        command += ["--elastic", "--lost-after", str(self.lost_after_s), *self.words]
         inside = ["nsenter", "--target", str(self.hosts.pids[host]), "--mount", "--uts", "--net", "--pid", "--wd=/", *command]
         with self.log.open("a") as out:
             self.process = subprocess.Popen(

@@ -178,8 +178,8 @@ def fill_disk(run: Elastic) -> None:
 PIPELINE = ("parallel.pp=3",)
 REFUSED = r"host host-c is left out: ssh does not reach it \(.*Permission denied"
 FAULTS = (
-    Fault(id="rank", title="kill -9 of one rank", strike=kill_rank, says=r"rank \d ended with SIGKILL; going on"),
-    Fault(id="host", title="a whole host dies", strike=kill_host, says=r"lost host-c: no sign of life|lost host-c", default=True),
+    Fault(id="rank", title="kill -9 of one rank", strike=kill_rank, says=r"rank \d ended with SIGKILL; going on", default=True),
+    Fault(id="host", title="a whole host dies", strike=kill_host, says=r"lost host-c"),
     Fault(id="spare", title="a host dies, and a spare waits", strike=kill_second_host, says="lost host-b", words=("--spares", "1")),
     Fault(id="returns", title="a lost host comes back", strike=come_back, says="host host-c answers again", recoveries=2),
     Fault(id="cut", title="link cut in an all-reduce", strike=cut_link, says="lost host-b"),

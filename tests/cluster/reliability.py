@@ -17,15 +17,16 @@ from tests.cluster.elastic import Elastic, uncut, write_config
 from tests.cluster.faults import FAULTS, Fault
 from tests.cluster.two_hosts import MORE_ADDRESSES, TwoHosts, missing, two_hosts
 
+STEPS = 80
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 HEAD = "| fault | what the user sees | exit code | detect, s | recover, s | of it start, s | steps lost |\n|---|---|---|---|---|---|---|\n"
 
 
-def outlive(fault: Fault, hosts: TwoHosts, config: Path, expected: Mapping[int, float]) -> str:
+def outlive(fault: Fault, hosts: TwoHosts, config: Path, expected: Mapping[int, float], *, lost_after_s: float) -> str:
     """Let a fault strike a run, hold the run to what the fault's data say, and return its row."""
     undo = fault.before(hosts) if fault.before else None
     try:
-        run = Elastic(hosts, config, fault.id, "--min-nodes", "1", *fault.words)
+        run = Elastic(hosts, config, fault.id, "--min-nodes", "1", *fault.words, lost_after_s=lost_after_s)
         fault.strike(run)
         code = run.finish()
     finally:
@@ -64,13 +65,13 @@ def main() -> int:
         return 2
     failed = 0
     with tempfile.TemporaryDirectory(prefix="reliability-") as folder:
-        config = write_config(Path(folder), steps=80)
+        config = write_config(Path(folder), steps=STEPS)
         expected = uncut(config)
         for fault in (f for f in FAULTS if f.id in args.faults):
             (Path(folder) / f"hosts-{fault.id}").mkdir()
             try:
                 with two_hosts(Path(folder) / f"hosts-{fault.id}", MORE_ADDRESSES) as hosts:
-                    row = outlive(fault, hosts, config, expected)
+                    row = outlive(fault, hosts, config, expected, lost_after_s=5)
             except Exception as error:  # the others are worth a row each
                 failed += 1
                 sys.stderr.write(f"{fault.id} failed: {error}\n")

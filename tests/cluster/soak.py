@@ -84,7 +84,7 @@ def main() -> int:
         expected = uncut(config)
         (Path(folder) / "hosts").mkdir()
         with two_hosts(Path(folder) / "hosts", MORE_ADDRESSES) as hosts:
-            run = Elastic(hosts, config, "soak", "--min-nodes", "1")
+            run = Elastic(hosts, config, "soak", "--min-nodes", "1", lost_after_s=5)
             end = time.monotonic() + 60 * args.minutes
             while time.monotonic() < end:
                 run.wait_for_step(run.step + draw.randint(1, 2 * EVERY))

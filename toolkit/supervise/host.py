@@ -50,9 +50,12 @@ class Host:
             if said.get("do") == "stop":
                 self.give_up()
             elif said.get("do") == "end":  # at the next step, with a checkpoint
-                for rank in ranks():
+                found = ranks()
+                for rank in found:
                     with suppress(psutil.NoSuchProcess):
                         rank.send_signal(signal.SIGTERM)
+                if not found:  # they are still to be started
+                    self.give_up()
         self.give_up()
 
     def beat(self) -> None:
@@ -107,11 +110,16 @@ def main() -> int:
 
 def run_ranks(spec: dict[str, Any]) -> tuple[int, dict[str, int]]:
     """Start this host's ranks through torch's elastic agent; the exit code, and those of ranks that failed."""
+    quiet = "TORCH_CPP_LOG_LEVEL" not in os.environ
+    if quiet:  # the agent's own connections, whose warnings no user can act on; the ranks keep theirs
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from toolkit.cluster.jobs import address_towards
 
+    if quiet:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]
     logging.getLogger("torch").setLevel(logging.CRITICAL)
     address, is_host = address_towards(spec["master"], spec["port"])
     config = LaunchConfig(

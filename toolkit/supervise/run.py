@@ -111,6 +111,8 @@ class Supervisor:
     def _loop(self) -> int:
         fruitless = 0
         while True:
+            if self.signals:
+                return 128 + self.signals[0]
             start, names = self._plan()
             step = self._last_step()
             ended = self._start(start, names)
@@ -257,6 +259,8 @@ class Supervisor:
         if "facts" in message:
             return self._other_version(member)
         if "gone" in message and member.result is None:
+            if self.signals:
+                return Ended(128 + self.signals[0], "stopped by a signal", final=True)
             return Ended(1, f"lost {member.host}: its agent is gone", self._unreachable([member.host]), silent_s=member.silent_s())
         if "ended" not in message:
             return None
