@@ -35,6 +35,7 @@ PURE = [
     "toolkit.rehearse.session",
     "toolkit.rehearse.play",
     "toolkit.rehearse.show",
+    "toolkit.supervise.run",
 ]
 
 

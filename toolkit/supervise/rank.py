@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 
+from toolkit.cluster.rank import run_as_rank
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Train as `python -m toolkit.train` does."""
     agent = os.getppid()
     if sys.platform == "linux":
@@ -20,10 +22,8 @@ def main() -> int:
         return 1
     from toolkit.train.__main__ import main as train
 
-    return train(sys.argv[1:])
+    return train(arguments)
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.exit(code)
+    run_as_rank(main, sys.argv[1:])
