@@ -6,7 +6,7 @@ COMPAT_PYTHON ?= $(firstword $(shell for p in python3.12 python3.13 "$$HOME"/.py
 	"$$p" -c 'import ensurepip' >/dev/null 2>&1 && echo "$$p"; done))
 COMPAT_VENV ?= .venv-compat
 
-.PHONY: help quickstart test test-all mutants test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert score-planner rehearsal report-example recipes site bench-inference gpu-wheels gpu-check clean
+.PHONY: help quickstart test test-all mutants test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert score-planner rehearsal report-example reliability soak recipes site bench-inference gpu-wheels gpu-check clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -126,6 +126,12 @@ endif
 
 report-example: $(VENV)/.dev  ## docs/report.png: two small runs, trained, profiled and shown
 	$(BIN)/python -m tests.report.example
+
+reliability: $(VENV)/.dev  ## docs/reliability.md: what an elastic run over three hosts outlives (as root, with ssh)
+	$(BIN)/python -m tests.cluster.reliability --write docs/reliability.md
+
+soak: $(VENV)/.dev  ## MINUTES of random faults on an elastic run over three hosts, every step compared
+	$(BIN)/python -m tests.cluster.soak --minutes $(or $(MINUTES),10)
 
 recipes: $(VENV)/.run  ## what the estimate expects of each recipe, written into it
 	$(BIN)/python -m launch.expected

@@ -38,6 +38,7 @@ PURE = [
     "toolkit.rehearse.session",
     "toolkit.rehearse.play",
     "toolkit.rehearse.show",
+    "toolkit.supervise.run",
 ]
 
 

@@ -23,7 +23,7 @@ from toolkit.profile.commands import profile
 from toolkit.redact import hide_secrets, redact
 from toolkit.rehearse.commands import rehearse
 from toolkit.report.commands import report
-from toolkit.train.commands import launch
+from toolkit.supervise.commands import launch
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train GPT and Llama on megatron-core × DeepSpeed.")
 data_app = typer.Typer(no_args_is_help=True, help="Text to tokens.")

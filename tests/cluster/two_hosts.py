@@ -24,6 +24,7 @@ from toolkit.cluster.launch import cluster_command, export_environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ADDRESSES = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}
+MORE_ADDRESSES = {**ADDRESSES, "host-c": "10.77.0.3"}
 INTERFACE = "eth0"
 PROGRAMS = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "ssh-keygen": "openssh-client", "pdsh": "pdsh"}
 PROGRAMS |= {"unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux", "mount": "mount", "pkill": "procps"}
@@ -110,18 +111,18 @@ class TwoHosts:
 
 
 @contextmanager
-def two_hosts(folder: Path) -> Iterator[TwoHosts]:
+def two_hosts(folder: Path, addresses: Mapping[str, str] = ADDRESSES) -> Iterator[TwoHosts]:
     """Build the hosts, their keys and configuration under folder (absolute, empty), yield them, and take them down."""
-    _write_configuration(folder)
+    _write_configuration(folder, addresses)
     running: list[subprocess.Popen[str]] = []
     try:
         switch = _first_process(running, "ip link add br0 type bridge && ip link set br0 up", "sleep infinity", log=folder / "switch.log")
         pids = {}
-        for host in ADDRESSES:
+        for host in addresses:
             pids[host] = _first_process(
                 running, _host_setup(folder, host=host), f"{_program('sshd')} -D -e -f {folder}/sshd_config", log=folder / f"{host}.log"
             )
-            _plug_in(switch, pids[host], host=host)
+            _plug_in(switch, pids[host], host=host, address=addresses[host])
         hosts = TwoHosts(folder=folder, hostfile=folder / "hostfile", environment=_environment(), pids=pids)
         _wait_for_ssh(hosts)
         yield hosts
@@ -131,11 +132,11 @@ def two_hosts(folder: Path) -> Iterator[TwoHosts]:
             process.wait()
 
 
-def _write_configuration(folder: Path) -> None:
+def _write_configuration(folder: Path, addresses: Mapping[str, str]) -> None:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key")], check=True)
     public = (folder / "key.pub").read_text()
-    (folder / "known_hosts").write_text("".join(f"{host},{address} {public}" for host, address in ADDRESSES.items()))
-    (folder / "hostfile").write_text("".join(f"{host} slots=1\n" for host in ADDRESSES))
+    (folder / "known_hosts").write_text("".join(f"{host},{address} {public}" for host, address in addresses.items()))
+    (folder / "hostfile").write_text("".join(f"{host} slots=1\n" for host in addresses))
     (folder / "sshd_config").write_text(
         f"Port 22\nHostKey {folder}/key\nAuthorizedKeysFile {folder}/key.pub\nStrictModes no\nPermitRootLogin prohibit-password\n"
         f"PasswordAuthentication no\nUsePAM no\nPidFile none\nMaxStartups 50\n"
@@ -144,9 +145,9 @@ def _write_configuration(folder: Path) -> None:
         f"Host *\n  IdentityFile {folder}/key\n"
         f"  IdentitiesOnly yes\n  UserKnownHostsFile {folder}/known_hosts\n  StrictHostKeyChecking yes\n"
     )
-    for host in ADDRESSES:
+    for host in addresses:
         # as many distributions have it, and the reason why gloo must be told its interface
-        lines = ["127.0.0.1 localhost", f"127.0.1.1 node-{host}", *(f"{address} {name}" for name, address in ADDRESSES.items())]
+        lines = ["127.0.0.1 localhost", f"127.0.1.1 node-{host}", *(f"{address} {name}" for name, address in addresses.items())]
         (folder / f"hosts-{host}").write_text("".join(f"{line}\n" for line in lines))
 
 
@@ -171,10 +172,10 @@ def _first_process(running: list[subprocess.Popen[str]], setup: str, last: str, 
     return psutil.Process(process.pid).children()[0].pid
 
 
-def _plug_in(switch: int, host_pid: int, *, host: str) -> None:
+def _plug_in(switch: int, host_pid: int, *, host: str, address: str) -> None:
     _inside(switch, f"ip link add port-{host} type veth peer name {INTERFACE} netns {host_pid}")
     _inside(switch, f"ip link set port-{host} master br0 up")
-    _inside(host_pid, f"ip addr add {ADDRESSES[host]}/24 dev {INTERFACE} && ip link set {INTERFACE} up")
+    _inside(host_pid, f"ip addr add {address}/24 dev {INTERFACE} && ip link set {INTERFACE} up")
 
 
 def _inside(pid: int, command: str) -> None:
@@ -185,7 +186,7 @@ def _inside(pid: int, command: str) -> None:
 
 
 def _wait_for_ssh(hosts: TwoHosts) -> None:
-    for host in ADDRESSES:
+    for host in hosts.pids:
         for _ in range(50):
             code, output = hosts.shell(["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=2", host, "true"])
             if code == 0:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from toolkit.cluster.environment import SUPERVISED
 from toolkit.config.schema import RunConfig
 from toolkit.errors import CheckpointError
-from toolkit.files import FolderLock, remove_leftovers
+from toolkit.files import LOCK, FolderLock, remove_leftovers
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,8 @@ class Claim:
     @property
     def proof(self) -> tuple[Path, bytes]:
         """A file under checkpoints and what is in it, for other hosts to see whether they share the folder."""
-        return self.locks[-1].path, self.locks[-1].note
+        path = self.checkpoints / LOCK
+        return path, path.read_bytes() if not self.locks else self.locks[-1].note
 
     def release(self) -> None:
         for lock in self.locks:
@@ -44,6 +47,10 @@ def claim(config: RunConfig, *, will_save: bool) -> Claim:
     Raises CheckpointError where a folder cannot be written or another run has it.
     """
     run, checkpoints = config.run.dir.expanduser(), checkpoint_folder(config)
+    if SUPERVISED in os.environ:
+        # the supervisor holds the locks: a frozen rank of a lost host would keep them
+        remove_leftovers(checkpoints)
+        return Claim(checkpoints, secrets.token_hex(4), ())
     locks = [_claimed(run, key="run.dir")]
     try:
         if will_save or checkpoints.is_dir():

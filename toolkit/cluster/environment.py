@@ -64,6 +64,7 @@ def device_ids(num_procs: int, *, environ: Mapping[str, str] | None = None) -> l
 PLANNED = "TOOLKIT_PLANNED"  # set for ranks whose starting process has already logged what planning logs
 
 
+SUPERVISED = "TOOLKIT_SUPERVISED"  # set for ranks whose supervisor holds the locks of the run's folders
 # what OpenMPI's mpirun calls the place of a rank that it starts
 MPI_NAMES = {"RANK": "OMPI_COMM_WORLD_RANK", "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE", "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK"}
 

@@ -66,9 +66,15 @@ def torchrun_command(job: Job, *, master_addr: str | None, master_port: int = MA
 
 
 def torchrun_place(master_addr: str, master_port: int = MASTER_PORT) -> list[str]:
-    """What torchrun is told of the node it runs on: its address towards the others, and whether they meet here.
+    """What torchrun is told of the node it runs on: see address_towards()."""
+    address, is_host = address_towards(master_addr, master_port)
+    return [f"--local-addr={address}", f"--rdzv-conf=is_host={str(is_host).lower()}"]
 
-    It would look its own name up instead, which on many systems gives 127.0.1.1, or nothing on the other nodes. Raises
+
+def address_towards(master_addr: str, master_port: int = MASTER_PORT) -> tuple[str, bool]:
+    """This node's address towards the others, and whether they meet here.
+
+    torchrun would look its own name up instead, which on many systems gives 127.0.1.1, or nothing on the other nodes. Raises
     MachineError for a master_addr that is not known here.
     """
     try:
@@ -82,7 +88,7 @@ def torchrun_place(master_addr: str, master_port: int = MASTER_PORT) -> list[str
             fix="Name the first node as this one knows it.",
         ) from None
     is_host = here == there or there.startswith("127.")
-    return [f"--local-addr={master_addr if is_host else here}", f"--rdzv-conf=is_host={str(is_host).lower()}"]
+    return (master_addr if is_host else here), is_host
 
 
 def no_ssh_command(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 
-from toolkit.report import memory, runs, times
+from toolkit.report import hosts, memory, runs, times
 from toolkit.report.headline import headline
 from toolkit.report.svg import tag
 from toolkit.runfolder.read import RunFolder
@@ -35,6 +35,12 @@ def page(folders: Sequence[RunFolder], *, title: str = "") -> str:
         body = _pair(("By part, every rank", times.breakdown(profile)), ("Predicted against measured", times.against(profile)))
         body += _block("Pipeline schedule", times.pipeline(profile)) + _block("Communication", times.traffic(profile))
         sections.append((f"time-{run.name}", f"Time of a step{where}", body))
+    for run in folders:
+        where = f" of {run.name}" if len(folders) > 1 else ""
+        body = _block("Recoveries", hosts.recoveries(run.recoveries)) if run.recoveries else ""
+        body += _block("Own work of the ranks, slowest first", hosts.own_work(run.ranks)) if run.ranks else ""
+        if body:
+            sections.append((f"hosts-{run.name}", f"Hosts{where}", body))
     for run in folders:
         if run.tune:
             sections.append(

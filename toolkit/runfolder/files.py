@@ -42,3 +42,12 @@ def write_ranks(folder: Path, *, own_s: Sequence[float], hosts: Sequence[str]) -
     """Note how long each rank worked a step, without the seconds it waited for others."""
     ranks = [{"rank": rank, "host": host, "own_s": round(own, 6)} for rank, (own, host) in enumerate(zip(own_s, hosts, strict=True))]
     write_durably(folder / RANKS, (json.dumps({"ranks": ranks}) + "\n").encode())
+
+
+def read_ranks(folder: Path) -> tuple[dict[str, Any], ...]:
+    """What write_ranks() has noted; empty where it has not, or the file is damaged."""
+    try:
+        ranks = json.loads((folder / RANKS).read_text(encoding="utf-8"))["ranks"]
+        return tuple({"rank": int(r["rank"]), "host": str(r["host"]), "own_s": float(r["own_s"])} for r in ranks)
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()

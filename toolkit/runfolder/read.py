@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from toolkit.errors import DataError
-from toolkit.runfolder.files import CONFIG, METRICS
+from toolkit.runfolder.files import CONFIG, METRICS, read_ranks
 from toolkit.runfolder.profile import read_profile
+from toolkit.runfolder.recoveries import Recovery, read_recoveries
 
 TUNE = "tune.json"
 TUNE_FORMAT = 1
@@ -28,6 +29,8 @@ class RunFolder:
     profile: dict[str, Any] | None = None
     config: dict[str, Any] | None = None
     tune: dict[str, Any] | None = None
+    recoveries: tuple[Recovery, ...] = ()
+    ranks: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -56,6 +59,8 @@ def _read(path: Path, given: Path, name: str) -> RunFolder:
         profile=read_profile(path),
         config=_config(path),
         tune=_tune(path / TUNE) if (path / TUNE).exists() else None,
+        recoveries=tuple(read_recoveries(path)),
+        ranks=read_ranks(path),
         notes=tuple(notes),
     )
     if not (run.metrics or run.profile or run.tune):

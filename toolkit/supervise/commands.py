@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from toolkit.config.load import load_config
 from toolkit.errors import ConfigError, MachineError, at_least_one
 from toolkit.parallel.rules import Machine, check
 
+LOST_AFTER_S = 10.0
 RUNNERS = ("pdsh", "openmpi")
 KINDS = ("trainjob", "mpijob")
 # options that mean something for some ways of starting only; elsewhere they are refused, since nothing is ignored in silence
@@ -32,6 +35,7 @@ BELONGS = {
     "--master-addr": ("--hostfile", "--torchrun"),
     "--master-port": ("--hostfile", "--torchrun"),
     "--restarts": ("--torchrun",),
+    "--elastic": ("--hostfile",),
     "--option": ("--slurm",),
     "--cpu": ("--slurm", "--k8s"),
     "--image": ("--k8s",),
@@ -56,6 +60,12 @@ def launch(
     master_addr: Annotated[str | None, typer.Option(help="where the ranks meet; default: the first host")] = None,
     master_port: Annotated[int | None, typer.Option(help="a free TCP port there; default 29500")] = None,
     restarts: Annotated[int | None, typer.Option(help="torchrun: how often all ranks are started again after a failure")] = None,
+    elastic: Annotated[
+        bool, typer.Option("--elastic", help="with --hostfile: go on without a host that is lost, and with it once it is back")
+    ] = False,
+    min_nodes: Annotated[int | None, typer.Option(help="elastic: fewest hosts to go on with; default 1")] = None,
+    spares: Annotated[int | None, typer.Option(help="elastic: the last K hosts wait to take a lost one's place; default 0")] = None,
+    lost_after: Annotated[float | None, typer.Option(help="elastic: seconds of silence after which a host is lost; default 10")] = None,
     option: Annotated[list[str] | None, typer.Option(help="an option of sbatch, as partition=gpu; may be repeated")] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="ask the scheduler for no GPUs")] = False,
     image: Annotated[str | None, typer.Option(help="Kubernetes: the image, with the toolkit in it")] = None,
@@ -69,6 +79,7 @@ def launch(
     given = {
         **{"--runner": runner, "--node-rank": node_rank, "--nodes": nodes, "--ranks-per-node": ranks_per_node, "--restarts": restarts},
         **{"--master-addr": master_addr, "--master-port": master_port, "--option": option, "--cpu": cpu or None, "--image": image},
+        **{"--elastic": elastic or None},
         **{"--kind": kind, "--namespace": namespace, "--volume": volume, "--env": env},
     }
     way = _one_way({"--hostfile": hostfile is not None, "--slurm": slurm, "--k8s": k8s, "--torchrun": torchrun})
@@ -78,6 +89,13 @@ def launch(
     if restarts is not None and restarts < 0:
         raise ConfigError(f"--restarts {restarts} is less than 0", fix="Set --restarts to 0 or more.")
     words = overrides or []
+    _with_elastic(elastic, {"--min-nodes": min_nodes, "--spares": spares, "--lost-after": lost_after})
+    if hostfile is not None and elastic:
+        _only_its_own("--hostfile --elastic", {k: v for k, v in given.items() if k != "--elastic"})
+        _elastic(
+            config, words, hostfile, min_nodes=min_nodes or 1, spares=spares or 0, lost_after=lost_after or LOST_AFTER_S, dry_run=dry_run
+        )
+        return
     if hostfile is not None:
         _on_hosts(
             config,
@@ -119,11 +137,61 @@ def _one_way(ways: dict[str, bool]) -> str:
 
 
 def _only_its_own(way: str, given: dict[str, Any]) -> None:
+    """Refuse options of other ways to start."""
     for option, value in given.items():
         if value is not None and way not in BELONGS[option]:
             raise ConfigError(
                 f"{option} beside {way}", why=f"it belongs to {', '.join(BELONGS[option])}", fix=f"Leave {option} or {way} out."
             )
+
+
+def _with_elastic(elastic: bool, given: dict[str, Any]) -> None:
+    for option, value in given.items():
+        if value is not None and not elastic:
+            raise ConfigError(
+                f"{option} without --elastic", why="only an elastic run loses or gains hosts", fix=f"Leave {option} out, or add --elastic."
+            )
+        if value is not None and value < (0 if option == "--spares" else 1):
+            raise ConfigError(f"{option} {value:g} is too small", fix=f"Set {option} to {0 if option == '--spares' else 1} or more.")
+
+
+def _elastic(path: Path, overrides: list[str], hostfile: Path, *, min_nodes: int, spares: int, lost_after: float, dry_run: bool) -> None:
+    """Check what can be checked beforehand, then supervise the run to its end."""
+    from toolkit.supervise.layouts import Layouts
+    from toolkit.supervise.run import Supervisor
+    from toolkit.train.resolve import resolve
+
+    hosts = read_hostfile(hostfile)
+    config = load_config(path, overrides)
+    active = len(hosts) - spares
+    if len(set(hosts.values())) > 1:
+        raise ConfigError(f"{hostfile} gives hosts different slots", why="one host takes another one's place", fix="Give all the same.")
+    if not min_nodes <= active:
+        raise ConfigError(
+            f"--min-nodes {min_nodes} is more than the {active} of {len(hosts)} hosts that are no spares",
+            fix="Lower --min-nodes or --spares.",
+        )
+    if not config.checkpoint.every:
+        raise ConfigError(
+            "--elastic with checkpoint.every=0", why="a run goes on from a checkpoint", fix="Set checkpoint.every, say to 100."
+        )
+    if config.checkpoint.resume == "never":
+        raise ConfigError(
+            "--elastic with checkpoint.resume=never", why="a run goes on from a checkpoint", fix="Set checkpoint.resume=auto."
+        )
+    slots = next(iter(hosts.values()))
+    layouts = Layouts(path, overrides, slots=slots, hosts_of_config=active)
+    plans = {nodes: layouts.on(nodes) for nodes in range(active, min_nodes - 1, -1)}  # a run that could not go on is refused now
+    if dry_run:
+        for nodes, start in plans.items():
+            typer.echo(
+                f"{nodes} hosts: {start.nodes * slots} ranks, {start.described}" + (f" ({' '.join(start.words)})" if start.words else "")
+            )
+        return
+    resolved = resolve(config, active * slots)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    supervisor = Supervisor(path, overrides, resolved.config, hosts, min_nodes=min_nodes, spares=spares, lost_after_s=lost_after)
+    raise typer.Exit(supervisor.supervise())
 
 
 def _one_of(option: str, value: str, values: Sequence[str]) -> str:
