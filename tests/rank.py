@@ -32,10 +32,13 @@ class Rank:
     """Config, layout, model chunks, engine and schedule of this rank, made as the training loop makes them.
 
     data: (prepared data, training set) of a run that resumes, saves, or starts from weights; None: of one that does none of it.
-    optimizer: as the engine's argument. loss: a function to train with instead of the mean.
+    optimizer: as the engine's argument. loss: a function to train with instead of the mean. machine: what the rules are told of this
+    machine; None: a CPU.
     """
 
-    def __init__(self, raw: dict[str, Any], *, data: tuple[Any, Any] | None = None, optimizer: Any = None, loss: Any = None) -> None:
+    def __init__(
+        self, raw: dict[str, Any], *, data: tuple[Any, Any] | None = None, optimizer: Any = None, loss: Any = None, machine: Any = None
+    ) -> None:
         from toolkit.checkpoint.session import Checkpoints
         from toolkit.checkpoint.start import starting_weights
         from toolkit.config.load import parse_config
@@ -44,12 +47,12 @@ class Rank:
         from toolkit.engine.zero import Engine, partitioner
         from toolkit.model.build import build_chunks
         from toolkit.parallel.deepspeed_json import deepspeed_config
-        from toolkit.parallel.rules import check
+        from toolkit.parallel.rules import NO_GPU, check
         from toolkit.train.world import World, connect
 
         self.config = parse_config(raw)
         self.world = World.from_environment()
-        self.layout = check(self.config, self.world.size)
+        self.layout = check(self.config, self.world.size, machine=machine or NO_GPU)
         self.at = self.layout.coordinates(self.world.rank)
         connect(self.world, self.layout, seed=self.config.run.seed)
         if data is not None:

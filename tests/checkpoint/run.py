@@ -66,12 +66,12 @@ def config_of(folder: Path, keys: dict[str, Any], *, steps: int, checkpoint: dic
     return config
 
 
-def train(raw: dict[str, Any]) -> dict[str, Any]:
-    """Losses and norms of the steps taken, and the digests of all parameters at the end."""
+def train(raw: dict[str, Any], *, machine: Any = None) -> dict[str, Any]:
+    """Losses and norms of the steps taken, and the digests of all parameters at the end. machine: as tests.rank's."""
     from toolkit.runfolder.metrics import StepRecord
     from toolkit.train.lr import learning_rate
 
-    rank = Rank(raw, data=(prepared(Path(raw["run"]["dir"])), Sequences()))
+    rank = Rank(raw, data=(prepared(Path(raw["run"]["dir"])), Sequences()), machine=machine)
     config, engine, checkpoints = rank.config, rank.engine, rank.checkpoints
     losses, norms = [], []
     for step in range(checkpoints.step + 1, config.train.steps + 1):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from toolkit.model.layers import SUM_OVER_TP, TIED_COPY
+from toolkit.model.layers import SHARED_OUT, SUM_OVER_TP, TIED_COPY
 
 
 def partial_over_tp(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
@@ -50,7 +50,7 @@ def counts_in_norm(parameter: Tensor, *, tp_rank: int) -> bool:
     """Whether this rank's gradient of a parameter enters the global norm: each value once, on one rank."""
     if getattr(parameter, TIED_COPY, False):
         return False
-    return tp_rank == 0 or bool(getattr(parameter, "tensor_model_parallel", False))
+    return tp_rank == 0 or bool(getattr(parameter, SHARED_OUT, False))
 
 
 def square_sum(gradients: Sequence[Tensor], *, device: torch.device) -> Tensor:

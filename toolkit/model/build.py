@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from toolkit.arch.spec import WeightSpec
 from toolkit.config.schema import ModelSection, RopeScaling, RunConfig
 from toolkit.model.init import materialise
-from toolkit.model.layers import TIED_COPY, local_spec, mark_shared_gradients, mask_padding, te_spec
+from toolkit.model.layers import TIED_COPY, local_spec, mark_tensor_parallel, mask_padding, te_spec
 from toolkit.parallel.layout import Layout, split_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -163,7 +163,7 @@ def build_chunks(
         )
         if last:
             mask_padding(model.output_layer, vocab_size=weights.vocab, rows=weights.rows)
-        mark_shared_gradients(model, weights, sequence_parallel=layout.sequence_parallel)
+        mark_tensor_parallel(model, weights, sequence_parallel=layout.sequence_parallel)
         model.train()
         if m.compile:
             for layer in model.decoder.layers:

@@ -22,40 +22,25 @@ from toolkit.model.init import named_weights
 SUM_OVER_TP = "sum_grad_over_tp"
 """Attribute of a parameter whose gradient every tensor-parallel rank holds a part of."""
 
+SHARED_OUT = "tensor_model_parallel"
+"""Attribute of a parameter of which each tensor-parallel rank holds its own part; megatron-core's and DeepSpeed's name for it."""
+
 TIED_COPY = "ds_pipe_replicated"
 """Attribute of the last stage's copy of a tied embedding; DeepSpeed's own name for it."""
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """LayerNorm whose gradients are marked for the sum over TP when each rank sees part of the sequence."""
+    """LayerNorm as megatron-core makes one, which it refuses to do from PyTorch's own under sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps, bias=getattr(config, "norm_bias", True), dtype=config.params_dtype)
-        mark_sum_over_tp(self, config.sequence_parallel)
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose gradient is marked for the sum over TP when each rank sees part of the sequence."""
+    """RMSNorm as megatron-core makes one, which it refuses to do from PyTorch's own under sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps, dtype=config.params_dtype)
-        mark_sum_over_tp(self, config.sequence_parallel)
-
-
-class QKLayerNorm(LayerNorm):
-    """LayerNorm of queries or keys: each TP rank sees its own heads, so its gradient is always partial."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(config, hidden_size, eps)
-        mark_sum_over_tp(self, config.tensor_model_parallel_size > 1)
-
-
-class QKRMSNorm(RMSNorm):
-    """RMSNorm of queries or keys: each TP rank sees its own heads, so its gradient is always partial."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(config, hidden_size, eps)
-        mark_sum_over_tp(self, config.tensor_model_parallel_size > 1)
 
 
 class BiasedMLP(MLP):
@@ -65,12 +50,6 @@ class BiasedMLP(MLP):
         config = copy.copy(config)
         config.add_bias_linear = getattr(config, "mlp_bias", config.add_bias_linear)
         super().__init__(config, *args, **kwargs)
-
-
-def mark_sum_over_tp(module: torch.nn.Module, needed: bool) -> None:
-    """Mark a module's parameters for the gradient sum over the tensor-parallel group."""
-    for parameter in module.parameters(recurse=False):
-        setattr(parameter, SUM_OVER_TP, needed)
 
 
 class SdpaAttention(torch.nn.Module):
@@ -168,7 +147,7 @@ def local_spec(config: TransformerConfig, *, num_layers: int) -> TransformerBloc
     attention = parts.self_attention.submodules
     attention.core_attention = SdpaAttention
     if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = QKRMSNorm if rms else QKLayerNorm
+        attention.q_layernorm = attention.k_layernorm = norm
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
@@ -179,10 +158,16 @@ def te_spec(config: TransformerConfig) -> ModuleSpec:
     return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
 
 
-def mark_shared_gradients(model: torch.nn.Module, spec: ModelSpec, *, sequence_parallel: bool) -> None:
-    """Mark what our own norms have not marked: row-parallel biases and Transformer Engine's norms, whose flag megatron-core sets."""
+def mark_tensor_parallel(model: torch.nn.Module, spec: ModelSpec, *, sequence_parallel: bool) -> None:
+    """Mark the weights that tensor-parallel ranks share out, and those whose gradients every rank holds a part of.
+
+    The first enter the gradient norm on every rank, the others on one. The second are norms and biases that see a part of the
+    sequence, and norms of heads, of which each rank sees its own. The modules' own marks are not to be had from every module:
+    Transformer Engine sets none on parameters that are made on the meta device.
+    """
     tp = parallel_state.get_tensor_model_parallel_world_size()
     for weight, parameter in named_weights(model, spec):
-        if not hasattr(parameter, SUM_OVER_TP):
-            partial = sequence_parallel and getattr(parameter, "sequence_parallel", False)
-            setattr(parameter, SUM_OVER_TP, partial or (tp > 1 and weight.per_head))
+        whole = weight.cut.dim is None
+        part_of_sequence = sequence_parallel and whole and weight.group == "vector"
+        setattr(parameter, SUM_OVER_TP, tp > 1 and (part_of_sequence or weight.per_head))
+        setattr(parameter, SHARED_OUT, not whole)

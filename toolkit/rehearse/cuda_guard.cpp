@@ -1,5 +1,7 @@
-// Lets a CPU build of torch carry tensors of device cuda:0 that hold no data: a device guard that does nothing, and hooks
-// that say a GPU is there. FakeTensor's autograd asks for both. Loaded before torch, by toolkit/rehearse/device.py.
+// Lets torch carry tensors of device cuda:0 that hold no data: a device guard that does nothing, and hooks that say a GPU is
+// there. FakeTensor's autograd asks for both. Loaded before torch, by toolkit/rehearse/device.py.
+// A CUDA build has a guard and hooks of its own, for GPUs that are there. Of two hooks torch keeps those of higher priority, and
+// of two guards the later one, so toolkit_guard() registers ours again once torch is imported.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -34,5 +36,7 @@ C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 }
 
 namespace at {
-C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, Hooks)
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, Hooks)
 }
+
+extern "C" void toolkit_guard() { c10::impl::DeviceGuardImplRegistrar(c10::DeviceType::CUDA, new Guard()); }

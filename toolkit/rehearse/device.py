@@ -43,13 +43,17 @@ class Listener:
         return 0
 
 
+LOADED: list[ctypes.CDLL] = []
+
+
 def load(library: Path) -> None:
     """Load the C++ stand-ins; must come before torch, which asks for a GPU's hooks once."""
     if "torch" in sys.modules:
         raise RuntimeError("the stand-ins of a GPU must be loaded before torch")
-    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    LOADED.append(ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL))
     os.environ["DS_ACCELERATOR"] = "cuda"
     os.environ["LOCAL_RANK"] = "0"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is there is left alone: what asks it after all fails at once
 
 
 class Device:
@@ -253,6 +257,8 @@ def _cuda(device: Device, *, gpu: str, memory: int, gpus: int) -> None:
     """Everything of torch.cuda that the program, megatron-core and DeepSpeed ask for."""
     import torch
 
+    for library in LOADED:
+        library.toolkit_guard()  # a CUDA build of torch has put its own in the place of ours
     listener = device.listener
     here = torch.device("cuda", 0)
 
