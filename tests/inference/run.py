@@ -45,5 +45,19 @@ def logits(asked: dict[str, Any]) -> dict[str, Any]:
         "logits": torch.cat(parts, dim=1).numpy(),
         "weight_bytes": weight_bytes(stage.model),
         "cache_bytes": cache.nbytes,
+        "expected": _expected(asked, session),
         "zeros": sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights) if plain else None,
     }
+
+
+def _expected(asked: dict[str, Any], session: Any) -> tuple[float, float]:
+    """Bytes of weights and of keys and values of a first stage's rank, as `toolkit estimate --inference` has them."""
+    from toolkit.cost.generation import Generation, generation_memory
+    from toolkit.hardware.catalogue import parse_hardware
+
+    savings = {name: asked[name] for name in ("weights", "kv") if name in asked}
+    layout, precision = session.layout, session.config.train.precision
+    cut = {"tp": layout.tp, "pp": layout.pp, "precision": precision}
+    way = Generation(model=session.config.model.spec, batch=2, context=40, prompt=12, **cut, **savings)
+    stage = generation_memory(way, parse_hardware("cpu:1")).stages[0]
+    return stage.weights, stage.cache

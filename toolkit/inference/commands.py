@@ -12,6 +12,9 @@ import typer
 from toolkit.errors import ConfigError, at_least_one
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+Bits = Literal["none", "int8", "int4"]
+Kv = Literal["none", "int8", "cpu"]
+Place = Literal["none", "cpu", "disk"]
 
 
 def generate(

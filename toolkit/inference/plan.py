@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from toolkit.config.load import override_config, parse_config
 from toolkit.config.schema import ModelSection, RunConfig
 from toolkit.errors import ConfigError, LayoutError
 from toolkit.parallel.layout import Layout
-from toolkit.parallel.options import divisors, nearest_first
+from toolkit.parallel.options import nearest_first
 from toolkit.parallel.rules import check
+from toolkit.plan.generation import tensor_degrees_of
 
 _KEYS = ("parallel.tp", "parallel.pp")
 _NOT_THERE = {
@@ -40,12 +40,6 @@ def plan(section: ModelSection, overrides: Sequence[str], *, processes: int, pre
     return config, layout
 
 
-def tensor_degrees(section: ModelSection) -> tuple[int, ...]:
-    """Every tensor-parallel degree that a model can be cut by, ascending."""
-    spec = section.spec
-    return divisors(math.gcd(spec.heads, spec.groups, spec.ffn, spec.rows))
-
-
 def check_tensor_degree(config: RunConfig) -> None:
     """Refuse a tensor degree that the model cannot be cut by; the nearest ones are named whatever the number of processes."""
     tp, spec = config.parallel.tp, config.model.spec
@@ -57,7 +51,7 @@ def check_tensor_degree(config: RunConfig) -> None:
     }
     for key, (number, why) in parts.items():
         if number % tp:
-            near = sorted(nearest_first(tensor_degrees(config.model), to=tp)[:2])
+            near = sorted(nearest_first(tensor_degrees_of(spec), to=tp)[:2])
             raise LayoutError(
                 f"parallel.tp={tp} does not divide {key}{' ' if ' ' in key else '='}{number}",
                 why=why,

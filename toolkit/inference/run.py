@@ -14,6 +14,7 @@ from toolkit.inference.plan import plan
 from toolkit.inference.request import Request
 from toolkit.inference.source import Model, open_model
 from toolkit.inference.text import Text, TextStream
+from toolkit.parallel.rules import GenerationCase, generation_violations, refuse
 
 
 class Session:
@@ -37,6 +38,7 @@ class Session:
 
     def load(self, request: Request) -> None:
         """Read this rank's weights and make them as small as the request says; all ranks call it."""
+        self.refuse(request)
         from toolkit.model.savings import Savings
         from toolkit.model.stage import Stage
         from toolkit.parallel.agree import everywhere
@@ -60,6 +62,21 @@ class Session:
 
         everywhere(load)
         self.stage = stages[0]
+
+    def refuse(self, request: Request) -> None:
+        """Raise LayoutError for savings that do not go together, or not with this model or machine; on all ranks alike."""
+        case = GenerationCase.of(
+            self.config.model.spec,
+            tp=self.layout.tp,
+            pp=self.layout.pp,
+            weights=request.weights,
+            kv=request.kv,
+            grow=request.grow,
+            prune=request.prune,
+            by_part=self.model.by_part,
+            cuda=self.world.device.type == "cuda",
+        )
+        refuse(generation_violations(case))
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Ids of each prompt, those that leave no place for an answer refused."""
