@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib.util
 import json
 import mmap
@@ -170,6 +171,8 @@ class Safetensors(Tensors):
         try:
             return mapped(path, dtype=dtype, shape=shape, offset=offset)
         except OSError as e:
+            if e.errno == errno.ENOMEM:
+                raise MemoryError from None
             raise ConvertError(f"{path} cannot be read", why=(e.strerror or str(e)).lower(), fix=_AGAIN) from None
 
 

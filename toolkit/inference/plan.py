@@ -22,14 +22,7 @@ _NOT_THERE = {
 
 def plan(section: ModelSection, overrides: Sequence[str], *, processes: int, precision: str) -> tuple[RunConfig, Layout]:
     """Config and layout of `processes` ranks; raises ConfigError or LayoutError with the nearest degrees that would do."""
-    for override in overrides:
-        key = override.partition("=")[0].strip()
-        if key not in _KEYS:
-            raise ConfigError(
-                f"{override} has no place in a generation",
-                why=_NOT_THERE.get(key, "the model and its weights are what the checkpoint says"),
-                fix=f"Set {' and '.join(_KEYS)} alone.",
-            )
+    check_keys(overrides)
     model = section.model_copy(update={"impl": "local", "compile": False, "dropout": 0.0, "preset": None, "sliding_window": None})
     raw = parse_config({"model": model.model_dump(), "train": {"precision": precision, "seq_length": 1}, "zero": {"stage": 0}})
     config = override_config(raw.model_dump(), overrides)
@@ -38,6 +31,18 @@ def plan(section: ModelSection, overrides: Sequence[str], *, processes: int, pre
     layout = check(config, processes)
     config.model.sliding_window = section.sliding_window  # the cache keeps to it, which training's attention does not
     return config, layout
+
+
+def check_keys(overrides: Sequence[str]) -> None:
+    """Refuse an override of anything but the degrees."""
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key not in _KEYS:
+            raise ConfigError(
+                f"{override} has no place in a generation",
+                why=_NOT_THERE.get(key, "the model and its weights are what the checkpoint says"),
+                fix=f"Set {' and '.join(_KEYS)} alone.",
+            )
 
 
 def check_tensor_degree(config: RunConfig) -> None:
