@@ -105,7 +105,7 @@ def test_choices_follow_devices_and_memory(folder: Path) -> None:
     assert chosen.offload == "disk" and chosen.auto == tight.reasons and chosen.overrides == ["parallel.tp=1", "parallel.pp=1"]
     with pytest.raises(ConfigError, match="fits in no way"):
         choice_for(replace(request, memory_limit=1e-6), devices=1)
-    with pytest.raises(ConfigError, match="parallel[.]vpp=2"):
+    with pytest.raises(ConfigError, match=r"parallel\.vpp=2"):
         choice_for(replace(request, overrides=["parallel.vpp=2"]), devices=1)
 
 

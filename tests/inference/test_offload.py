@@ -80,7 +80,7 @@ def test_a_model_several_times_larger_than_its_memory(tmp_path: Path) -> None:
 @pytest.mark.all_cells
 def test_a_model_larger_than_a_limit_of_the_whole_process(tmp_path: Path) -> None:
     """`ulimit -d` of 450 MiB, Python and its libraries included, for 1.7 GB of weights."""
-    folder = made(tmp_path, layers=48, width=1472, dtype=torch.bfloat16)
+    folder = made(tmp_path, layers=96, width=768, dtype=torch.bfloat16)
     command = [sys.executable, "-m", "toolkit", "generate", str(folder), "--tokenizer", "bytes", "--prompt", "ab"]
     command += ["--max-new-tokens", "2", "--json"]
     plain = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)

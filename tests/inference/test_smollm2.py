@@ -18,10 +18,12 @@ NEW = 8
 
 def test_smollm2_answers_as_in_transformers(pool: Pool, tmp_path: Path) -> None:
     import torch
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tests.convert.test_smollm2 import gguf
     from toolkit.convert.exporting import export_model
+    from toolkit.convert.gguf_export import export_gguf
     from toolkit.convert.importing import import_model
     from toolkit.inference.source import open_model
     from toolkit.inference.text import Text
@@ -37,6 +39,14 @@ def test_smollm2_answers_as_in_transformers(pool: Pool, tmp_path: Path) -> None:
     assert prompts[1] == tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
     theirs = [model.generate(torch.tensor([p]), max_new_tokens=NEW, do_sample=False)[0, len(p) :].tolist() for p in prompts]
     assert "Paris" in text.decode(theirs[1])
+    export_gguf(tmp_path / "ours", tmp_path / "back.gguf", dtype="bf16")
+    again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="back.gguf")  # as whoever runs the file splits text, and writes a chat
+    assert again("The capital of Italy is").input_ids == prompts[0]
+    assert again.apply_chat_template(talk, add_generation_prompt=True, return_dict=False) == prompts[1]
+    assert again.eos_token_id == tokenizer.eos_token_id
+    stored = {t.name: t for t in GGUFReader(tmp_path / "back.gguf").tensors}["blk.3.attn_v.weight"]
+    kept = torch.from_numpy(stored.data.copy()).view(torch.bfloat16)
+    assert torch.equal(kept, model.model.layers[3].self_attn.v_proj.weight.bfloat16())
     del model
     asked = {"model": str(tmp_path / "ours"), "tokenizer": None, "overrides": ["parallel.tp=3"], "max_new_tokens": NEW, "ids": prompts}
     ours = pool.run("tests.inference.run:tokens", 3, asked, deadline_s=300)[0]

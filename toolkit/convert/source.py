@@ -329,7 +329,8 @@ def _gguf(path: Path) -> Source:
         files |= _saved(tokenizer)
     except Exception as e:
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise ConvertError(f"the tokenizer in {path} cannot be read by transformers", why=reason, fix="Set --no-tokenizer.") from None
+        if "'no_vocab'" not in reason:  # the file says that it has none
+            raise ConvertError(f"the tokenizer in {path} cannot be read by transformers", why=reason, fix="Set --no-tokenizer.") from None
     if model.generation_config is not None:
         files["generation_config.json"] = model.generation_config.to_json_string().encode()
     return Source(str(path), format_of(config, where=str(path)), config, Held(model.state_dict()), files)

@@ -42,12 +42,20 @@ def tensor_degrees_of(spec: ModelSpec) -> tuple[int, ...]:
 
 
 def choose(
-    wish: Generation, hardware: Hardware, *, prompts: int = 1, fixed: Sequence[str] = (), quantiser: bool = True, by_part: bool = True
+    wish: Generation,
+    hardware: Hardware,
+    *,
+    prompts: int = 1,
+    fixed: Sequence[str] = (),
+    quantiser: bool = True,
+    by_part: bool = True,
+    spread: bool = False,
 ) -> Choice:
     """The plainest way of LEVELS of which some cut fits, in its fastest cut on up to hardware.count ranks; ConfigError where none fits.
 
     wish: model, precision, batch and context; its values named in `fixed` (tp, pp, weights, kv, offload) are kept. prompts: there are,
-    which further copies of the model share out. quantiser: whether torchao is there; by_part: as GenerationCase's.
+    which further copies of the model share out. quantiser: whether torchao is there; by_part: as GenerationCase's. spread: of the cuts
+    that fit, take one over most ranks.
     """
     reasons: list[str] = []
     for weights, offload in LEVELS:
@@ -68,16 +76,19 @@ def choose(
                 f"{name} does not fit: at best (tp {way.tp} x pp {way.pp}) a rank needs {_gib(least.worst.total)} of {_gib(least.capacity)}"
             )
             continue
-        fitting.sort(key=lambda f: (-f[0].tokens_per_s, f[2].world))
+        fitting.sort(key=lambda f: (-f[2].tp * f[2].pp if spread else 0, -f[0].tokens_per_s, f[2].world))
         time, memory, way = fitting[0]
         reasons.append(f"{name} fits: a rank needs {_gib(memory.worst.total)} of {_gib(memory.capacity)}")
         others = [f for f in fitting[1:] if (f[2].tp, f[2].pp) != (way.tp, way.pp)]
+        cut = f"tp {way.tp} x pp {way.pp}"
         if others:
             slower, _, other = others[0]
+            what = f"{cut} uses {way.tp * way.pp} of {hardware.count} devices" if spread else f"{cut} gives most tokens a second"
             reasons.append(
-                f"tp {way.tp} x pp {way.pp} gives most tokens a second by the estimate ({time.tokens_per_s:.3g}); "
-                f"next is tp {other.tp} x pp {other.pp} ({slower.tokens_per_s:.3g})"
+                f"{what} (estimated: {time.tokens_per_s:.3g} a second); next is tp {other.tp} x pp {other.pp} ({slower.tokens_per_s:.3g})"
             )
+        elif len(ways) > 1:
+            reasons.append(f"{cut} is the only cut that fits")
         return Choice(way=way, memory=memory, time=time, reasons=reasons)
     raise ConfigError(
         f"the model fits in no way on {hardware.count} x {_gib(generation_memory(wish, hardware).capacity)}",

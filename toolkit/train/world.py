@@ -54,8 +54,10 @@ def device_index(local_rank: int, *, visible: int, restricted: bool) -> int:
     return local_rank
 
 
-def connect(world: World, layout: Layout, *, seed: int, timeout_s: float = 1800.0) -> None:
+def connect(world: World, layout: Layout, *, seed: int, timeout_s: float = 1800.0, meeting: str | None = None) -> None:
     """Open the process groups and seed the generators; every rank must call it.
+
+    meeting: a new file by which ranks of one host find each other, instead of a port that another program may have taken.
 
     The world of all ranks is opened once in a process and stays for the runs that follow; the groups of a layout are each run's own.
     """
@@ -72,9 +74,11 @@ def connect(world: World, layout: Layout, *, seed: int, timeout_s: float = 1800.
     else:
         cpu.install()
     if not dist.is_initialized():
+        # a world of one needs no port
+        store = dist.HashStore() if world.size == 1 else dist.FileStore(meeting, world.size) if meeting else None
         dist.init_process_group(
             "nccl" if world.device.type == "cuda" else "gloo",
-            store=dist.HashStore() if world.size == 1 else None,  # a world of one needs no port
+            store=store,
             rank=world.rank,
             world_size=world.size,
             timeout=timedelta(seconds=timeout_s),
