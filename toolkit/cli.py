@@ -17,7 +17,7 @@ from toolkit.errors import ConfigError, ToolkitError, at_least_one
 from toolkit.evaluate.commands import evaluate
 from toolkit.evidence.commands import calibrate
 from toolkit.files import keep_others_out
-from toolkit.inference.commands import bench_inference, generate
+from toolkit.inference.commands import Bits, Kv, Place, bench_inference, generate
 from toolkit.plan.commands import log_to_stderr, tune
 from toolkit.profile.commands import profile
 from toolkit.redact import hide_secrets, redact
@@ -146,8 +146,20 @@ def estimate(
     jsonl: Annotated[Path | None, typer.Option(help="published measurements to predict, instead of CONFIG")] = None,
     out: Annotated[Path | None, typer.Option(help="where --jsonl writes its predictions")] = None,
     calibration: Annotated[Path | None, typer.Option(help="scalars of your own, from toolkit calibrate")] = None,
+    inference: Annotated[
+        bool, typer.Option("--inference", help="of generating; CONFIG may then also be what toolkit generate takes")
+    ] = False,
+    batch: Annotated[int | None, typer.Option(help="--inference: texts that each copy of the model computes at once (default: 1)")] = None,
+    context: Annotated[int | None, typer.Option(help="--inference: tokens of prompt and answer; default: the model's context")] = None,
+    weights: Annotated[Bits | None, typer.Option(help="--inference: as toolkit generate's")] = None,
+    kv: Annotated[Kv | None, typer.Option(help="--inference: as toolkit generate's")] = None,
+    offload: Annotated[Place | None, typer.Option(help="--inference: as toolkit generate's")] = None,
 ) -> None:
     """Say how much memory a run needs and how long a step takes, without a GPU; exit code 1 where it does not fit."""
+    savings = {name: value for name, value in (("weights", weights), ("kv", kv), ("offload", offload)) if value is not None}
+    if not inference and (batch is not None or context is not None or savings):
+        name = next(iter([n for n, v in (("batch", batch), ("context", context)) if v is not None] + list(savings)))
+        raise ConfigError(f"--{name} without --inference", why="it says how a model generates", fix="Add --inference, or leave it out.")
     if jsonl is not None:
         from toolkit.evidence.published import predict_file
 
@@ -167,9 +179,17 @@ def estimate(
 
     if as_json:
         log_to_stderr()
-    loaded, cluster = with_vocabulary(load_config(config, overrides or [])), parse_hardware(hardware, extra=hardware_file)
+    cluster = parse_hardware(hardware, extra=hardware_file)
     if host_gib is not None:
         cluster = with_host_gib(cluster, host_gib)
+    if inference:
+        from toolkit.inference.estimate import Asked, estimate_generation
+
+        asked = Asked(batch=1 if batch is None else batch, context=context, **savings)
+        text, enough = estimate_generation(config, overrides or [], cluster, asked=asked, as_json=as_json)
+        typer.echo(text, nl=False)
+        raise typer.Exit(0 if enough else NO)
+    loaded = with_vocabulary(load_config(config, overrides or []))
     if as_json:
         typer.echo(json.dumps(estimate_json(loaded, cluster, calibrated=calibration), indent=1))
     else:

@@ -87,3 +87,21 @@ def test_it_answers_as_in_transformers(pool: Pool, folder: Path, theirs: Any, to
     ours = pool.run("tests.inference.run:tokens", 3, asked, deadline_s=300)[0]
     for (tokens, finish), expected in zip(ours, answers, strict=True):
         assert tokens == (expected[:-1] if finish == "stop" else expected)
+
+
+def test_it_leaves_as_a_gguf_file(folder: Path, theirs: Any, tokenizer: Any, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer
+
+    from toolkit.convert.gguf_export import export_gguf
+
+    export_gguf(folder / "ours", tmp_path / "back.gguf", dtype="bf16")
+    again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="back.gguf")  # as whoever runs the file splits text, and writes a chat
+    assert again("The capital of Italy is").input_ids == tokenizer("The capital of Italy is").input_ids
+    talk = [{"role": "user", "content": "What is the capital of France?"}]
+    asked = {"add_generation_prompt": True, "return_dict": False}
+    assert again.apply_chat_template(talk, **asked) == tokenizer.apply_chat_template(talk, **asked)
+    assert again.eos_token_id == tokenizer.eos_token_id
+    stored = {t.name: t for t in GGUFReader(tmp_path / "back.gguf").tensors}["blk.3.attn_v.weight"]
+    kept = torch.from_numpy(stored.data.copy()).view(torch.bfloat16)
+    assert torch.equal(kept, theirs.model.layers[3].self_attn.v_proj.weight.bfloat16())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 
@@ -18,6 +19,7 @@ def tokens(asked: dict[str, Any]) -> list[tuple[list[int], str]] | None:
     sampling = Sampling(**asked.pop("sampling", {}))
     session = Session(Request(prompts=[], sampling=sampling, **{"tokenizer": "bytes", **asked}))
     answers = session.generate(ids)
+    session.close()
     return None if answers is None else [(a.tokens, a.finish) for a in answers]
 
 
@@ -29,8 +31,12 @@ def logits(asked: dict[str, Any]) -> dict[str, Any]:
     from toolkit.inference.run import Session
     from toolkit.model.savings import LINEARS, weight_bytes
 
+    asked = dict(asked)
+    kind = asked.pop("cache", "plain")
     session = Session(Request(prompts=[], tokenizer="bytes", **asked))
     stage = session.stage
+    if kind == "cpu":  # the command refuses it without a GPU
+        stage.savings = dataclasses.replace(stage.savings, kv="cpu")
     ids = torch.arange(3, 27).view(2, 12)
     cache = stage.cache(batch=2, length=40)
     parts = []
@@ -45,5 +51,20 @@ def logits(asked: dict[str, Any]) -> dict[str, Any]:
         "logits": torch.cat(parts, dim=1).numpy(),
         "weight_bytes": weight_bytes(stage.model),
         "cache_bytes": cache.nbytes,
+        "sent": getattr(cache, "sent", 0),
+        "expected": _expected(asked, session),
         "zeros": sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights) if plain else None,
     }
+
+
+def _expected(asked: dict[str, Any], session: Any) -> tuple[float, float]:
+    """Bytes of weights and of keys and values of a first stage's rank, as `toolkit estimate --inference` has them."""
+    from toolkit.cost.generation import Generation, generation_memory
+    from toolkit.hardware.catalogue import parse_hardware
+
+    savings = {name: asked[name] for name in ("weights", "kv") if name in asked}
+    layout, precision = session.layout, session.config.train.precision
+    cut = {"tp": layout.tp, "pp": layout.pp, "precision": precision}
+    way = Generation(model=session.config.model.spec, batch=2, context=40, prompt=12, **cut, **savings)
+    stage = generation_memory(way, parse_hardware("cpu:1")).stages[0]
+    return stage.weights, stage.cache

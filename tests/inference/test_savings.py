@@ -31,6 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ask(pool: Pool, folder: Path, world: int = 1, **more: Any) -> dict[str, Any]:
     overrides = [f"parallel.tp={world}"]
     found: dict[str, Any] = pool.run(LOGITS, world, {"model": str(folder), "overrides": overrides, **more}, deadline_s=120)[0]
+    weights, cache = found["expected"]
+    assert found["weight_bytes"] == weights  # to the byte what `toolkit estimate --inference` says
+    assert found["cache_bytes"] == cache or "grow" in more
     return found
 
 

@@ -120,8 +120,9 @@ def profiled(play: Any) -> bool:
     """What `toolkit profile` measures, and what it says when memory ends; whether its snapshot is written."""
     import torch
 
-    from toolkit.profile.oom import Place, limit_memory
+    from toolkit.profile.oom import Place
     from toolkit.profile.session import Session, header
+    from toolkit.train.memory import limit_memory
 
     run, folder = play.run, play.config.run.dir.parent / "another host"
     limit_memory(1.0, run.world.device)

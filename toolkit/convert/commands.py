@@ -39,17 +39,21 @@ def import_command(
 @app.command("export")
 def export_command(
     ckpt: Annotated[Path, typer.Argument(help="a run, a step-… folder or an imported folder, saved in any layout")],
-    out: Annotated[Path, typer.Argument(help="folder to write for transformers")],
+    out: Annotated[Path, typer.Argument(help="folder to write for transformers, or a file.gguf for llama.cpp")],
     dtype: Annotated[Dtype | None, typer.Option(help="of the weights; default: as stored, or as trained")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="folder or tokenizer.json to carry along; default: the checkpoint's own")] = None,
     shard_gb: Annotated[float, typer.Option(min=0.001, help="largest file, 10^9 bytes")] = 5.0,
 ) -> None:
-    """Make a folder that transformers loads out of a checkpoint."""
+    """Make a folder that transformers loads, or a GGUF file, out of a checkpoint."""
     from toolkit.convert.exporting import export_model
+    from toolkit.convert.gguf_export import export_gguf
 
     started = time.perf_counter()
     with _progress(f"exporting {ckpt.name}") as progress:
-        done = export_model(ckpt, out, dtype=dtype, tokenizer=tokenizer, shard_gb=shard_gb, progress=progress)
+        if out.suffix == ".gguf":
+            done = export_gguf(ckpt, out, dtype=dtype, tokenizer=tokenizer, progress=progress)
+        else:
+            done = export_model(ckpt, out, dtype=dtype, tokenizer=tokenizer, shard_gb=shard_gb, progress=progress)
     _say(f"{out}: {done.dtype} in {done.files} file{'s' if done.files > 1 else ''}{_rate(done.bytes, started)}")
     if done.tokenizer is None:
         _say("without a tokenizer: set --tokenizer to carry one along")

@@ -72,7 +72,7 @@ def export_model(
         spec = model.spec
         written = spec.with_all_biases() if form.biased else spec
         jobs = [_job(weight, form, readers, spec, kind) for weight in written.weights()]
-        files, origin = _files(folder, whole.manifest, tokenizer)
+        files, origin = files_of(folder, whole.manifest, tokenizer)
         config |= _kept(files)
         try:
             with Partial(out) as partial:
@@ -171,7 +171,7 @@ def _write(
     return count
 
 
-def _files(folder: Path, manifest: Manifest, tokenizer: Path | None) -> tuple[dict[str, bytes], Path | None]:
+def files_of(folder: Path, manifest: Manifest, tokenizer: Path | None) -> tuple[dict[str, bytes], Path | None]:
     """What goes along: of the folder asked for, else of the checkpoint, of data.tokenizer, of the prepared data, of what the run started from."""
     if tokenizer is not None:
         found = _tokenizer_files(tokenizer)

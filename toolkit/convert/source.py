@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib.util
 import json
 import mmap
@@ -170,6 +171,8 @@ class Safetensors(Tensors):
         try:
             return mapped(path, dtype=dtype, shape=shape, offset=offset)
         except OSError as e:
+            if e.errno == errno.ENOMEM:
+                raise MemoryError from None
             raise ConvertError(f"{path} cannot be read", why=(e.strerror or str(e)).lower(), fix=_AGAIN) from None
 
 
@@ -326,7 +329,8 @@ def _gguf(path: Path) -> Source:
         files |= _saved(tokenizer)
     except Exception as e:
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise ConvertError(f"the tokenizer in {path} cannot be read by transformers", why=reason, fix="Set --no-tokenizer.") from None
+        if "'no_vocab'" not in reason:  # the file says that it has none
+            raise ConvertError(f"the tokenizer in {path} cannot be read by transformers", why=reason, fix="Set --no-tokenizer.") from None
     if model.generation_config is not None:
         files["generation_config.json"] = model.generation_config.to_json_string().encode()
     return Source(str(path), format_of(config, where=str(path)), config, Held(model.state_dict()), files)

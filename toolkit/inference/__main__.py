@@ -23,7 +23,9 @@ def main(arguments: list[str]) -> int:
     quiet()
     try:
         request = Request.load(Path(arguments[0]))
-        if request.bench is None:
+        if request.socket is not None:
+            from toolkit.inference.resident import serve as run
+        elif request.bench is None:
             from toolkit.inference.run import run
         else:
             from toolkit.inference.bench import run

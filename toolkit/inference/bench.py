@@ -10,7 +10,6 @@ import json
 import math
 import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from toolkit.errors import ConfigError, DataError, ToolkitError
+from toolkit.inference.memory import forget_peak, peak
 from toolkit.inference.request import Request, Sampling
 from toolkit.inference.run import Session
 from toolkit.model.savings import weight_bytes
@@ -112,7 +112,7 @@ def _name(variant: dict[str, Any]) -> str:
 
 def _one(session: Session, windows: Tensor, name: str, plain: Tensor | None) -> tuple[Measured, Tensor]:
     stage = session.stage
-    _forget_peak()
+    forget_peak()
     started = time.perf_counter()
     total, best, cache_bytes = 0.0, [], 0
     with torch.no_grad():
@@ -135,7 +135,7 @@ def _one(session: Session, windows: Tensor, name: str, plain: Tensor | None) -> 
     times = session.times
     session.text.stop = stop
     decode = times.decoded / times.decode if times.decode else (time.perf_counter() - before)
-    sizes = _largest([weight_bytes(stage.model), cache_bytes, _peak(stage.device)], device=stage.device)
+    sizes = _largest([weight_bytes(stage.model), cache_bytes, peak(stage.device)], device=stage.device)
     return (
         Measured(
             name=name,
@@ -179,25 +179,6 @@ def _largest(values: list[int], *, device: torch.device) -> list[int]:
     return [int(v) for v in found.tolist()]
 
 
-def _forget_peak() -> None:
-    """Count the peak from here on; where the system does not allow it, it is the process's so far."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        return 0
-
-
 def _ranks(session: Session, one: Measured) -> list[dict[str, Any]]:
     """Where each rank's memory is, and what several ranks hold alike."""
     stage, layout = session.stage, session.layout
@@ -214,7 +195,7 @@ def _ranks(session: Session, one: Measured) -> list[dict[str, Any]]:
         "stage": stage.at.pp,
         "weights": weight_bytes(stage.model),
         "held_by_others_too": twice,
-        "peak": _peak(stage.device),
+        "peak": peak(stage.device),
     }
     if session.world.size == 1:
         return [mine]

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from click.core import ParameterSource
 
 from toolkit.errors import ConfigError, at_least_one
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+Bits = Literal["none", "int8", "int4"]
+Kv = Literal["none", "int8", "cpu"]
+Place = Literal["none", "cpu", "disk"]
 
 
 def generate(
+    ctx: typer.Context,
     ckpt: Annotated[
         Path, typer.Argument(help="a run, a step-… folder, an imported model, a Hugging Face folder, a .gguf or nanoGPT's ckpt.pt")
     ],
@@ -31,10 +37,14 @@ def generate(
     dtype: Annotated[Dtype | None, typer.Option(help="of weights and computation; default: as the weights are stored")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="bytes, a tokenizer.json or a Hugging Face name; default: the model's own")] = None,
     batch_size: Annotated[int, typer.Option(help="prompts that each copy of the model computes at once")] = 8,
-    weights: Annotated[Literal["none", "int8", "int4"], typer.Option(help="keep weights in 8 or 4 bits (torchao)")] = "none",
-    kv: Annotated[Literal["none", "int8"], typer.Option(help="keep keys and values in 8 bits")] = "none",
+    weights: Annotated[Bits, typer.Option(help="keep weights in 8 or 4 bits (torchao)")] = "none",
+    kv: Annotated[Kv, typer.Option(help="keep keys and values in 8 bits, or in the CPU's memory")] = "none",
     grow: Annotated[bool, typer.Option("--kv-grow", help="take memory for keys and values as it fills, not for all at once")] = False,
     prune: Annotated[str, typer.Option(help="set this share of each layer's weights to 0, or 2:4")] = "none",
+    offload: Annotated[Place, typer.Option(help="keep layers there, and two of them in memory")] = "none",
+    memory_limit: Annotated[float | None, typer.Option(help="let a rank take only so many GiB beside its libraries")] = None,
+    auto: Annotated[bool, typer.Option("--auto", help="choose cut, offload and quantisation for the devices that are there")] = False,
+    interactive: Annotated[bool, typer.Option("--interactive", help="a conversation; devices may come and go between lines")] = False,
     num_procs: Annotated[int | None, typer.Option(help="processes on this machine; default: as many as the degrees make")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="answers, their tokens and times as JSON")] = False,
 ) -> None:
@@ -50,11 +60,13 @@ def generate(
     sampling = Sampling.of(greedy=greedy, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if prompt is not None and prompts is not None:
         raise ConfigError("--prompt beside --prompts", why="both say what to go on from", fix="Leave one of the two out.")
-    if prompt is None and prompts is None:
-        raise ConfigError("there is no prompt", fix="Set --prompt TEXT, or --prompts FILE.")
+    if interactive and (prompt is not None or prompts is not None):
+        raise ConfigError("--interactive beside a prompt", why="it reads prompts as they are typed", fix="Leave one of the two out.")
+    if prompt is None and prompts is None and not interactive:
+        raise ConfigError("there is no prompt", fix="Set --prompt TEXT, --prompts FILE or --interactive.")
     request = Request(
         model=str(ckpt),
-        prompts=[prompt] if prompt is not None else read_prompts(prompts),  # type: ignore[arg-type]
+        prompts=[prompt] if prompt is not None else read_prompts(prompts) if prompts is not None else [],
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         overrides=overrides or [],
@@ -67,7 +79,22 @@ def generate(
         kv=kv,
         grow=grow,
         prune=prune,
+        offload=offload,
+        memory_limit=memory_limit,
     )
+    fixed = [name for name in ("weights", "offload") if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if interactive:
+        from toolkit.inference.interactive import converse
+
+        converse(request, devices=num_procs, fixed=fixed, lines=sys.stdin, out=sys.stdout)
+        return
+    if auto:
+        from toolkit.inference.auto import choice_for, devices_here, with_choice
+
+        choice = choice_for(request, devices=devices_here(num_procs), fixed=fixed)
+        for reason in choice.reasons:
+            typer.echo(f"auto: {reason}", err=True)
+        request, num_procs = with_choice(request, choice), choice.way.world
     processes = num_procs or _degrees(request.overrides)
     if processes > 1:
         raise typer.Exit(_on_ranks(request, processes))

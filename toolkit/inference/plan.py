@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from toolkit.config.load import override_config, parse_config
 from toolkit.config.schema import ModelSection, RunConfig
 from toolkit.errors import ConfigError, LayoutError
 from toolkit.parallel.layout import Layout
-from toolkit.parallel.options import divisors, nearest_first
+from toolkit.parallel.options import nearest_first
 from toolkit.parallel.rules import check
+from toolkit.plan.generation import tensor_degrees_of
 
 _KEYS = ("parallel.tp", "parallel.pp")
 _NOT_THERE = {
@@ -22,14 +22,7 @@ _NOT_THERE = {
 
 def plan(section: ModelSection, overrides: Sequence[str], *, processes: int, precision: str) -> tuple[RunConfig, Layout]:
     """Config and layout of `processes` ranks; raises ConfigError or LayoutError with the nearest degrees that would do."""
-    for override in overrides:
-        key = override.partition("=")[0].strip()
-        if key not in _KEYS:
-            raise ConfigError(
-                f"{override} has no place in a generation",
-                why=_NOT_THERE.get(key, "the model and its weights are what the checkpoint says"),
-                fix=f"Set {' and '.join(_KEYS)} alone.",
-            )
+    check_keys(overrides)
     model = section.model_copy(update={"impl": "local", "compile": False, "dropout": 0.0, "preset": None, "sliding_window": None})
     raw = parse_config({"model": model.model_dump(), "train": {"precision": precision, "seq_length": 1}, "zero": {"stage": 0}})
     config = override_config(raw.model_dump(), overrides)
@@ -40,10 +33,16 @@ def plan(section: ModelSection, overrides: Sequence[str], *, processes: int, pre
     return config, layout
 
 
-def tensor_degrees(section: ModelSection) -> tuple[int, ...]:
-    """Every tensor-parallel degree that a model can be cut by, ascending."""
-    spec = section.spec
-    return divisors(math.gcd(spec.heads, spec.groups, spec.ffn, spec.rows))
+def check_keys(overrides: Sequence[str]) -> None:
+    """Refuse an override of anything but the degrees."""
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key not in _KEYS:
+            raise ConfigError(
+                f"{override} has no place in a generation",
+                why=_NOT_THERE.get(key, "the model and its weights are what the checkpoint says"),
+                fix=f"Set {' and '.join(_KEYS)} alone.",
+            )
 
 
 def check_tensor_degree(config: RunConfig) -> None:
@@ -57,7 +56,7 @@ def check_tensor_degree(config: RunConfig) -> None:
     }
     for key, (number, why) in parts.items():
         if number % tp:
-            near = sorted(nearest_first(tensor_degrees(config.model), to=tp)[:2])
+            near = sorted(nearest_first(tensor_degrees_of(spec), to=tp)[:2])
             raise LayoutError(
                 f"parallel.tp={tp} does not divide {key}{' ' if ' ' in key else '='}{number}",
                 why=why,

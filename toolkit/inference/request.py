@@ -52,8 +52,10 @@ class Sampling:
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One command. overrides: parallel.* of the command line; prompts: texts, or with chat users' messages; batch: prompts of one
-    data-parallel rank that are computed at once; dtype: None as the weights are stored; weights, kv, grow, prune: as
-    toolkit.model.savings.Savings; bench: measure savings on this text, "" for the usual one, None to generate.
+    data-parallel rank that are computed at once; dtype: None as the weights are stored; weights, kv, grow, prune, offload: as
+    toolkit.model.savings.Savings; memory_limit: GiB that a rank may take beside its libraries; auto: why --auto
+    chose what the other values say; bench: measure savings on this text, "" for the usual one, None to generate;
+    socket: of the conversation that a resident rank serves.
     """
 
     model: str
@@ -70,7 +72,11 @@ class Request:
     kv: str = "none"
     grow: bool = False
     prune: str = "none"
+    offload: str = "none"
+    memory_limit: float | None = None
+    auto: list[str] = field(default_factory=list)
     bench: str | None = None
+    socket: str | None = None
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +15,9 @@ from toolkit.inference.plan import plan
 from toolkit.inference.request import Request
 from toolkit.inference.source import Model, open_model
 from toolkit.inference.text import Text, TextStream
+from toolkit.parallel.rules import GenerationCase, generation_violations, refuse
+
+logger = logging.getLogger(__name__)
 
 
 class Session:
@@ -22,6 +26,7 @@ class Session:
     def __init__(self, request: Request) -> None:
         with _without_compiler():
             import toolkit.model.stage  # noqa: F401
+        from toolkit.train.memory import limit_memory
         from toolkit.train.world import World, connect
 
         self.request, self.world = request, World.from_environment()
@@ -30,23 +35,31 @@ class Session:
         self.text = Text(self.model, tokenizer=request.tokenizer)
         precision = request.dtype or self.model.precision
         self.config, self.layout = plan(self.model.section, request.overrides, processes=self.world.size, precision=precision)
-        connect(self.world, self.layout, seed=0, timeout_s=600.0)
+        meeting = f"{request.socket}.meeting" if request.socket else None
+        connect(self.world, self.layout, seed=0, timeout_s=600.0, meeting=meeting)
+        self.files = ExitStack()
+        limit_memory(request.memory_limit, self.world.device)
         self.at = self.layout.coordinates(self.world.rank)
         self.load(request)
         self.load_s = time.perf_counter() - started
 
     def load(self, request: Request) -> None:
         """Read this rank's weights and make them as small as the request says; all ranks call it."""
+        self.refuse(request)
+        self.close()
         from toolkit.model.savings import Savings
         from toolkit.model.stage import Stage
         from toolkit.parallel.agree import everywhere
 
         stages: list[Stage] = []
-        savings = Savings(weights=request.weights, kv=request.kv, grow=request.grow, prune=request.prune)  # type: ignore[arg-type]
+        names = ("weights", "kv", "grow", "prune", "offload")
+        savings = Savings(**{name: getattr(request, name) for name in names})
+        files = ExitStack()
 
         def load() -> None:
-            with self.model.weights(self.config.model.spec) as read:
-                tp, rank = self.layout.tp, self.at.tp
+            read = files.enter_context(self.model.weights(self.config.model.spec))
+            tp, rank = self.layout.tp, self.at.tp
+            with self._memory("its weights"):
                 stages.append(
                     Stage(
                         self.config,
@@ -58,8 +71,60 @@ class Session:
                     )
                 )
 
-        everywhere(load)
+        try:
+            everywhere(load)
+        except BaseException:
+            files.close()
+            raise
         self.stage = stages[0]
+        if request.offload == "disk":
+            files.callback(self.stage.close)
+            self.files = files  # layers are read from them for as long as the model generates
+        else:
+            files.close()
+
+    def _memory(self, what: str) -> AbstractContextManager[None]:
+        from toolkit.inference.memory import said_when_memory_ends
+
+        r = self.request
+        return said_when_memory_ends(what, rank=self.world.rank, offload=r.offload, limit_gib=r.memory_limit)
+
+    def close(self) -> None:
+        """Let go of the model's files and of what reads them ahead."""
+        self.files.close()
+
+    def refuse(self, request: Request) -> None:
+        """Raise LayoutError for savings that do not go together, or not with this model or machine; on all ranks alike."""
+        case = GenerationCase.of(
+            self.config.model.spec,
+            tp=self.layout.tp,
+            pp=self.layout.pp,
+            weights=request.weights,
+            kv=request.kv,
+            grow=request.grow,
+            prune=request.prune,
+            offload=request.offload,
+            by_part=self.model.by_part,
+            cuda=self.world.device.type == "cuda",
+        )
+        refuse(generation_violations(case))
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on this rank: model: of the whole model; weights: of this rank's part; held: the most of it that was in memory at once;
+        read: of layers that were brought; peak: of the process, on a GPU of PyTorch's allocator.
+        """
+        from toolkit.inference.memory import peak
+        from toolkit.model.savings import weight_bytes
+
+        stage, stream = self.stage, self.stage.decoder.stream
+        width = 4 if self.config.train.precision == "fp32" else 2
+        return {
+            "model": self.config.model.spec.parameters * width,
+            "weights": stage.resident + stream.nbytes if stream else weight_bytes(stage.model),
+            "held": stage.resident + stream.held if stream else weight_bytes(stage.model),
+            "read": stream.moved if stream else 0,
+            "peak": peak(stage.device),
+        }
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Ids of each prompt, those that leave no place for an answer refused."""
@@ -73,6 +138,17 @@ class Session:
         check_lengths(ids, context=self.config.model.max_position_embeddings, names=names)
         return ids
 
+    def encode_one(self, asked: Mapping[str, Any]) -> list[int]:
+        """Ids of a conversation ("messages") or of a text ("text")."""
+        from toolkit.inference.generate import check_lengths
+
+        if "messages" in asked:
+            ids = self.text.encode_chat(asked["messages"], name="the conversation")
+        else:
+            ids = self.text.encode(asked["text"], name="the text")
+        check_lengths([ids], context=self.config.model.max_position_embeddings, names=["the conversation"])
+        return ids
+
     def generate(self, ids: Sequence[Sequence[int]], *, on_token: Any = None) -> list[Any] | None:
         """Answers to all prompts in order on rank 0, None elsewhere. on_token: called on rank 0 with its own copy's tokens."""
         import torch.distributed as dist
@@ -83,7 +159,8 @@ class Session:
         generator = Generator(self.stage, stop=self.text.stop, batch=r.batch)
         mine = [(number, list(one)) for number, one in enumerate(ids)][self.at.dp :: self.layout.dp]
         show = on_token if on_token is not None and self.world.rank == 0 else lambda _number, _token: None
-        answers = generator(mine, max_new_tokens=r.max_new_tokens, sampling=r.sampling, on_token=show)
+        with self._memory("activations, keys and values" + (", and its layers" if r.offload != "none" else "")):
+            answers = generator(mine, max_new_tokens=r.max_new_tokens, sampling=r.sampling, on_token=show)
         self.times = generator.times
         if self.layout.dp == 1:
             return answers if self.world.rank == 0 else None
@@ -122,8 +199,12 @@ def run(request: Request, *, out: TextIO | None = None) -> None:
         out.flush()
 
     answers = session.generate(ids, on_token=show if single else None)
+    memory = session.memory()
+    session.close()
     if answers is None:
         return
+    if request.offload != "none":
+        logger.warning("%s", memory_line(memory))
     if single:
         out.write(stream.rest() + "\n")
     elif request.as_json:
@@ -141,6 +222,8 @@ def report(session: Session, request: Request, ids: Sequence[Sequence[int]], ans
         "model": str(session.model.path),
         "layout": {"processes": layout.world_size, "tp": layout.tp, "pp": layout.pp, "dp": layout.dp},
         "dtype": session.config.train.precision,
+        "savings": {name: getattr(request, name) for name in ("weights", "kv", "grow", "prune", "offload")},
+        "auto": request.auto,
         "answers": [
             {
                 "prompt": prompt,
@@ -152,5 +235,13 @@ def report(session: Session, request: Request, ids: Sequence[Sequence[int]], ans
             for prompt, one, answer in zip(request.prompts, ids, answers, strict=True)
         ],
         "seconds": {"load": round(session.load_s, 4), "prefill": round(times.prefill, 4), "decode": round(times.decode, 4)},
-        "rank_0": {"prompt_tokens": times.prompt_tokens, "decoded_tokens": times.decoded},
+        "rank_0": {"prompt_tokens": times.prompt_tokens, "decoded_tokens": times.decoded, "memory": session.memory()},
     }
+
+
+def memory_line(memory: dict[str, int]) -> str:
+    """A rank's memory against the model's size, as a sentence."""
+    return (
+        f"the model has {memory['model'] / 1e6:,.1f} MB, {memory['weights'] / 1e6:,.1f} MB of them on this rank; at most "
+        f"{memory['held'] / 1e6:,.1f} MB were in memory at once, and {memory['peak'] / 1e6:,.0f} MB of everything"
+    )

@@ -35,7 +35,7 @@ class Read(Protocol):
 class Model:
     """A model to generate with. precision: its weights are stored in it, or were trained in it; foreign: its tokenizer decides which
     special tokens a prompt starts with, as it does elsewhere; files: tokenizer and generation settings by name; tokenizer: what
-    data.tokenizer says in the config of the run that trained it; config: that run's, whole.
+    data.tokenizer says in the config of the run that trained it; config: that run's, whole; by_part: weights can be read one by one.
     """
 
     path: Path
@@ -46,6 +46,7 @@ class Model:
     tokenizer: str | None
     weights: Callable[[ModelSpec], Any]
     config: Mapping[str, Any] | None = None
+    by_part: bool = True
 
 
 def open_model(path: Path) -> Model:
@@ -120,7 +121,7 @@ def _from_checkpoint(folder: Path) -> Iterator[Read]:
 
 def _foreign(path: Path) -> Model:
     from toolkit.convert.importing import check_tensors, section_of, stored_precision
-    from toolkit.convert.source import open_source
+    from toolkit.convert.source import Held, Pickled, open_source
 
     source = open_source(path)
     section = section_of(source)
@@ -134,6 +135,7 @@ def _foreign(path: Path) -> Model:
         files=source.files,
         tokenizer=None,
         weights=lambda spec: _from_source(source, spec),
+        by_part=not isinstance(source.tensors, Held) or isinstance(source.tensors, Pickled),
     )
 
 

@@ -116,11 +116,13 @@ def build_chunks(
     partition: Callable[[torch.nn.Parameter], None] | None = None,
     blank: bool = False,
     read: Callable[[WeightSpec], Tensor] | None = None,
+    leave: Callable[[WeightSpec], bool] | None = None,
 ) -> list[GPTModel]:
     """The chunks of this rank's stage, initialised; process groups must be up.
 
     partition: called on each parameter once it has its value (ZeRO-3 frees all but its part there). blank: weights are 0,
-    for a checkpoint's to be read into. read: gives this rank's part of a weight, instead of an initial value.
+    for a checkpoint's to be read into. read: gives this rank's part of a weight, instead of an initial value. leave: which weights
+    stay without memory.
     """
     m = config.model
     assert m.vocab_size is not None, "the vocabulary is known once the data is resolved"
@@ -160,6 +162,7 @@ def build_chunks(
             partition=partition,
             blank=blank,
             read=read,
+            leave=leave,
         )
         if last:
             mask_padding(model.output_layer, vocab_size=weights.vocab, rows=weights.rows)

@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from toolkit.model.cache import KeyValueCache
+from toolkit.model.streaming import LayerStream
 
 Norm = Callable[[Tensor], Tensor]
 FEW_TOKENS = 16
@@ -37,6 +38,8 @@ class Decoder:
         self.output: Any = None
         if modules.post_process:
             self.output = modules.embedding.word_embeddings if tied else modules.output_layer
+        self.stream: LayerStream | None = None
+        """Brings each layer's weights where they are not all in memory."""
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Activations [b, s, h] of tokens [b, s], on a first stage."""
@@ -58,7 +61,9 @@ class Decoder:
 
     def hidden(self, x: Tensor, cache: KeyValueCache) -> Tensor:
         """Through the layers, [b, s, h] to [b, s, h]; cache.begin() has been called."""
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            if self.stream is not None:
+                self.stream.enter(number)
             x = layer(x, cache)
         return x
 

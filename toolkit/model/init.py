@@ -74,17 +74,20 @@ def materialise(
     partition: Callable[[torch.nn.Parameter], None] | None = None,
     blank: bool = False,
     read: Callable[[WeightSpec], Tensor] | None = None,
+    leave: Callable[[WeightSpec], bool] | None = None,
 ) -> None:
     """Give every parameter of a chunk built on the meta device its memory and its initial value, all in one dtype.
 
     megatron-core leaves learned positions in fp32; under ZeRO-3 DeepSpeed then takes all parameters for fp32.
 
     blank: zeros instead, for weights that are read from a checkpoint later. read: its answer instead, this rank's part of a weight in
-    memory of its own.
+    memory of its own. leave: which weights stay on the meta device, for who reads them when they are needed.
     partition is called on each parameter as soon as it is filled, so that under ZeRO-3 no more
     than one whole parameter exists at a time.
     """
     for local, parameter in list(chunk.named_parameters()):
+        if leave is not None and leave(spec.weight(global_name(chunk, local, spec))):
+            continue
         if blank:
             value = torch.zeros(parameter.shape, dtype=dtype, device=device)
         elif read is not None:

@@ -12,32 +12,35 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ConfigError, MachineError
+from toolkit.parallel.generation import int4_group
 
 Bits = Literal["none", "int8", "int4"]
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 TABLES = ("word_embeddings", "output_layer")
-GROUPS = (64, 32)  # columns that share a scale and a zero in int4: the larger where all widths are multiples of it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Savings:
-    """weights: int8, or int4 with embeddings in int8. kv: keys and values in int8. grow: a cache that takes memory as it fills.
-    prune: the share of each layer's weights that become 0, the smallest first, or "2:4", two of every four in a row.
+    """weights: int8, or int4 with embeddings in int8. kv: keys and values in int8, or in the CPU's memory. grow: a cache that takes
+    memory as it fills. prune: the share of each layer's weights that become 0, the smallest first, or "2:4", two of every four in a row.
+    offload: where layers are that are not being computed.
     """
 
     weights: Bits = "none"
-    kv: Literal["none", "int8"] = "none"
+    kv: Literal["none", "int8", "cpu"] = "none"
     grow: bool = False
     prune: str = "none"
+    offload: Literal["none", "cpu", "disk"] = "none"
 
     @property
     def name(self) -> str:
         """What it is called in tables."""
         parts = [
             f"weights {self.weights}" if self.weights != "none" else "",
-            f"KV {self.kv}" if self.kv != "none" else "",
+            {"none": "", "int8": "KV int8", "cpu": "KV on the CPU"}[self.kv],
             "KV growing" if self.grow else "",
             f"pruned {self.prune}" if self.prune != "none" else "",
+            {"none": "", "cpu": "layers from the CPU", "disk": "layers from disk"}[self.offload],
         ]
         return ", ".join(p for p in parts if p) or "plain"
 
@@ -82,11 +85,7 @@ def largest(weight: Tensor, *, keep: float) -> Tensor:
 
 
 def two_of_four(weight: Tensor) -> Tensor:
-    """Where the two largest of every four elements in a row are: what sparse tensor cores take."""
-    if weight.shape[-1] % 4:
-        raise ConfigError(
-            f"--prune 2:4 with a weight of {weight.shape[-1]} columns", why="rows are cut into fours", fix="Set --prune to a share."
-        )
+    """Where the two largest of every four elements in a row are, whose columns are a multiple of 4: what sparse tensor cores take."""
     fours = weight.abs().view(-1, 4)
     mask = torch.zeros_like(fours, dtype=torch.bool)
     mask.scatter_(1, fours.topk(2, dim=1).indices, True)
@@ -125,14 +124,8 @@ def _quantise(model: torch.nn.Module, linears: list[torch.nn.Module], bits: Bits
 def _four(linears: list[torch.nn.Module]) -> Any:
     """torchao's int4 configuration for this device, with the widest groups that fit all weights."""
     weights: list[Any] = [m.weight for m in linears]
-    group = next((g for g in GROUPS if all(w.shape[-1] % g == 0 for w in weights)), None)
-    if group is None:
-        width = next(w.shape[-1] for w in weights if w.shape[-1] % GROUPS[-1])
-        raise ConfigError(
-            f"--weights int4 with a weight of {width} columns on a rank",
-            why=f"groups of {GROUPS[-1]} columns share a scale",
-            fix="Set --weights int8, or a lower parallel.tp.",
-        )
+    group = int4_group(tuple(w.shape[-1] for w in weights))
+    assert group is not None, "the rules refuse it"
     if weights[0].device.type == "cpu":
         from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
         from torchao.quantization.quantize_.workflows import Int4ChooseQParamsAlgorithm
@@ -146,8 +139,8 @@ def _four(linears: list[torch.nn.Module]) -> Any:
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all weights as they are stored, a shared one once."""
-    return sum(_bytes(p) for p in {id(p): p for p in model.parameters()}.values())
+    """Bytes of all weights as they are stored, a shared one once; those without memory are left out."""
+    return sum(_bytes(p) for p in {id(p): p for p in model.parameters()}.values() if p.device.type != "meta")
 
 
 def _bytes(tensor: Any) -> int:

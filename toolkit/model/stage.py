@@ -11,12 +11,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from toolkit.arch.spec import WeightSpec
+from toolkit.arch.spec import LAYER, WeightSpec
 from toolkit.config.schema import RunConfig
 from toolkit.model.build import DTYPES, build_chunks
 from toolkit.model.cache import KeyValueCache
+from toolkit.model.cache_offload import OffloadedCache
 from toolkit.model.forward import Decoder
-from toolkit.model.savings import NO_SAVINGS, Savings, apply_savings
+from toolkit.model.savings import NO_SAVINGS, Savings, apply_savings, weight_bytes
+from toolkit.model.streaming import LayerStream
 from toolkit.parallel.layout import Coordinates, Layout
 
 
@@ -40,21 +42,45 @@ class Stage:
         self.at = layout.coordinates(rank)
         self.first, self.last = self.at.pp == 0, self.at.pp == layout.pp - 1
         self.dtype = DTYPES[config.train.precision]
-        (chunk,) = build_chunks(config, layout, device=device, read=read)
+        streamed = savings.offload != "none"
+        (chunk,) = build_chunks(config, layout, device=device, read=read, leave=(lambda w: w.number is not None) if streamed else None)
         self.model: Any = chunk.eval().requires_grad_(False)
         assert config.model.vocab_size is not None, "a model with weights has a vocabulary"
         self.decoder = Decoder(self.model, vocab=config.model.vocab_size)
+        self.resident = weight_bytes(self.model)
+        """Bytes of the weights that stay in memory."""
+        if savings.offload != "none":
+            layers = self.model.decoder.layers
+            self.decoder.stream = LayerStream(
+                layers,
+                [self._weights_of(layer) for layer in layers],
+                read=read,
+                place=savings.offload,
+                device=device,
+                dtype=self.dtype,
+            )
         apply_savings(self.model, savings)
         self.before, self.behind = (layout.rank(replace(self.at, pp=self.at.pp + step)) for step in (-1, 1))
         self.head = layout.rank(Coordinates(tp=0, cp=0, dp=self.at.dp, pp=layout.pp - 1))
         """The rank that chooses tokens for this copy of the model."""
         self.alone = layout.tp * layout.pp == 1
 
+    def _weights_of(self, layer: Any) -> dict[str, WeightSpec]:
+        """What each parameter of a layer is."""
+        prefix, spec = LAYER.replace("{i}", str(layer.layer_number - 1)), self.config.model.spec
+        return {name: spec.weight(prefix + name) for name, _ in layer.named_parameters()}
+
+    def close(self) -> None:
+        """End what reads layers ahead."""
+        if self.decoder.stream is not None:
+            self.decoder.stream.close()
+
     def cache(self, *, batch: int, length: int, padding: Tensor | None = None) -> KeyValueCache:
         """An empty cache for `batch` texts of up to `length` tokens, kept as self.savings says."""
         m = self.config.model
         inverse = self.model.rotary_pos_emb.inv_freq if m.spec.rotary else None
-        return KeyValueCache(
+        kind = OffloadedCache if self.savings.kv == "cpu" else KeyValueCache
+        return kind(
             batch=batch,
             length=length,
             inverse=inverse,

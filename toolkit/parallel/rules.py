@@ -10,18 +10,22 @@ from typing import Any
 from toolkit.config.schema import RunConfig
 from toolkit.errors import LayoutError
 from toolkit.parallel.case import NO_GPU, Case, Machine
+from toolkit.parallel.generation import GENERATION_RULES, GenerationCase
 from toolkit.parallel.layout import Layout
 from toolkit.parallel.options import Option, layouts
 from toolkit.parallel.table import RULES, Rule
 
 __all__ = [
+    "GENERATION_RULES",
     "RULES",
     "Case",
+    "GenerationCase",
     "Machine",
     "Rule",
     "Violation",
     "check",
     "fitting_micro_batch",
+    "generation_violations",
     "legal",
     "refuse",
     "rules_markdown",
@@ -82,6 +86,17 @@ def fitting_micro_batch(config: RunConfig, world_size: int, *, machine: Machine 
     return next((micro for micro in sizes if legal(case.changed({"train.micro_batch_size": micro}))), None)
 
 
+def generation_violations(case: GenerationCase) -> list[Violation]:
+    """Every broken rule of a generation, each with the nearest options that mend it and break no other."""
+    found = []
+    for rule in GENERATION_RULES:
+        if rule.broken(case):
+            options = list(islice((o for o in rule.options(case) if _mends(rule, case, o)), 2))
+            fix = _sentence(rule.hint, options, separator=" ")
+            found.append(Violation(rule=rule.id, what=rule.what(case), why=rule.why, fix=fix, suggest=options[0] if options else {}))
+    return found
+
+
 def rules_markdown() -> str:
     """The table of rules as docs/rules.md shows it."""
     lines = [
@@ -98,17 +113,27 @@ def rules_markdown() -> str:
         "|---|---|---|",
     ]
     lines += [f"| {rule.id} | {rule.title} | {rule.why} |" for rule in RULES]
+    lines += [
+        "",
+        "## Generating",
+        "",
+        "`toolkit generate` cuts a model by the rules above, and checks its savings against these.",
+        "",
+        "| Rule | Legal only if | Otherwise |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {rule.id} | {rule.title} | {rule.why} |" for rule in GENERATION_RULES]
     return "\n".join(lines) + "\n"
 
 
-def _violation(rule: Rule, case: Case) -> Violation:
+def _violation(rule: Rule[Case], case: Case) -> Violation:
     options = _mending(rule, case)
     return Violation(
         rule=rule.id, what=rule.what(case), why=rule.why, fix=_sentence(rule.hint, options), suggest=options[0] if options else {}
     )
 
 
-def _mending(rule: Rule, case: Case) -> list[Option]:
+def _mending(rule: Rule[Case], case: Case) -> list[Option]:
     """Up to two options that mend the rule and break no other; failing those, one that mends at least this rule."""
     already = [broken for broken in _BROKEN if not broken(case)]
     rest: list[Option] = []
@@ -131,8 +156,13 @@ def _mending(rule: Rule, case: Case) -> list[Option]:
     return rest[:1]
 
 
-def _sentence(hint: str, options: list[Option]) -> str:
-    texts = [" and ".join(f"{key}={_yaml(value)}" for key, value in option.items()) for option in options]
+def _mends(rule: Rule[GenerationCase], case: GenerationCase, option: Option) -> bool:
+    changed = case.changed(option)
+    return not rule.broken(changed) and not any(r.broken(changed) for r in GENERATION_RULES if not r.broken(case))
+
+
+def _sentence(hint: str, options: list[Option], *, separator: str = "=") -> str:
+    texts = [" and ".join(f"{key}{separator}{_yaml(value)}" for key, value in option.items()) for option in options]
     if len(options) == 2 and len(options[0]) == 1 and options[0].keys() == options[1].keys():
         texts[1] = _yaml(next(iter(options[1].values())))
     joint = " or " if all(len(option) == 1 for option in options) else ", or "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from toolkit.arch.optimizers import OPTIMIZERS
 from toolkit.parallel.case import Case
@@ -20,21 +21,26 @@ from toolkit.parallel.options import (
     warm_ups,
 )
 
+C = TypeVar("C")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
-    """One thing every legal run satisfies: when it is broken, how to say so, and settings that may mend it, nearest first."""
+class Rule(Generic[C]):
+    """One thing every legal run satisfies: when it is broken, how to say so, and settings that may mend it, nearest first.
+
+    C is what it looks at: a Case of training, or a GenerationCase.
+    """
 
     id: str
     title: str
     why: str
-    broken: Callable[[Case], bool]
-    what: Callable[[Case], str]
-    options: Callable[[Case], Iterator[Option]]
+    broken: Callable[[C], bool]
+    what: Callable[[C], str]
+    options: Callable[[C], Iterator[Option]]
     hint: str = ""
 
 
-def _tp_rule(id: str, key: str, attribute: str, why: str) -> Rule:
+def _tp_rule(id: str, key: str, attribute: str, why: str) -> Rule[Case]:
     return Rule(
         id=id,
         title=f"`parallel.tp` divides `{key}`",
@@ -64,7 +70,7 @@ def _nvme_to_cpu(c: Case) -> Option:
     return option if c.stage >= least else {"zero.stage": least, **option}
 
 
-RULES: tuple[Rule, ...] = (
+RULES: tuple[Rule[Case], ...] = (
     Rule(
         id="world-size",
         title="`parallel.tp` x `parallel.pp` x `parallel.cp` divides the number of processes",

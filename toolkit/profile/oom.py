@@ -13,11 +13,12 @@ import torch
 
 from toolkit.config.schema import RunConfig
 from toolkit.cost.workload import Workload
-from toolkit.errors import ConfigError, OutOfMemory
+from toolkit.errors import OutOfMemory
 from toolkit.parallel.case import Machine
 from toolkit.parallel.layout import Layout
 from toolkit.plan.remedy import nearest_fit
 from toolkit.profile import predict
+from toolkit.train.memory import is_out_of_memory
 
 GIB = 2**30
 _ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|[KMGT]iB)?", re.IGNORECASE)
@@ -129,29 +130,3 @@ def fences(place: Place) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise place.error(error) from None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Python and CUDA have classes for it; the CPU allocator says it in a RuntimeError."""
-    return (
-        isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        or "can't allocate memory" in str(error)
-        or "out of memory" in str(error).lower()
-    )
-
-
-def limit_memory(gib: float | None, device: torch.device) -> None:
-    """Let this process take only so many GiB more: on a GPU by the allocator's share, on a CPU by the kernel's limit on data."""
-    if gib is None:
-        return
-    if gib <= 0:
-        raise ConfigError(f"--memory-limit {gib:g} leaves nothing", fix="Set it to the GiB a rank may take.")
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), device)
-        return
-    import resource
-
-    # limit writable private memory: the address space also counts what threads reserve and never touch
-    most = psutil.Process().memory_info().data + int(gib * GIB)
-    resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))

@@ -28,9 +28,10 @@ from toolkit.parallel.layout import Layout
 from toolkit.profile import predict
 from toolkit.profile.clock import PARTS, Clock, Wire
 from toolkit.profile.live_tensors import StepMeter
-from toolkit.profile.oom import Place, fences, limit_memory
+from toolkit.profile.oom import Place, fences
 from toolkit.runfolder.profile import FORMAT, PROFILE, write_profile
 from toolkit.train.loop import Run
+from toolkit.train.memory import limit_memory
 from toolkit.train.resolve import ResolvedRun
 from toolkit.train.world import World, connect
 

@@ -57,8 +57,10 @@ def device_index(local_rank: int, *, visible: int, restricted: bool) -> int:
     return local_rank
 
 
-def connect(world: World, layout: Layout, *, seed: int, timeout_s: float = 1800.0) -> None:
+def connect(world: World, layout: Layout, *, seed: int, timeout_s: float = 1800.0, meeting: str | None = None) -> None:
     """Open the process groups and seed the generators; every rank must call it.
+
+    meeting: a new file by which ranks of one host find each other, instead of a port that another program may have taken.
 
     The world of all ranks is opened once in a process and stays for the runs that follow; the groups of a layout are each run's own.
     """
@@ -77,7 +79,7 @@ def connect(world: World, layout: Layout, *, seed: int, timeout_s: float = 1800.
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if world.device.type == "cuda" else "gloo",
-            store=_store(world, timedelta(seconds=timeout_s)),
+            store=dist.FileStore(meeting, world.size) if meeting and world.size > 1 else _store(world, timedelta(seconds=timeout_s)),
             rank=world.rank,
             world_size=world.size,
             timeout=timedelta(seconds=timeout_s),

@@ -1,0 +1,120 @@
+"""A conversation goes on where devices come and go, and the answers are those of one process; --auto says what it chose."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pool import Pool
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from tests.inference.test_offload import made  # noqa: E402
+from toolkit.errors import ConfigError  # noqa: E402
+from toolkit.inference.auto import choice_for, with_choice  # noqa: E402
+from toolkit.inference.interactive import Conversation, converse  # noqa: E402
+from toolkit.inference.request import Request  # noqa: E402
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+NEW = 5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = made(tmp_path_factory.mktemp("talk"), layers=6, max_position_embeddings=512)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    return folder
+
+
+@pytest.fixture
+def expected(pool: Pool, folder: Path) -> Callable[[str, int], list[int]]:
+    """What one process goes on with after a text."""
+
+    def tokens(text: str, new: int) -> list[int]:
+        asked = {"model": str(folder), "ids": [list(text.encode())], "max_new_tokens": new}
+        found: list[int] = pool.run("tests.inference.run:tokens", 1, asked, deadline_s=120)[0][0][0]
+        return found
+
+    return tokens
+
+
+def request_of(folder: Path, **more: Any) -> Request:
+    return Request(**{"model": str(folder), "prompts": [], "tokenizer": "bytes", "max_new_tokens": NEW, **more})
+
+
+def test_a_rank_that_dies_in_an_answer_leaves_the_conversation_whole(folder: Path, expected: Any) -> None:
+    """Killed when its first words are on the screen: the model is cut over what is left, and nothing is shown twice."""
+    talk = Conversation(request_of(folder, chat=True, max_new_tokens=60), devices=2)
+    shown: list[str] = []
+    notes: list[str] = []
+    talk.note = notes.append
+    killed = False
+
+    def show(piece: str) -> None:
+        nonlocal killed
+        shown.append(piece)
+        if not killed:
+            killed = True
+            assert talk.ranks is not None and len(talk.ranks.processes) == 2
+            talk.ranks.processes[1].kill()
+
+    try:
+        answer = talk.say("who?", show=show)
+    finally:
+        talk.close()
+    assert answer["tokens"] == expected("<user>who?\n<assistant>", 60)
+    assert "".join(shown) == answer["text"] and talk.cut == "tp 1 x pp 1" and len(talk.messages) == 2
+    assert any("rank 1 has ended by SIGKILL; going on with 1 of 2 devices" in note for note in notes), notes
+
+
+@pytest.mark.all_cells
+def test_devices_come_and_go(folder: Path, expected: Any) -> None:
+    """1 → 2 → 3 → 2 processes within one conversation, as typed."""
+    lines = io.StringIO("one\n/devices 2\ntwo\n/devices 3\nthree\n\n/devices 2\nfour\n/what\n/new\nfive\n")
+    out = io.StringIO()
+    converse(request_of(folder, chat=True, as_json=True), devices=1, fixed=(), lines=lines, out=out)
+    answers = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [a["prompt"] for a in answers] == ["one", "two", "three", "four", "five"]
+    assert [sum(map(int, a["cut"].replace("tp ", "").replace("pp ", "").split(" x "))) for a in answers] == [2, 3, 4, 3, 3]
+    text = ""
+    for answer in answers:
+        text = ("" if answer["prompt"] == "five" else text) + f"<user>{answer['prompt']}\n<assistant>"
+        assert answer["tokens"] == expected(text, NEW), answer
+        text += answer["text"] + "\n"
+
+
+def test_choices_follow_devices_and_memory(folder: Path) -> None:
+    request = request_of(folder, prompts=["ab"])
+    whole = choice_for(request, devices=1)
+    assert whole.way.world == 1 and "the plain model fits" in whole.reasons[0]
+    assert choice_for(request, devices=3, spread=True).way.pp == 3 and choice_for(request, devices=2, spread=True).way.world == 2
+    assert choice_for(replace(request, overrides=["parallel.tp=2"]), devices=2).way.tp == 2
+    weights = whole.memory.worst.weights / 2**30
+    tight = choice_for(replace(request, memory_limit=0.8 * weights), devices=1, fixed=["weights"])
+    assert tight.way.offload == "disk" and any("the plain model does not fit" in r for r in tight.reasons)
+    chosen = with_choice(request, tight)
+    assert chosen.offload == "disk" and chosen.auto == tight.reasons and chosen.overrides == ["parallel.tp=1", "parallel.pp=1"]
+    with pytest.raises(ConfigError, match="fits in no way"):
+        choice_for(replace(request, memory_limit=1e-6), devices=1)
+    with pytest.raises(ConfigError, match=r"parallel\.vpp=2"):
+        choice_for(replace(request, overrides=["parallel.vpp=2"]), devices=1)
+
+
+@pytest.mark.all_cells
+def test_auto_runs_what_it_chose(folder: Path, expected: Any) -> None:
+    command = [sys.executable, "-m", "toolkit", "generate", str(folder), "--tokenizer", "bytes", "--prompt", "ab", "--json", "--auto"]
+    command += ["--max-new-tokens", str(NEW), "--num-procs", "2", "parallel.pp=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["layout"]["pp"] == 2 and found["auto"] and "auto: the plain model fits" in done.stderr
+    assert found["answers"][0]["tokens"] == expected("ab", NEW)

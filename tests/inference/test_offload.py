@@ -1,0 +1,94 @@
+"""A model whose layers come from disk, or keys and values from the CPU, says the same; and one larger than its memory runs."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pool import Pool
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from tests.convert import models  # noqa: E402
+
+TOKENS = "tests.inference.run:tokens"
+DEADLINE_S = 300
+GIB = 2**30
+IDS = [[5, 9, 77], [40], [8, 3, 60, 61, 62, 4, 7]]
+
+
+def made(folder: Path, *, layers: int, width: int = 32, **more: Any) -> Path:
+    shape = models.draw(2, even=True) | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": width // 4, "hidden_size": width}
+    shape |= {"intermediate_size": 4 * width, "vocab_size": 257, "num_hidden_layers": layers}
+    shape |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "tie_word_embeddings": True, "mlp_bias": False}
+    shape |= {"max_position_embeddings": more.pop("max_position_embeddings", 64)}
+    dtype = more.pop("dtype", torch.float32)
+    return models.saved(models.llama(**shape, eos_token_id=None, **more), folder / "hf", dtype=dtype, shard="64MB")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("offload"), layers=6)
+
+
+@pytest.mark.parametrize(("world", "overrides"), [(1, []), (4, ["parallel.tp=2", "parallel.pp=2"])], ids=["one", "tp2 pp2"])
+def test_layers_from_disk_say_the_same(world: int, overrides: list[str], pool: Pool, folder: Path) -> None:
+    asked = {"model": str(folder), "ids": IDS, "max_new_tokens": 8}
+    plain = pool.run(TOKENS, 1, asked, deadline_s=120)[0]
+    assert pool.run(TOKENS, world, asked | {"overrides": overrides, "offload": "disk"}, deadline_s=120)[0] == plain
+
+
+def test_a_checkpoint_of_our_own_is_read_layer_by_layer(pool: Pool, folder: Path, tmp_path: Path) -> None:
+    from toolkit.convert.importing import import_model
+
+    import_model(folder, tmp_path / "ours")
+    asked = {"ids": IDS, "max_new_tokens": 8, "tokenizer": "bytes"}
+    theirs = pool.run(TOKENS, 1, asked | {"model": str(folder)}, deadline_s=120)[0]
+    ours = asked | {"model": str(tmp_path / "ours"), "offload": "disk", "overrides": ["parallel.tp=2"]}
+    assert pool.run(TOKENS, 2, ours, deadline_s=120)[0] == theirs
+
+
+def test_keys_and_values_on_the_cpu_say_the_same(pool: Pool, folder: Path) -> None:
+    """The cache itself: without a GPU the command refuses it, since nothing is saved."""
+    plain, offloaded = (
+        pool.run("tests.inference.run:logits", 1, {"model": str(folder), "cache": kind}, deadline_s=120)[0] for kind in ("plain", "cpu")
+    )
+    assert (plain["logits"] == offloaded["logits"]).all() and offloaded["sent"] > 0
+
+
+def test_a_model_several_times_larger_than_its_memory(tmp_path: Path) -> None:
+    """The kernel refuses what the plain model asks for, and the streamed one gives the plain one's tokens within the limit."""
+    folder, limit = made(tmp_path, layers=56, width=256), 0.06
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.inference.limited", str(folder), str(limit)], capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["memory"]["model"] > 3 * limit * GIB and found["memory"]["held"] < limit * GIB
+    assert found["memory"]["read"] >= 2 * found["memory"]["weights"] * 0.99  # the layers come anew for every token
+    assert "ran out of memory" in found["plain_refused"] and "--offload disk" in found["plain_refused"]
+    assert found["streamed"] == found["plain"] and len(found["plain"]) == 2
+
+
+@pytest.mark.all_cells
+def test_a_model_larger_than_a_limit_of_the_whole_process(tmp_path: Path) -> None:
+    """`ulimit -d` of 450 MiB, Python and its libraries included, for 1.7 GB of weights."""
+    folder = made(tmp_path, layers=96, width=768, dtype=torch.bfloat16)
+    command = [sys.executable, "-m", "toolkit", "generate", str(folder), "--tokenizer", "bytes", "--prompt", "ab"]
+    command += ["--max-new-tokens", "2", "--json"]
+    plain = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    limits: Any = lambda: resource.setrlimit(resource.RLIMIT_DATA, (450 * 2**20, 450 * 2**20))
+    streamed = subprocess.run([*command, "--offload", "disk"], capture_output=True, text=True, timeout=600, preexec_fn=limits)
+    assert streamed.returncode == 0, streamed.stderr
+    found = json.loads(streamed.stdout)
+    assert found["rank_0"]["memory"]["model"] > 3.4 * 450 * 2**20
+    assert found["answers"][0]["tokens"] == json.loads(plain.stdout)["answers"][0]["tokens"]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=600, preexec_fn=limits)
+    assert refused.returncode == 4 and "ran out of memory for its weights" in refused.stderr
