@@ -80,6 +80,8 @@ BROKEN: list[tuple[str, dict[str, Any], int, Machine, list[str]]] = [
     ("vpp-microbatches", {"parallel.pp": 2, "parallel.vpp": 2, "train.global_batch_size": 6}, 2, GPU, ["3 micro-batches", "parallel.pp=2"]),
     ("positions", {"model.max_position_embeddings": 16}, 1, GPU, ["train.seq_length=32", "max_position_embeddings=16"]),
     ("cp", {"parallel.cp": 2, "model.impl": "te"}, 2, GPU, ["parallel.cp=2", "parallel.cp=1"]),
+    ("document-mask", {"data.document_mask": True, "model.impl": "te"}, 1, GPU, ["model.impl=te", "model.impl=local"]),
+    ("document-mask", {"data.document_mask": True, "model.compile": True}, 1, GPU, ["model.compile=true", "model.compile=false"]),
     ("compile-layers", {"parallel.tp": 2, "model.compile": True}, 2, GPU, ["model.compile=true", "parallel.tp=2"]),
     ("compile-layers", {"train.recompute": "full", "model.compile": True}, 1, GPU, ["train.recompute=full"]),
     ("te-machine", {"model.impl": "te"}, 1, Machine(), ["without CUDA", "model.impl=local"]),

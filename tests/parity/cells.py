@@ -55,6 +55,7 @@ class Cell:
         parts += [ABBREVIATED[key] for key in k.get("zero.deepspeed", {}).get("zero_optimization", {})]
         parts += ["compile"] if k.get("model.compile") else []
         parts += [f"{b}-bias-{str(k[key]).lower()}" for b in ("attention", "mlp", "norm") if (key := f"model.{b}_bias") in k]
+        parts += ["documents"] if k.get("data.document_mask") else []
         parts += ["qknorm"] if k.get("model.qk_layernorm") else []
         parts += [f"recompute-{k['train.recompute']}"] if k.get("train.recompute", "none") != "none" else []
         parts += [k["train.precision"]] if k.get("train.precision", "fp32") != "fp32" else []
@@ -67,7 +68,7 @@ class Cell:
     @property
     def reference(self) -> Cell:
         """The single-process ZeRO-0 run whose losses and norms this one must have."""
-        same = ("model.", "optimizer.", "train.precision", "train.global_batch_size")
+        same = ("model.", "optimizer.", "train.precision", "train.global_batch_size", "data.")
         return Cell(1, {k: v for k, v in self.keys.items() if k.startswith(same) and k != "model.compile"} | {"zero.stage": 0})
 
     def uses(self, device: str) -> bool:
@@ -200,7 +201,15 @@ def extras() -> list[Cell]:
         Cell(2, {"model.family": "qwen3", "model.head_dim": 16, "parallel.pp": 2, "zero.stage": 2}),
         Cell(4, sp | {"model.family": "qwen3", "model.head_dim": 16, "parallel.pp": 2, "zero.stage": 3}),
     ]
-    return [Cell(4, hpz), Cell(4, hpz | {"parallel.pp": 2}), *compiled, *biases, *overlapped, *uneven, *families, *optimizers()]
+    apart = {"data.document_mask": True}
+    documents = [
+        Cell(2, apart | {"zero.stage": 2, "model.family": "gpt"}),  # learned positions begin again
+        Cell(4, apart | {"parallel.tp": 2, "parallel.sequence_parallel": True, "zero.stage": 1, "train.recompute": "selective"}),
+        # a stage in the middle, which reads no tokens, must know where documents end
+        Cell(3, apart | THREES | {"parallel.pp": 3, "zero.stage": 3, "train.recompute": "full"} | batches(1, 3, 3)),
+        Cell(4, apart | {"parallel.pp": 2, "parallel.vpp": 2, "zero.stage": 1, "train.precision": "bf16"} | layers(4) | batches(2, 2, 4)),
+    ]
+    return [Cell(4, hpz), Cell(4, hpz | {"parallel.pp": 2}), *compiled, *biases, *overlapped, *uneven, *families, *optimizers(), *documents]
 
 
 MUON = {"optimizer.name": "muon"}

@@ -264,11 +264,20 @@ class DataSection(Section):
     workers: int = Field(2, ge=0, description="loader processes per rank")
     cache_dir: Path | None = Field(None, description="prepared data and indices; null: data/ beside the run folder")
     text_key: str = Field("text", description="field of jsonl/parquet/hub rows that holds the text")
+    document_mask: bool = Field(False, description="attention, positions and loss stop at document ends")
+    packing: Literal["concat", "best_fit"] = Field(
+        "concat", description="concat: documents joined and cut at seq_length; best_fit: whole documents packed, only longer ones cut"
+    )
 
     @model_validator(mode="after")
     def _weights(self) -> DataSection:
         if min(self.split) < 0 or self.split[0] <= 0:
             raise ValueError(f"split={list(self.split)} needs weights >= 0 and a share for train")
+        if self.packing == "best_fit" and not self.document_mask:
+            raise ValueError(
+                "packing=best_fit with document_mask=false: whole documents pay only where each is kept to itself. "
+                "Set document_mask to true, or packing to concat"
+            )
         if self.blend and self.source not in (None, BUILT_IN):
             raise ValueError(f"source={self.source} beside blend: the two name the data twice. Remove one of them, or set it to null")
         if self.blend:

@@ -142,7 +142,7 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
             raise rows
         if isinstance(rows, dict):
             batch = {name: torch.from_numpy(array) for name, array in rows.items()}
-            batch |= {name: batch[name].long() for name in ("tokens", "labels")}
+            batch |= {name: batch[name].long() for name in ("tokens", "labels", "positions") if name in batch}
         else:
             text = torch.from_numpy(rows).long()
             batch = {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous()}
@@ -165,6 +165,8 @@ def batches(
     seed: int = 0,
 ) -> Batches:
     """Micro-batches {"tokens", "labels"} of int64 [micro_batch_size, seq_length] for one data-parallel rank, in step order.
+
+    With data.document_mask they have "positions" (int64) and "loss_mask" too, see toolkit.data.documents.
 
     dataset: one of build_datasets, or the user's own, whose other entries come along; consumed_samples: samples of all ranks
     already trained on; workers: reading processes (0: none); seed: of the loader's own generator, so that torch's global one

@@ -62,6 +62,7 @@ class Schedule:
         """Mean loss over this rank's micro-batches on the last stage, None elsewhere; gradients accumulate.
 
         batches: called once per chunk; each iterator yields {"tokens", "labels"} of shape [b, s], and what else the loss asks for.
+        "bounds" and "positions" (see toolkit.engine.batch) keep documents apart.
         """
         losses = self.run(
             forward_step_func=self._forward_step,
@@ -77,6 +78,8 @@ class Schedule:
     def _forward_step(self, batches: Iterator[Batch], view: ChunkView) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(batches)
         tokens, labels = batch["tokens"], batch["labels"]
+        if "bounds" in batch:
+            return view(tokens, batch["positions"], batch["bounds"], labels=labels), partial(self.loss, batch=batch)
         if self.positions is None or self.positions.shape != tokens.shape or self.positions.device != tokens.device:
             self.positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return view(tokens, self.positions, None, labels=labels), partial(self.loss, batch=batch)

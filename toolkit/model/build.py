@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
@@ -89,8 +90,29 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
     return settings
 
 
+class Rotary(RotaryEmbedding):
+    """Rotary angles at given positions, [1 or b, s]; at 0, 1, 2 … where none are given."""
+
+    positions: Tensor | None = None
+
+    def forward(self, max_seq_len: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Angles [s, 1 or b, 1, d] in fp32."""
+        if self.positions is None:
+            return super().forward(max_seq_len, *args, **kwargs)  # type: ignore[no-any-return]
+        angles = self.positions.t().to(self.inv_freq).unsqueeze(-1) * self.inv_freq  # [s, b, d / 2]
+        return torch.cat((angles, angles), dim=-1).unsqueeze(2)
+
+
 class StageModel(GPTModel):
-    """GPTModel whose tied copies are made equal by drawing both from the same name, not by a message."""
+    """GPTModel whose tied copies are made equal by drawing both from the same name, not by a message.
+
+    Where documents are kept apart (an attention_mask is given, see SdpaAttention), rotary positions are those that are given too.
+    """
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(rotary := getattr(self, "rotary_pos_emb", None), Rotary):
+            rotary.positions = position_ids if attention_mask is not None else None
+        return super().forward(input_ids, position_ids, attention_mask, *args, **kwargs)
 
     def setup_embeddings_and_output_layer(self) -> None:
         if self.share_embeddings_and_output_weights and self.post_process and not self.pre_process:
@@ -145,6 +167,7 @@ def build_chunks(
                 vp_stage=chunk if layout.vpp > 1 else None,
             )
         if weights.rotary:
+            model.rotary_pos_emb = Rotary(weights.head_dim, 1.0)
             model.rotary_pos_emb.inv_freq = rope_frequencies(m, device=device)
         materialise(
             model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from toolkit.arch.spec import ModelSpec
+from toolkit.model.attention import attend as attend_spans
+from toolkit.model.attention import document_spans
 from toolkit.model.init import named_weights
 
 SUM_OVER_TP = "sum_grad_over_tp"
@@ -76,7 +79,8 @@ def mark_sum_over_tp(module: torch.nn.Module, needed: bool) -> None:
 class SdpaAttention(torch.nn.Module):
     """Causal attention through PyTorch's scaled_dot_product_attention; memory does not grow with s².
 
-    query [s, b, heads, d]; key, value [s, b, groups, d]; result [s, b, heads * d].
+    query [s, b, heads, d]; key, value [s, b, groups, d]; result [s, b, heads * d]. attention_mask is no mask: None, or
+    toolkit.engine.batch's "bounds" of the documents, which attend to themselves alone.
     """
 
     def __init__(
@@ -104,6 +108,8 @@ class SdpaAttention(torch.nn.Module):
         packed_seq_params: Any = None,
     ) -> Tensor:
         s, b, heads, d = query.shape
+        if attention_mask is not None:
+            return self._within_documents(query, key, value, attention_mask)
         # one query against a cache of keys attends to all of them; equal lengths are causal
         causal = s == key.shape[0]
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, d]
@@ -116,12 +122,20 @@ class SdpaAttention(torch.nn.Module):
         def attend(dropout: float) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, scale=self.scale, enable_gqa=grouped)
 
+        return self._with_dropout(attend).permute(2, 0, 1, 3).reshape(s, b, heads * d)
+
+    def _with_dropout(self, attend: Callable[[float], Tensor]) -> Tensor:
         if self.training and self.dropout > 0.0:
             # heads differ between TP ranks, so their masks must: draw from the TP rank's own generator
             with tensor_parallel.get_cuda_rng_tracker().fork():
-                out = attend(self.dropout)
-        else:
-            out = attend(0.0)
+                return attend(self.dropout)
+        return attend(0.0)
+
+    def _within_documents(self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor) -> Tensor:
+        s, b, heads, d = query.shape
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, d]
+        spans = document_spans(bounds.tolist(), s)
+        out = self._with_dropout(lambda dropout: attend_spans(q, k, v, spans, dropout=dropout, scale=self.scale))
         return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
 
 

@@ -50,6 +50,7 @@ class Case:
     rope_scaling: bool
     compile: bool
     recompute: str
+    documents: bool  # kept apart
     optimizer: str
     stage: int
     opt_offload: str
@@ -102,6 +103,7 @@ class Case:
             rope_scaling=m.rope_scaling is not None,
             compile=m.compile,
             recompute=t.recompute,
+            documents=config.data.document_mask,
             optimizer=o.name,
             stage=z.stage,
             opt_offload=z.offload_optimizer,
@@ -193,5 +195,6 @@ _ATTRIBUTES: Mapping[str, Any] = {
     "zero.deepspeed.gradient_accumulation_steps": lambda value: ("accumulation", 0 if value == "auto" else value),
     "optimizer.warmup_steps": _plain("warmup"),
     "optimizer.decay_steps": lambda value: ("decay", value or 0),
+    "data.document_mask": _plain("documents"),
     "data.split": lambda value: ("has_valid", value[1] > 0),
 }

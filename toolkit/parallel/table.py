@@ -217,6 +217,18 @@ RULES: tuple[Rule, ...] = (
         options=lambda c: choices({"model.compile": False}),
     ),
     Rule(
+        id="document-mask",
+        title="`data.document_mask` needs `model.impl: local` and `model.compile` false",
+        why="the toolkit's own attention keeps documents apart, and not inside a compiled layer",
+        broken=lambda c: c.documents and (c.te or c.compile),
+        what=lambda c: "data.document_mask=true with " + ("model.impl=te" if c.te else "model.compile=true"),
+        options=lambda c: choices(
+            {"model.impl": "local"} if c.te else {"model.compile": False},
+            {"model.impl": "local", "model.compile": False},
+            {"data.document_mask": False},
+        ),
+    ),
+    Rule(
         id="offload-optimizer-stage",
         title="`zero.offload_optimizer` needs `zero.stage` >= 1",
         why="stage 0 keeps no optimizer states of its own to move",

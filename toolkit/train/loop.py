@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from toolkit.checkpoint.claim import checkpoint_folder
@@ -24,6 +25,7 @@ from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import build_datasets
 from toolkit.data.given import GivenData
 from toolkit.data.loader import batches
+from toolkit.engine.batch import weigh, with_documents
 from toolkit.errors import DataError, Stopped, ToolkitError, TrainingError
 from toolkit.hardware.catalogue import peak_flops
 from toolkit.parallel.agree import everywhere
@@ -93,7 +95,9 @@ class Run:
         self.checkpoints = Checkpoints(config, layout, resolved.data, weights=resolved.weights)
         folder = write_run(config, ds_config) if world.rank == 0 else None
         train_set, self.valid_set, _ = build_datasets(config, resolved.data)
-        self.reads_data = self.at.pp in (0, layout.pp - 1)
+        # where documents lie matters to every stage, tokens and labels to the ends of the pipeline
+        self.reads_data = config.data.document_mask or self.at.pp in (0, layout.pp - 1)
+        self.may_leave_out = config.data.document_mask or isinstance(resolved.data, GivenData)
         # readers fork before the model exists: a child then shares little memory that would be copied
         self.train_batches = self._reader(train_set, workers=config.data.workers, consumed=self.checkpoints.consumed_samples)
         blank = self.checkpoints.weights is not None
@@ -155,7 +159,7 @@ class Run:
 
     def _step(self, step: int) -> tuple[StepRecord, int]:
         t, started = self.config.train, time.perf_counter()
-        micro = [self._next() for _ in range(self.layout.num_microbatches)]
+        micro = self._global_batch(self.train_batches)
         waited = time.perf_counter() - started
         lr = learning_rate(self.config.optimizer, step=step - 1, total_steps=t.steps)
         self.engine.set_lr(lr)
@@ -260,7 +264,7 @@ class Run:
         total = torch.zeros(2, device=self.world.device)  # losses, and how many ranks have met an error
         with torch.no_grad():
             for _ in range(t.eval_steps):
-                micro = [self._next(reader) for _ in range(self.layout.num_microbatches)]
+                micro = self._global_batch(reader)
                 loss = self.schedule(lambda: iter(micro), num_microbatches=len(micro), forward_only=True)  # noqa: B023
                 if loss is not None and self.at.tp == 0:
                     total[0] += loss
@@ -290,16 +294,23 @@ class Run:
             seed=self.config.run.seed,
         )
 
-    def _next(self, reader: Iterator[Batch] | None = None) -> Batch:
-        reader = reader or self.train_batches
+    def _global_batch(self, reader: Iterator[Batch] | None) -> list[Batch]:
+        """This rank's micro-batches of the next global batch, on its device."""
+        micro = [self._next(reader) for _ in range(self.layout.num_microbatches)]
+        if self.may_leave_out and self.reads_data:
+            weigh(micro, self.layout, group=parallel_state.get_data_parallel_group())
+        return micro
+
+    def _next(self, reader: Iterator[Batch] | None) -> Batch:
         batch = self._read(reader) if reader is not None else None
         if batch is None:
-            shape = (self.config.train.micro_batch_size, self.config.train.seq_length)
-            nothing = torch.zeros(shape, dtype=torch.int64, device=self.world.device)
-            return {"tokens": nothing, "labels": nothing}
-        if self.world.device.type == "cuda":
-            batch = {k: v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
-        return batch
+            t = self.config.train
+            nothing = torch.zeros((t.micro_batch_size, t.seq_length), dtype=torch.int64)
+            batch = {"tokens": nothing, "labels": nothing, "positions": torch.arange(t.seq_length).expand_as(nothing)}
+        if self.config.data.document_mask:
+            batch = with_documents(batch)
+        # the bounds of documents are read on the host
+        return {k: v if k == "bounds" else v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
 
     def _read(self, reader: Iterator[Batch]) -> Batch | None:
         """The next micro-batch; None where it cannot be read: the step is then taken with others
