@@ -55,6 +55,7 @@ class Cell:
         parts += [ABBREVIATED[key] for key in k.get("zero.deepspeed", {}).get("zero_optimization", {})]
         parts += ["compile"] if k.get("model.compile") else []
         parts += [f"{b}-bias-{str(k[key]).lower()}" for b in ("attention", "mlp", "norm") if (key := f"model.{b}_bias") in k]
+        parts += ["pieces"] if k.get("train.chunked_loss") == "always" else []
         parts += ["documents"] if k.get("data.document_mask") else []
         parts += ["qknorm"] if k.get("model.qk_layernorm") else []
         parts += [f"recompute-{k['train.recompute']}"] if k.get("train.recompute", "none") != "none" else []
@@ -208,6 +209,13 @@ def extras() -> list[Cell]:
         # a stage in the middle, which reads no tokens, must know where documents end
         Cell(3, apart | THREES | {"parallel.pp": 3, "zero.stage": 3, "train.recompute": "full"} | batches(1, 3, 3)),
         Cell(4, apart | {"parallel.pp": 2, "parallel.vpp": 2, "zero.stage": 1, "train.precision": "bf16"} | layers(4) | batches(2, 2, 4)),
+    ]
+    pieces = {"train.chunked_loss": "always"}
+    documents += [  # the loss in pieces: with a tied weight on two stages, with sequence parallelism, in 16 bits
+        Cell(2, pieces | {"parallel.pp": 2, "zero.stage": 2, "model.tie_embeddings": True} | batches(1, 2, 2)),
+        Cell(2, pieces | {"parallel.tp": 2, "parallel.sequence_parallel": True, "zero.stage": 1}),
+        Cell(4, pieces | {"parallel.tp": 2, "zero.stage": 3, "model.tie_embeddings": True}),
+        Cell(2, pieces | {"zero.stage": 1, "train.precision": "bf16", "parallel.tp": 2}),
     ]
     return [Cell(4, hpz), Cell(4, hpz | {"parallel.pp": 2}), *compiled, *biases, *overlapped, *uneven, *families, *optimizers(), *documents]
 

@@ -207,6 +207,9 @@ class TrainSection(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="activation recompute: selective: core attention; full: every layer"
     )
+    chunked_loss: Literal["auto", "always", "never"] = Field(
+        "auto", description="output layer and loss piece by piece, without a micro-batch's whole logits; auto: from 1 GiB of them on"
+    )
     grad_clip: float = Field(1.0, ge=0.0, description="largest global gradient norm; 0: no clipping")
     eval_every: int = Field(0, ge=0, description="optimizer steps between evaluations; 0: never")
     eval_steps: int = Field(0, ge=0, description="global batches per evaluation")

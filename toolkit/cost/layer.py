@@ -243,6 +243,8 @@ def head_passes(w: Workload, hardware: Hardware, *, scale: float) -> tuple[Pass,
     s = w.model
     rows = s.rows // w.tp
     matmul = [weight_multiply(w, hardware, w.tokens, rows, s.hidden, scale, backward=b) for b in (False, True)]
+    if w.loss_chunk:
+        matmul[1] += matmul[0]  # the logits of each piece once more
     bytes_each = w.tokens * (s.rows if w.stack.whole_logits else rows) * w.stack.loss_passes
     loss = [kernels.stream_time(bytes_each * part, gpu=hardware.gpu, kernels=6) for part in (0.6, 0.4)]
     tp = logits = 0.0

@@ -200,6 +200,8 @@ def stage_saved(w: Workload, stage: int, *, cpu: bool) -> dict[str, float]:
         whole = t / w.sequence_shards
         each[-1] += whole * norm_saved(w, s.hidden, cpu=cpu)
         logits = whole * b * s.hidden + t * (4 * s.rows / w.tp + 9)  # the output layer's input, fp32 softmax, targets and their mask
+        if w.loss_chunk:
+            logits = whole * b * s.hidden + t * 12  # its input, targets, and the log-sum-exp
     if w.recompute == "full" and s.rotary:
         once += 4 * w.seq * s.head_dim * w.vpp  # RoPE's angles, of which megatron-core makes one tensor for all of a chunk's layers
     held, logits = _fullest(w, stage, each, logits)
@@ -286,9 +288,14 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
     if stage == w.pp - 1:
         # the loss overwrites its fp32 logits with the softmax and that with the gradient; in 16 bits the logits as multiplied stay too
         found["loss"] = {**kept, "working set": stream + (t * s.rows / w.tp * b if b < 4 else 0.0)}
+        if w.loss_chunk:
+            # a piece's fp32 logits and what is multiplied of them, the gradient of the whole input, and the weight's in fp32
+            piece = w.loss_chunk * s.rows / w.tp * (4 + (b if b < 4 else 0))
+            summed = 4 * s.rows * s.hidden / w.tp if b < 4 or w.zero > 1 else 0.0
+            found["loss"]["working set"] = t * b * s.hidden * (2 if w.sp else 1) + piece + summed
         if w.zero == 3:
             found["loss"]["working set"] -= w.width * _largest(w, stage) if w.shards > 1 else 0  # its gradient is not there yet
-        if w.zero == 3:  # base counts the weight and its gradient
+        if w.zero == 3 and not w.loss_chunk:  # base counts the weight and its gradient
             found["output layer"] = {"activations": kept["activations"], "working set": t * s.rows / w.tp * b + 2 * stream}
         if buckets:
             # they are made when the first gradient comes, which is the output layer's

@@ -10,6 +10,7 @@ from toolkit.arch.spec import ModelSpec
 from toolkit.config.deepspeed import hpz_group, zero_key
 from toolkit.cost.stack import TOOLKIT, TOOLKIT_TE, Stack
 from toolkit.parallel.layout import split_layers
+from toolkit.parallel.loss_chunks import loss_chunk
 
 if TYPE_CHECKING:
     from toolkit.config.schema import RunConfig
@@ -50,6 +51,7 @@ class Workload:
     overlap_comm: bool = False  # of the DeepSpeed JSON: ZeRO-2 then fills a second bucket while the first one is sent
     persist: float = 1e5  # elements up to which ZeRO-3 keeps a weight whole (DeepSpeed's default)
     optimizer: OptimizerSpec = OPTIMIZERS["adamw"]
+    chunked_loss: str = "never"  # train.chunked_loss
     hpz: int = 1  # ranks over which ZeRO++ keeps a second partition of the weights
 
     @property
@@ -65,6 +67,11 @@ class Workload:
     def tokens(self) -> int:
         """Tokens of one micro-batch on one rank, before tensor parallelism."""
         return max(1, self.micro * self.seq // self.cp)
+
+    @property
+    def loss_chunk(self) -> int:
+        """Tokens of one piece of the output layer and the loss; 0 where the logits are whole."""
+        return loss_chunk(self.chunked_loss, tokens=self.tokens, columns=self.model.rows // self.tp)
 
     @property
     def width(self) -> int:
@@ -140,6 +147,7 @@ class Workload:
             persist=persist,
             optimizer=config.optimizer.spec,
             hpz=_hpz(config, dp),
+            chunked_loss=t.chunked_loss,
         )
 
 

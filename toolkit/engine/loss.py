@@ -108,6 +108,7 @@ def logits_as_output(chunk: Any) -> None:
     """Let a chunk with the output layer return its logits [s, b, v/tp] where it would return
     per-token losses [b, s].
     """
+    chunk.output_layer.mode = "never"
     chunk.compute_language_model_loss = lambda labels, logits: logits
 
 

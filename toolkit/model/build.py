@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from toolkit.config.schema import ModelSection, RopeScaling, RunConfig
+from toolkit.model.head import Head
 from toolkit.model.init import materialise
 from toolkit.model.layers import TIED_COPY, local_spec, mark_shared_gradients, mask_padding, te_spec
 from toolkit.parallel.layout import Layout, split_layers
@@ -112,7 +113,16 @@ class StageModel(GPTModel):
     def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(rotary := getattr(self, "rotary_pos_emb", None), Rotary):
             rotary.positions = position_ids if attention_mask is not None else None
+        labels, head = kwargs.get("labels"), getattr(self, "output_layer", None)
+        if labels is not None and isinstance(head, Head) and head.in_chunks(labels):
+            head.labels = labels
         return super().forward(input_ids, position_ids, attention_mask, *args, **kwargs)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Per-token losses [b, s] in fp32. logits: [s, b, v/tp], or the losses [s, b] of a Head that computed them in chunks."""
+        if logits.dim() == 2:
+            return logits.t().contiguous()
+        return super().compute_language_model_loss(labels, logits)  # type: ignore[no-any-return]
 
     def setup_embeddings_and_output_layer(self) -> None:
         if self.share_embeddings_and_output_weights and self.post_process and not self.pre_process:
@@ -183,6 +193,8 @@ def build_chunks(
         )
         if last:
             mask_padding(model.output_layer, vocab_size=weights.vocab, rows=weights.rows)
+            model.output_layer.__class__ = Head  # megatron-core has no place to name another class
+            model.output_layer.prepare(mode=config.train.chunked_loss, vocab_size=weights.vocab)
         mark_shared_gradients(model, weights, sequence_parallel=layout.sequence_parallel)
         model.train()
         if m.compile:

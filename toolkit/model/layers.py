@@ -160,6 +160,8 @@ def mask_padding(output_layer: torch.nn.Module, *, vocab_size: int, rows: int) -
 
     def hook(_module: torch.nn.Module, _inputs: Any, outputs: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
         logits, bias = outputs  # [s, b, rows of this rank, or of all where they are gathered]
+        if logits.dim() == 2:
+            return outputs  # losses [s, b] of a Head, which has masked them
         here = logits.shape[-1]
         first = vocab_size - (0 if here == rows else here * parallel_state.get_tensor_model_parallel_rank())
         return (_WithoutPadding.apply(logits, max(0, first)) if first < here else logits), bias
