@@ -90,7 +90,7 @@ class Rank:
     def step(self, number: int) -> tuple[float, float]:
         """Train one step at the learning rate that is set: its loss, the mean over all ranks, and the global gradient norm."""
         loss, norm = self.forward_backward(self.micro(number)), float(self.engine.finish())
-        total = torch.zeros(()) if loss is None or self.at.tp else loss / self.layout.dp
+        total = torch.zeros(()) if loss is None or self.at.tp else loss / self.layout.copies
         dist.all_reduce(total)
         return float(total), norm
 

@@ -78,13 +78,13 @@ def _versions() -> dict[str, str]:
 def _parameters() -> list[Any]:
     """Each cell of the grid once; what is not among those of every test run is left to `make parity`."""
     default = {c.id for c in cells.always()}
-    every = {c.id: c for c in (*cells.llama(), *cells.always())}
+    every = {c.id: c for c in (*cells.llama(), *cells.context(), *cells.always())}
     return [pytest.param(c, id=c.id, marks=[] if c.id in default else [pytest.mark.all_cells]) for c in every.values()]
 
 
 def test_the_default_cells_cover() -> None:
     """Every value of every feature, and every pair of a ZeRO stage and a value, that the grid has runs in every test run."""
-    grid = [c for c in (*cells.llama(), *cells.cover(), *cells.extras(), *cells.families()) if not c.uses("nvme")]
+    grid = [c for c in (*cells.llama(), *cells.cover(), *cells.extras(), *cells.families(), *cells.context()) if not c.uses("nvme")]
     covered = set().union(*(cells.pairs(c) for c in cells.always()))
     missing = set().union(*(cells.pairs(c) for c in grid)) - covered
     assert not missing, missing

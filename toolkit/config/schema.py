@@ -185,7 +185,10 @@ class ParallelSection(Section):
     tp: int = Field(1, ge=1, description="tensor parallel degree")
     pp: int = Field(1, ge=1, description="pipeline parallel degree (stages)")
     vpp: int = Field(1, ge=1, description="model chunks per stage (interleaved pipeline)")
-    cp: int = Field(1, ge=1, description="context parallel degree")
+    cp: int = Field(1, ge=1, description="context parallel degree: ranks that share each sequence")
+    cp_exchange: Literal["auto", "allgather", "ulysses", "ring"] = Field(
+        "auto", description="how keys and values reach queries: gathered; heads for tokens; passed round; auto: by shape and link"
+    )
     sequence_parallel: bool = Field(False, description="shard norms and dropout over the tensor parallel ranks")
 
 

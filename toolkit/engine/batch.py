@@ -1,4 +1,6 @@
-"""A global batch's micro-batches, made ready for the model: where documents lie, and what each token weighs in the loss."""
+"""A global batch's micro-batches, made ready for the model: where documents lie, and what each token weighs in the loss, and
+which part of the sequence a rank takes.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from toolkit.parallel.exchange import chunks_of
 from toolkit.parallel.layout import Layout
 
 Batch = dict[str, Tensor]
@@ -21,6 +24,26 @@ def with_documents(batch: Batch) -> Batch:
     positions = batch["positions"]
     starts = (positions == 0).flatten().nonzero().flatten()
     return batch | {"bounds": torch.cat([starts, starts.new_tensor([positions.numel()])]).int()}
+
+
+def part_of(batch: Batch, layout: Layout, *, rank: int) -> Batch:
+    """A context-parallel rank's part of a micro-batch: of every entry [b, s, …] its two chunks, of any other all.
+
+    "positions" are those of the tokens in the whole sequence, or in their documents where those are kept apart.
+    """
+    tokens = batch["tokens"]
+    s = tokens.shape[1]
+    chunks = chunks_of(rank, layout.cp)
+    if "bounds" not in batch:
+        batch = batch | {"positions": torch.arange(s, device=tokens.device).expand_as(tokens)}
+
+    def part(entry: Tensor) -> Tensor:
+        if entry.dim() < 2 or entry.shape[1] != s:
+            return entry
+        pieces = entry.chunk(2 * layout.cp, dim=1)
+        return torch.cat([pieces[c] for c in chunks], dim=1)
+
+    return {key: part(entry) for key, entry in batch.items()}
 
 
 def weigh(micro: Sequence[Batch], layout: Layout, *, group: dist.ProcessGroup | None) -> None:

@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CPU_FORWARD: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-CPU_BACKWARD: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+ATEN: Any = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class _Spans(torch.autograd.Function):
             q = query[span.rows, :, span.queries.start : span.queries.stop]
             merged = None
             for keys, causal in span.blocks():
-                part = CPU_FORWARD(q, key[span.rows, :, keys], value[span.rows, :, keys], 0.0, causal, scale=scale)
+                part = block_forward(q, key[span.rows, :, keys], value[span.rows, :, keys], causal, scale)
                 merged = part if merged is None else merge(*merged, *part)
             assert merged is not None
             out[span.rows, :, span.queries.start : span.queries.stop] = merged[0]
@@ -107,12 +106,36 @@ class _Spans(torch.autograd.Function):
             total: Any = None
             for keys, causal in span.blocks():
                 k, v = key[span.rows, :, keys], value[span.rows, :, keys]
-                d_q, d_k, d_v = CPU_BACKWARD(g, q, k, v, o, log, 0.0, causal, scale=ctx.scale)
+                d_q, d_k, d_v = block_backward(g, q, k, v, o, log, causal, ctx.scale)
                 d_key[span.rows, :, keys] += d_k
                 d_value[span.rows, :, keys] += d_v
                 total = d_q if total is None else total.add_(d_q)
             d_query[span.rows, :, at] = total
         return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None
+
+
+def block_forward(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Attention to one run of keys: the result [b, heads, s, d] and the log-sum-exp of its scores [b, heads, s]."""
+    if not query.is_cuda:
+        found = ATEN._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+    else:
+        found = ATEN._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)
+    return found[0], found[1]
+
+
+def block_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value through one run of keys. out, lse: of all runs together."""
+    if not query.is_cuda:
+        found = ATEN._scaled_dot_product_flash_attention_for_cpu_backward(gradient, query, key, value, out, lse, 0.0, causal, scale=scale)
+    else:
+        seed = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of dropout, which there is none of
+        lengths = query.shape[2], key.shape[2]
+        found = ATEN._scaled_dot_product_flash_attention_backward(
+            gradient, query, key, value, out, lse, None, None, *lengths, 0.0, causal, seed, seed[:0], scale=scale
+        )
+    return found[0], found[1], found[2]
 
 
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

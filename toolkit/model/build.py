@@ -19,6 +19,7 @@ from toolkit.config.schema import ModelSection, RopeScaling, RunConfig
 from toolkit.model.head import Head
 from toolkit.model.init import materialise
 from toolkit.model.layers import TIED_COPY, local_spec, mark_shared_gradients, mask_padding, te_spec
+from toolkit.parallel.exchange import chosen_exchange
 from toolkit.parallel.layout import Layout, split_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -88,6 +89,9 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
     )
     # switches that megatron-core does not have, for the layers of toolkit.model.layers
     settings.mlp_bias, settings.norm_bias = spec.mlp_bias, spec.norm_bias
+    if layout.cp > 1:
+        settings.cp_exchange = chosen_exchange(config).name
+        settings.cp_comm_type = {"allgather": "all_gather", "ulysses": "a2a", "ring": "p2p"}[settings.cp_exchange]  # Transformer Engine's
     return settings
 
 
@@ -107,12 +111,14 @@ class Rotary(RotaryEmbedding):
 class StageModel(GPTModel):
     """GPTModel whose tied copies are made equal by drawing both from the same name, not by a message.
 
-    Where documents are kept apart (an attention_mask is given, see SdpaAttention), rotary positions are those that are given too.
+    Where documents are kept apart (an attention_mask is given, see SdpaAttention) or ranks share a sequence, rotary positions are
+    those that are given too.
     """
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(rotary := getattr(self, "rotary_pos_emb", None), Rotary):
-            rotary.positions = position_ids if attention_mask is not None else None
+            shared = self.config.context_parallel_size > 1  # a part of the sequence, in an order of its own
+            rotary.positions = position_ids if attention_mask is not None else position_ids[:1] if shared else None
         labels, head = kwargs.get("labels"), getattr(self, "output_layer", None)
         if labels is not None and isinstance(head, Head) and head.in_chunks(labels):
             head.labels = labels

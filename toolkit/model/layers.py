@@ -20,6 +20,7 @@ from torch import Tensor
 from toolkit.arch.spec import ModelSpec
 from toolkit.model.attention import attend as attend_spans
 from toolkit.model.attention import document_spans
+from toolkit.model.context import EXCHANGES
 from toolkit.model.init import named_weights
 
 SUM_OVER_TP = "sum_grad_over_tp"
@@ -79,7 +80,8 @@ def mark_sum_over_tp(module: torch.nn.Module, needed: bool) -> None:
 class SdpaAttention(torch.nn.Module):
     """Causal attention through PyTorch's scaled_dot_product_attention; memory does not grow with s².
 
-    query [s, b, heads, d]; key, value [s, b, groups, d]; result [s, b, heads * d]. attention_mask is no mask: None, or
+    query [s, b, heads, d]; key, value [s, b, groups, d]; result [s, b, heads * d]. With context parallelism s is this rank's part of
+    the sequence. attention_mask is no mask: None, or
     toolkit.engine.batch's "bounds" of the documents, which attend to themselves alone.
     """
 
@@ -96,6 +98,8 @@ class SdpaAttention(torch.nn.Module):
         super().__init__()
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale
+        self.context = parallel_state.get_context_parallel_group() if config.context_parallel_size > 1 else None
+        self.exchange = EXCHANGES.get(getattr(config, "cp_exchange", ""))
 
     def forward(
         self,
@@ -108,6 +112,8 @@ class SdpaAttention(torch.nn.Module):
         packed_seq_params: Any = None,
     ) -> Tensor:
         s, b, heads, d = query.shape
+        if self.context is not None:
+            return self._over_ranks(query, key, value, None if attention_mask is None else attention_mask.tolist())
         if attention_mask is not None:
             return self._within_documents(query, key, value, attention_mask)
         # one query against a cache of keys attends to all of them; equal lengths are causal
@@ -130,6 +136,12 @@ class SdpaAttention(torch.nn.Module):
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 return attend(self.dropout)
         return attend(0.0)
+
+    def _over_ranks(self, query: Tensor, key: Tensor, value: Tensor, bounds: list[int] | None) -> Tensor:
+        assert self.exchange is not None and self.context is not None
+        exchange, group = self.exchange, self.context
+        out = self._with_dropout(lambda dropout: exchange(query, key, value, bounds, group=group, dropout=dropout, scale=self.scale))
+        return out.reshape(*out.shape[:2], -1)
 
     def _within_documents(self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor) -> Tensor:
         s, b, heads, d = query.shape

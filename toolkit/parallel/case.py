@@ -51,6 +51,8 @@ class Case:
     compile: bool
     recompute: str
     documents: bool  # kept apart
+    exchange: str  # parallel.cp_exchange
+    dropout: bool
     optimizer: str
     stage: int
     opt_offload: str
@@ -104,6 +106,8 @@ class Case:
             compile=m.compile,
             recompute=t.recompute,
             documents=config.data.document_mask,
+            exchange=p.cp_exchange,
+            dropout=m.dropout > 0,
             optimizer=o.name,
             stage=z.stage,
             opt_offload=z.offload_optimizer,
@@ -136,7 +140,7 @@ class Case:
     @property
     def largest_partition(self) -> int:
         """Elements of the largest weight that one rank keeps under ZeRO-3."""
-        return partition(*self.widest, tp=self.tp, dp=self.dp)
+        return partition(*self.widest, tp=self.tp, dp=self.dp * self.cp)
 
     def decay_overlaps(self) -> bool:
         """Whether warm-up leaves the decay no room (a warm-up longer than the run has its own rule)."""
@@ -167,6 +171,7 @@ _ATTRIBUTES: Mapping[str, Any] = {
     "parallel.pp": _plain("pp"),
     "parallel.vpp": _plain("vpp"),
     "parallel.cp": _plain("cp"),
+    "parallel.cp_exchange": _plain("exchange"),
     "parallel.sequence_parallel": _plain("sp"),
     "train.micro_batch_size": _plain("micro"),
     "train.global_batch_size": _plain("batch"),
@@ -178,6 +183,7 @@ _ATTRIBUTES: Mapping[str, Any] = {
     "model.num_query_groups": _plain("groups"),
     "model.head_dim": _plain("head_dim"),
     "model.compile": _plain("compile"),
+    "model.dropout": lambda value: ("dropout", value > 0),
     "train.recompute": _plain("recompute"),
     "model.family": lambda value: ("rotary", FAMILIES[value].positions == "rotary"),
     "model.sliding_window": lambda value: ("window", value or 0),

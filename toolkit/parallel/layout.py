@@ -67,6 +67,11 @@ class Layout:
     def world_size(self) -> int:
         return self.tp * self.pp * self.cp * self.dp
 
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same weights, over which gradients are averaged and ZeRO cuts states: data x context parallel."""
+        return self.dp * self.cp
+
     def coordinates(self, rank: int) -> Coordinates:
         """Place of a global rank."""
         rest, tp = divmod(rank, self.tp)

@@ -202,7 +202,7 @@ class Run:
         device = self.world.device
         used = torch.cuda.max_memory_allocated() if device.type == "cuda" else self.process.memory_info().rss
         mine = loss if loss is not None and self.at.tp == 0 else torch.zeros((), device=device)
-        total = mine.detach().reshape(1) / self.layout.dp
+        total = mine.detach().reshape(1) / self.layout.copies
         dist.all_reduce(total)
         asks = BY_SIGNAL if self.stop else BY_HOOK if self.hooks.stop_asked is not None else 0
         failed = self.checkpoints.failed or self.error is not None
@@ -276,7 +276,7 @@ class Run:
         losses, errors = total.tolist()
         if errors:
             self._end_together()
-        return float(losses / (t.eval_steps * self.layout.dp))
+        return float(losses / (t.eval_steps * self.layout.copies))
 
     def _reader(self, dataset: Any, *, workers: int, consumed: int = 0) -> Any:
         """Micro-batches for this data-parallel rank; None on stages that neither embed nor compute
