@@ -6,7 +6,7 @@ COMPAT_PYTHON ?= $(firstword $(shell for p in python3.12 python3.13 "$$HOME"/.py
 	"$$p" -c 'import ensurepip' >/dev/null 2>&1 && echo "$$p"; done))
 COMPAT_VENV ?= .venv-compat
 
-.PHONY: help quickstart test test-all mutants test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert score-planner rehearsal report-example clean
+.PHONY: help quickstart test test-all mutants test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert score-planner rehearsal report-example recipes clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -91,6 +91,9 @@ rehearsal: $(VENV)/.dev  ## docs/rehearsal.md: rehearsals of 124M to 405B, on up
 
 report-example: $(VENV)/.dev  ## docs/report.png: two small runs, trained, profiled and shown
 	$(BIN)/python -m tests.report.example
+
+recipes: $(VENV)/.run  ## what the estimate expects of each recipe, written into it
+	$(BIN)/python -m launch.expected
 
 clean:
 	rm -rf $(VENV) $(COMPAT_VENV) runs build *.egg-info

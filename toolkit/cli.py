@@ -18,6 +18,7 @@ from toolkit.plan.commands import log_to_stderr, tune
 from toolkit.profile.commands import profile
 from toolkit.rehearse.commands import rehearse
 from toolkit.report.commands import report
+from toolkit.train.commands import launch
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train GPT and Llama on megatron-core × DeepSpeed.")
 data_app = typer.Typer(no_args_is_help=True, help="Text to tokens.")
@@ -29,6 +30,7 @@ app.command()(calibrate)
 app.command()(profile)
 app.command()(rehearse)
 app.command()(report)
+app.command()(launch)
 
 LOCAL = {"localhost", "127.0.0.1"}  # in a hostfile: no ssh is needed
 NO = 1  # exit code of a question whose answer is no
@@ -64,6 +66,7 @@ def train(
     from toolkit.cluster.environment import PLANNED, gpu_count
     from toolkit.cluster.launch import read_hostfile, run_local, run_on_hosts
     from toolkit.config.load import load_config
+    from toolkit.train.console import launcher_log
     from toolkit.train.resolve import resolve
 
     at_least_one("--num-procs", num_procs)
@@ -82,8 +85,9 @@ def train(
 
         typer.echo(say_what_would_run(config, overrides or [], load_config(config, overrides or []), processes=processes), nl=False)
         return
-    resolve(load_config(config, overrides or []), processes)  # what is wrong is said before any process starts
-    raise typer.Exit(run_local(config, overrides or [], num_procs=processes, environ={**os.environ, PLANNED: "1"}))
+    resolved = resolve(load_config(config, overrides or []), processes)  # what is wrong is said before any process starts
+    with launcher_log(resolved.config.run.dir):
+        raise typer.Exit(run_local(config, overrides or [], num_procs=processes, environ={**os.environ, PLANNED: "1"}))
 
 
 @app.command()

@@ -13,6 +13,7 @@ from toolkit.config.schema import RunConfig
 from toolkit.data.given import GivenData
 from toolkit.errors import ConfigError
 from toolkit.runfolder.metrics import StepRecord
+from toolkit.train.console import ConsoleLog
 from toolkit.train.hooks import Extensions, Hook
 from toolkit.train.program import mute_if_already_reported, quiet_libraries, say_uncaught_errors, set_cuda_defaults, speak
 from toolkit.train.resolve import resolve
@@ -61,13 +62,15 @@ class Trainer:
         it, and hooks see it before. The process group stays, so that another Trainer may follow in
         the same processes.
         """
-        speak(rank=int(os.environ.get("RANK", 0)))
+        rank = int(os.environ.get("RANK", 0))
+        speak(rank=rank)
         quiet_libraries()
-        with mute_if_already_reported():
-            resolved = resolve(self.config, int(os.environ.get("WORLD_SIZE", 1)), given=self.given)
-        set_cuda_defaults(resolved.config)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of absent options that nothing here needs
-            from toolkit.train.loop import train  # torch comes with it, once there is something to train
+        with ConsoleLog(rank=rank) as console:
+            with mute_if_already_reported():
+                resolved = resolve(self.config, int(os.environ.get("WORLD_SIZE", 1)), given=self.given)
+            set_cuda_defaults(resolved.config)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of absent options that nothing here needs
+                from toolkit.train.loop import train  # torch comes with it, once there is something to train
 
-        return train(resolved, self.extensions)
+            return train(resolved, self.extensions, console)

@@ -1,9 +1,13 @@
-"""The configurations that a rehearsal is compared with the estimate on: 124M to 405B, GPT and Llama, one GPU to 16,384."""
+"""The configurations that a rehearsal is compared with the estimate on: 124M to 405B, GPT and Llama, one GPU to 16,384.
+
+Named ones that people train, and two covering sets: in each, every two settings that can meet do meet in one configuration, and every
+three of those that are not a layout. The estimate is mended with a look at the first set only; the second one is held out.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import cycle, product
+from dataclasses import dataclass, replace
+from itertools import combinations, product, zip_longest
 from typing import Any
 
 from toolkit.config.load import parse_config
@@ -20,7 +24,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-70b": {"family": "llama", "layers": 80, "hidden": 8192, "heads": 64, "groups": 8, "ffn": 28672, "vocab": 128256, "tied": False},
     "llama-405b": {
         "family": "llama",
-        "layers": 128,
+        "layers": 126,
         "hidden": 16384,
         "heads": 128,
         "groups": 8,
@@ -29,7 +33,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tied": False,
     },
 }
-# shape, tp, pp, dp: from one GPU to 16,384; the larger a model, the more it is cut
+# shape, tp, pp, dp, stages that are rehearsed: from one GPU to 16,384; the larger a model, the more it is cut
 LAYOUTS = [
     ("gpt-124m", 1, 1, 1),
     ("gpt-124m", 1, 1, 8),
@@ -43,9 +47,22 @@ LAYOUTS = [
     ("llama-8b", 2, 4, 16),
     ("gpt-175b", 8, 16, 32),
     ("llama-70b", 8, 4, 16),
-    ("llama-70b", 8, 16, 64),
+    ("llama-70b", 8, 8, 64),
     ("llama-405b", 8, 16, 128),
 ]
+# optimizer, parameters
+OFFLOADS = (("none", "none"), ("cpu", "none"), ("cpu", "cpu"))
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "layout": tuple(LAYOUTS),
+    "zero": (0, 1, 2, 3),
+    "offload": OFFLOADS,
+    "recompute": ("none", "selective", "full"),
+    "precision": ("bf16", "fp16", "fp32"),
+    "sp": (False, True),
+    "vpp": (1, 2),
+    "place": ("first", "middle", "last"),
+}
+MACHINE = parse_hardware("h100-80gb:8x1").machine
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,7 @@ class Point:
     raw: Any
     world: int
     stage: int
+    held_out: bool = False
 
     @property
     def config(self) -> RunConfig:
@@ -63,15 +81,76 @@ class Point:
 
 
 def grid() -> list[Point]:
-    """Every ZeRO stage and recompute mode on every layout that the rules allow; precision, SP, VPP and the stage take turns."""
+    """The covering sets by turns, then the named configurations, of which every second one is held out too."""
+    first, second = covering()
+    pairs = [p for both in zip_longest(first, second) for p in both if p]
+    return pairs + [replace(p, held_out=i % 2 == 1) for i, p in enumerate(named())]
+
+
+def named() -> list[Point]:
+    """Large models as they are trained, each rehearsed on the stage that needs most and some on the last one too."""
+    common: dict[str, Any] = {"recompute": "none", "precision": "bf16", "sp": True, "vpp": 1, "zero": 1}
     found = []
-    precisions, splits, chunks = cycle(("bf16", "bf16", "fp16", "fp32", "bf16")), cycle((True, True, False)), cycle((1, 2, 1))
-    every = product(LAYOUTS, range(4), ("none", "selective", "full"))
-    for turns, ((shape, tp, pp, dp), zero, recompute) in enumerate(every, 1):
-        precision, sp, vpp = next(precisions), next(splits) and tp > 1, next(chunks) if pp > 1 else 1
-        stage = (0, pp - 1, pp // 2)[turns % 3]
-        found.append(point(shape, tp=tp, pp=pp, dp=dp, zero=zero, recompute=recompute, precision=precision, sp=sp, vpp=vpp, stage=stage))
-    return [p for p in found if not violations(p.config, p.world, machine=parse_hardware("h100-80gb:8x1").machine)]
+    for tp, pp, dp, more in (
+        (8, 4, 2, {}),
+        (8, 4, 4, {"zero": 2}),
+        (8, 4, 8, {"vpp": 4}),
+        (8, 8, 8, {}),
+        (8, 1, 8, {"zero": 3, "recompute": "full"}),
+        (8, 1, 64, {"zero": 3, "recompute": "full"}),
+    ):
+        found += [point("llama-70b", tp=tp, pp=pp, dp=dp, stage=stage, tokens=8192, **common | more) for stage in sorted({0, pp - 1})]
+    for tp, pp, dp, more in (
+        (8, 16, 8, {}),
+        (8, 16, 64, {"recompute": "full"}),
+        (8, 16, 128, {}),
+        (8, 16, 128, {"zero": 2, "recompute": "selective"}),
+        (8, 16, 128, {"zero": 3}),
+    ):
+        found += [
+            point("llama-405b", tp=tp, pp=pp, dp=dp, stage=stage, tokens=8192, **common | more) for stage in (0, 1)[: 2 if not more else 1]
+        ]
+    for tp, pp, dp, more in ((8, 8, 16, {"recompute": "full"}), (8, 16, 8, {"vpp": 3}), (8, 16, 8, {"zero": 2, "precision": "fp16"})):
+        found += [point("gpt-175b", tp=tp, pp=pp, dp=dp, stage=stage, **common | more) for stage in (0, pp - 1)]
+    return found
+
+
+def covering() -> tuple[list[Point], list[Point]]:
+    """Two sets without a common configuration. Greedy: the next one is that which adds most combinations; of two equal ones the first."""
+    names = tuple(FACTORS)
+    settings = [dict(zip(names, values, strict=True)) for values in product(*FACTORS.values())]
+    legal = {frozenset(x.items()): p for x in settings if possible(x) and not violations((p := _of(x)).config, p.world, machine=MACHINE)}
+    adds = {key: combinations_of(dict(key)) for key in legal}
+    sets: list[list[Point]] = []
+    for held_out in (False, True):
+        wanted: set[Any] = set().union(*adds.values())
+        sets.append([])
+        while wanted:
+            best = max(adds, key=lambda key, wanted=wanted: len(adds[key] & wanted))
+            wanted -= adds.pop(best)
+            sets[-1].append(replace(legal[best], held_out=held_out))
+    return sets[0], sets[1]
+
+
+def possible(x: dict[str, Any]) -> bool:
+    """Without what could only repeat another configuration: stages, chunks and split sequences that are not there."""
+    _, tp, pp, _ = x["layout"]
+    whole = pp > 1 or (x["vpp"] == 1 and x["place"] == "first")
+    return whole and (pp > 2 or x["place"] != "middle") and (tp > 1 or not x["sp"]) and (x["zero"] > 0 or x["offload"][0] == "none")
+
+
+def combinations_of(x: dict[str, Any]) -> set[Any]:
+    """Every pair of settings, and every three of those that are not layouts."""
+    items = sorted(x.items())
+    triples = combinations([item for item in items if item[0] not in ("layout", "place")], 3)
+    return {*combinations(items, 2), *triples}
+
+
+def _of(x: dict[str, Any]) -> Point:
+    shape, tp, pp, dp = x["layout"]
+    stage = {"first": 0, "middle": pp // 2, "last": pp - 1}[x["place"]]
+    keys = {k: x[k] for k in ("zero", "recompute", "precision", "sp", "vpp")}
+    return point(shape, tp=tp, pp=pp, dp=dp, stage=stage, offload=x["offload"], **keys)
 
 
 def point(
@@ -86,14 +165,14 @@ def point(
     sp: bool,
     vpp: int,
     stage: int,
-    offload: str = "none",
+    offload: tuple[str, str] = ("none", "none"),
+    tokens: int | None = None,
 ) -> Point:
     """A configuration of the grid with few micro-batches: the peak needs no more than fill the pipeline."""
     s = SHAPES[shape]
-    tokens = 1024 if s["hidden"] < 2048 else 2048 if s["hidden"] < 8192 else 4096
+    tokens = tokens or (1024 if s["hidden"] < 2048 else 2048 if s["hidden"] < 8192 else 4096)
     layers = s["layers"]
-    if pp > 1 and layers % (pp * vpp):
-        vpp = 1
+    microbatches = 2 * pp if pp <= 4 else pp
     raw: dict[str, Any] = {
         "run": {"dir": "unused"},
         "model": {
@@ -108,9 +187,9 @@ def point(
             "tie_embeddings": s["tied"],
         },
         "parallel": {"tp": tp, "pp": pp, "vpp": vpp, "sequence_parallel": sp},
-        "zero": {"stage": zero, "offload_optimizer": offload},
+        "zero": {"stage": zero, "offload_optimizer": offload[0], "offload_param": offload[1]},
         "train": {
-            "global_batch_size": dp * max(2, pp),
+            "global_batch_size": dp * microbatches,
             "micro_batch_size": 1,
             "seq_length": tokens,
             "precision": precision,
@@ -118,5 +197,7 @@ def point(
         },
     }
     name = f"{shape} tp{tp} pp{pp}" + (f" vpp{vpp}" if vpp > 1 else "") + f" dp{dp}" + (" sp" if sp else "")
-    name += f" ZeRO-{zero} {recompute} {precision}" + (f" offload {offload}" if offload != "none" else "") + f", stage {stage}"
-    return Point(name, raw, tp * pp * dp, stage)
+    name += f" ZeRO-{zero} {recompute} {precision}" + "".join(
+        f" {what} on cpu" for what, place in zip(("optimizer", "parameters"), offload, strict=True) if place == "cpu"
+    )
+    return Point(f"{name}, stage {stage}", raw, tp * pp * dp, stage)

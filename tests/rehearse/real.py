@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 
@@ -12,7 +14,7 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
 
     from toolkit.config.load import parse_config
     from toolkit.parallel.layout import Layout
-    from toolkit.rehearse.rank import Play
+    from toolkit.rehearse.program import Play
     from toolkit.rehearse.record import Recorder
     from toolkit.train.world import World, connect
 
@@ -20,15 +22,17 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
     layout = Layout.of(config, size)
     connect(World(rank, size, 0), layout, seed=config.run.seed)
     recorder = Recorder("cpu", rank=rank)
-    play = Play(config, layout, rank, recorder)
-    with recorder, recorder.messages(), torch.autograd.set_multithreading_enabled(False):
+    with tempfile.TemporaryDirectory() as folder, recorder, recorder.wire.written(), torch.autograd.set_multithreading_enabled(False):
+        play = Play(config, layout, rank, recorder, folder=Path(folder))
         play.build()
         for _ in range(2):
             meter = play.step()
-    groups = list(recorder.groups)
+        found = recorder.step
+        play.close()
+    groups = list(recorder.wire.groups)
     return {
         "parts": dict(meter.measured.parts),
-        "peak": recorder.step.peak.nbytes,
-        "at": [recorder.step.peak.phase, recorder.step.peak.module, recorder.step.peak.operator],
-        "messages": [[m.operation, list(groups[m.group]), m.nbytes, m.dtype, m.peer] for m in recorder.step.messages],
+        "peak": found.peak.nbytes,
+        "at": [found.peak.phase, found.peak.module, found.peak.operator],
+        "messages": [[m.operation, list(groups[m.group]), m.nbytes, m.dtype, m.peer] for m in found.messages],
     }

@@ -81,9 +81,7 @@ class Saver:
         )
         self.job = _SaveThread(self.settings, partial, manifest, rank=self.rank, world=self.layout.world_size)
         if self.copying:
-            self.job.files = [self._copied(*one) for one in self._files()]
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            self.job.files = self.copied()
             self.job.start()
         else:
             self.job.write(self._files())
@@ -138,6 +136,13 @@ class Saver:
                 "parameters": json.dumps({n: p for n, p in self.state.parameters.items() if n in named}),
             }
             yield group_file(self.rank, i), part.tensors, metadata
+
+    def copied(self) -> list[tuple[str, dict[str, Tensor], dict[str, str]]]:
+        """This rank's files with their tensors in host buffers, which are filled on return; the training may then go on."""
+        files = [self._copied(*one) for one in self._files()]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return files
 
     def _copied(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[str, dict[str, Tensor], dict[str, str]]:
         """Copy a file's tensors into host buffers, which the saver keeps for the next save."""

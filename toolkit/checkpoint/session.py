@@ -11,7 +11,7 @@ import torch.distributed as dist
 from toolkit.checkpoint.claim import check_shared, checkpoint_folder, claim
 from toolkit.checkpoint.identity import identity_of, layout_of
 from toolkit.checkpoint.load import load_weights, restore
-from toolkit.checkpoint.manifest import Manifest, verify_files
+from toolkit.checkpoint.manifest import Manifest, folder_name, verify_files
 from toolkit.checkpoint.resume import Resume, check_probe, find, probe
 from toolkit.checkpoint.save import Saver, SaveSettings
 from toolkit.checkpoint.start import announce
@@ -130,6 +130,12 @@ class Checkpoints:
         """Let the last save count."""
         if self.saver is not None:
             self.saver.commit()
+
+    def newest(self, step: int) -> Path | None:
+        """The checkpoint that a run leaves which ends after a step of its own (0: it has taken none); None without one."""
+        if step and self.saver is not None:
+            return checkpoint_folder(self.config) / folder_name(step)
+        return self.resume.path
 
     @property
     def failed(self) -> bool:

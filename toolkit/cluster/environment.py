@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from importlib import metadata
 from pathlib import Path
 
@@ -64,6 +64,17 @@ def device_ids(num_procs: int, *, environ: Mapping[str, str] | None = None) -> l
 
 
 PLANNED = "TOOLKIT_PLANNED"  # set for ranks whose starting process has already logged what planning logs
+
+
+# what OpenMPI's mpirun calls the place of a rank that it starts
+MPI_NAMES = {"RANK": "OMPI_COMM_WORLD_RANK", "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE", "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK"}
+
+
+def take_place_from_mpi(environ: MutableMapping[str, str] | None = None) -> None:
+    """Give a rank that mpirun has started the variables in which every other launcher names its place."""
+    environ = os.environ if environ is None else environ
+    if "RANK" not in environ and MPI_NAMES["RANK"] in environ:
+        environ.update({name: environ[theirs] for name, theirs in MPI_NAMES.items()})
 
 
 def rank_environment(num_procs: int, *, environ: Mapping[str, str] | None = None, python: str = sys.executable) -> dict[str, str]:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -130,27 +131,54 @@ def cluster_command(
     hostfile: Path,
     master_addr: str | None = None,
     master_port: int = 29500,
+    runner: str = "pdsh",
     module: str = TRAIN_MODULE,
 ) -> list[str]:
-    """The `deepspeed` command that starts the same run on every host of a hostfile, over pdsh and ssh.
+    """The `deepspeed` command that starts the same run on every host of a hostfile, over pdsh and ssh or by OpenMPI's mpirun.
 
     Raises ConfigError for a hostfile that is missing or wrong (DeepSpeed would train on one machine, or show a traceback).
     """
-    read_hostfile(hostfile)
-    command = ["deepspeed", "--hostfile", str(hostfile), "--master_port", str(master_port), "--no_local_rank", "--module"]
+    hosts = read_hostfile(hostfile)
+    command = ["deepspeed", "--hostfile", str(hostfile)]
+    if runner == "openmpi":
+        command += [
+            "--launcher",
+            "openmpi",
+            "--launcher_args",
+            shlex.join(_mpirun_arguments(master_addr or next(iter(hosts)), master_port)),
+        ]
     if master_addr:
-        command[3:3] = ["--master_addr", master_addr]
-    return [*command, module, str(config_path), *overrides]
+        command += ["--master_addr", master_addr]
+    return [*command, "--master_port", str(master_port), "--no_local_rank", "--module", module, str(config_path), *overrides]
 
 
-def run_on_hosts(config_path: str | Path, overrides: Sequence[str] = (), *, hostfile: Path) -> int:
+def _mpirun_arguments(master_addr: str, master_port: int, *, environ: Mapping[str, str] | None = None) -> list[str]:
+    """What mpirun is told beside the hosts: where the ranks meet, since MPI itself only starts them, and the interface to use."""
+    environ = os.environ if environ is None else environ
+    arguments = ["-x", f"MASTER_ADDR={master_addr}", "-x", f"MASTER_PORT={master_port}", "--bind-to", "none"]
+    interface = environ.get("NCCL_SOCKET_IFNAME") or environ.get("GLOO_SOCKET_IFNAME")
+    if interface:
+        arguments += ["--mca", "btl_tcp_if_include", interface, "--mca", "oob_tcp_if_include", interface]
+    return [*arguments, "--allow-run-as-root"] if os.geteuid() == 0 else arguments
+
+
+def run_on_hosts(
+    config_path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    hostfile: Path,
+    master_addr: str | None = None,
+    master_port: int = 29500,
+    runner: str = "pdsh",
+) -> int:
     """Start a run on every host of a hostfile and return the launcher's exit code.
 
-    What the ranks of other hosts need of this environment is exported, unless there is a .deepspeed_env of the user's own. Signals of a terminal reach the launcher, which passes them to the ranks; one sent to this process alone is passed on to it.
+    What the ranks of other hosts need of this environment is exported, unless there is a .deepspeed_env of the user's own.
+    Signals of a terminal reach the launcher, which passes them to the ranks; one sent to this process alone is passed on to it.
     Raises ConfigError for a wrong hostfile, MachineError for a host that ssh does not reach, or without the launcher.
     """
     check_reachable(read_hostfile(hostfile))
-    command = cluster_command(config_path, overrides, hostfile=hostfile)
+    command = cluster_command(config_path, overrides, hostfile=hostfile, master_addr=master_addr, master_port=master_port, runner=runner)
     command.insert(1, "--no_ssh_check")
     env = dict(os.environ)
     env["PATH"] = rank_environment(1)["PATH"]
@@ -229,6 +257,7 @@ def _supervise(process: subprocess.Popen[bytes], received: list[int], *, module:
         if len(received) == handled:
             continue
         handled = len(received)
+        clear_line()
         if handled > 1:
             logger.warning("second signal: killing the ranks")
             os.killpg(process.pid, signal.SIGKILL)
@@ -237,6 +266,12 @@ def _supervise(process: subprocess.Popen[bytes], received: list[int], *, module:
             _terminate(now)
         elif not ranks:
             process.terminate()  # the launcher is still importing: there is no rank to end properly
+
+
+def clear_line() -> None:
+    """Make room on a terminal for a line of this process, where rank 0's progress bar may stand."""
+    if sys.stdout.isatty():
+        sys.stdout.write("\r\x1b[2K")
 
 
 def _ranks(launcher: int, *, module: str) -> list[psutil.Process]:

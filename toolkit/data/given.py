@@ -34,7 +34,8 @@ class GivenData:
     """Data sets for training and, where train.eval_every is set, for evaluation, which takes the
     first samples in their own order.
 
-    shuffle: train in an order that run.seed decides. The attribute `identity` of a data set, a
+    shuffle: train in an order that run.seed decides. masked: whether samples may leave tokens out of
+    the loss; False saves a look at each step. The attribute `identity` of a data set, a
     text, tells a checkpoint which data it belongs to; without it the data set's class and length
     do.
     """
@@ -42,6 +43,7 @@ class GivenData:
     train: Any
     valid: Any = None
     shuffle: bool = True
+    masked: bool = True
 
     tokenizer_hash: ClassVar[None] = None  # what PreparedData has of a tokenizer and of a blend
     weights: ClassVar[tuple[float, ...]] = ()
@@ -61,7 +63,8 @@ class GivenData:
         """Training and evaluation samples in the order in which a run takes them."""
         # RandomState and not default_rng: its numbers are the same in every version of NumPy
         order = np.random.RandomState(config.run.seed).permutation(len(self.train)) if self.shuffle else None
-        return Samples(self.train, config, order=order), Samples(self.valid, config) if self.valid is not None else None
+        valid = Samples(self.valid, config, masked=self.masked) if self.valid is not None else None
+        return Samples(self.train, config, order=order, masked=self.masked), valid
 
     def check(self, config: RunConfig) -> tuple[str, int, int | None]:
         """Length, shape and ids before anything is trained; returns what all ranks must find alike.
@@ -99,7 +102,7 @@ class GivenData:
                     if samples >= t.global_batch_size
                     else "Give more samples.",
                 )
-            reader = Samples(dataset, config)
+            reader = Samples(dataset, config, masked=self.masked)
             for i in sorted({(samples - 1) * k // (_LOOKED_AT - 1) for k in range(_LOOKED_AT)} if samples else ()):
                 if isinstance(found := reader[i], ToolkitError):
                     raise found
@@ -113,11 +116,11 @@ class Samples:
     with a traceback.
     """
 
-    def __init__(self, dataset: Any, config: RunConfig, *, order: np.ndarray | None = None) -> None:
+    def __init__(self, dataset: Any, config: RunConfig, *, order: np.ndarray | None = None, masked: bool = True) -> None:
         assert config.model.vocab_size is not None
         self.dataset, self.order = dataset, order
         self.seq_length, self.vocab_size = config.train.seq_length, config.model.vocab_size
-        self.document_mask = config.data.document_mask
+        self.document_mask, self.masked = config.data.document_mask, masked
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -147,7 +150,7 @@ class Samples:
                     why=f"with train.seq_length={self.seq_length} it takes whole numbers of shape [{length}]",
                     fix="Cut or pad the samples, or set train.seq_length.",
                 )
-            if key == "labels":
+            if key == "labels" and self.masked:
                 arrays = self._without_ignored(arrays, name)
                 found = arrays[key]
             low, high = int(found.min()), int(found.max())
@@ -159,7 +162,8 @@ class Samples:
                 )
         if "text" in arrays:
             text = arrays.pop("text")
-            arrays = self._without_ignored({"tokens": text[:-1], "labels": text[1:], **arrays}, name)
+            arrays = {"tokens": text[:-1], "labels": text[1:], **arrays}
+            arrays = self._without_ignored(arrays, name) if self.masked else arrays
             if self.document_mask and "positions" in arrays:  # the next document's first token is nobody's label
                 arrays["loss_mask"][:-1] &= arrays["positions"][1:] != 0
         if self.document_mask:

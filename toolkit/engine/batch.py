@@ -46,13 +46,13 @@ def part_of(batch: Batch, layout: Layout, *, rank: int) -> Batch:
     return {key: part(entry) for key, entry in batch.items()}
 
 
-def weigh(micro: Sequence[Batch], layout: Layout, *, group: dist.ProcessGroup | None) -> None:
+def weigh(micro: Sequence[Batch], layout: Layout, *, group: dist.ProcessGroup | None, known: bool = False) -> None:
     """Give each micro-batch of a rank "weights" [b, s] in fp32, if any token of the global batch is left out by a "loss_mask" [b, s].
 
     The sum over tokens of loss times weight is then this rank's and micro-batch's estimate of the
     mean over all tokens of the global batch that count: averaged over micro-batches and ranks, as
     every loss is, it is that mean. group: the data-parallel ranks, without context parallelism; all
-    of them call it.
+    of them call it. known: that some token is left out, so that nobody waits for the answer.
     """
     masks = [batch.get("loss_mask", torch.ones_like(batch["tokens"])) for batch in micro]
     real = torch.stack([mask.sum(dtype=torch.float64) for mask in masks]).sum()
@@ -60,7 +60,7 @@ def weigh(micro: Sequence[Batch], layout: Layout, *, group: dist.ProcessGroup | 
     if layout.dp > 1:
         dist.all_reduce(count, group=group)
     real, every = count
-    if real == every:
+    if not known and bool(real == every):
         return
     factor = len(micro) * layout.dp * layout.cp / real.clamp(min=1.0)
     for batch, mask in zip(micro, masks, strict=True):

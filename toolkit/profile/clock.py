@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,27 +41,56 @@ COLLECTIVES = {
 }
 
 
-class Clock:
-    """Adds up seconds by part. device: where CUDA runs behind Python, its queue is emptied at every change of part."""
+class Moments:
+    """Moments of a step, and the seconds between two of them: on a CPU by the host's clock, on CUDA by events.
+
+    An event is queued behind the kernels of a stream and waits for none of them, so kernels and messages overlap as they do without
+    a profiler. Its time is known once settle() has returned.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.cuda = device.type == "cuda"
+        # parts are those of the stream that computes: what another one does meanwhile takes no time from it
+        self.compute = torch.cuda.current_stream(device) if self.cuda else None
+
+    def mark(self, *, here: bool = False) -> Any:
+        """This moment on the stream that computes; here: on the stream that is current, which may be another."""
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream() if here else self.compute)
+        return event
+
+    def settle(self) -> None:
+        """Return once all moments are past."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """From one moment to another."""
+        return start.elapsed_time(end) / 1e3 if self.cuda else end - start
+
+
+class Clock:
+    """Adds up seconds by part. On CUDA they are those of the stream that computes, idle ones included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.moments = Moments(device)
         self.counts: dict[str, int] = defaultdict(int)
         self.running = ["other"]
-        self.last = time.perf_counter()
-        self.cuda = device.type == "cuda"
+        self.turns: list[tuple[str, Any]] = [("other", self.moments.mark())]
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Seconds spent within count for name, except those of parts entered inside."""
-        self._turn()
         self.running.append(name)
+        self._turn()
         self.counts[name] += 1
         try:
             yield
         finally:
-            self._turn()
             self.running.pop()
+            self._turn()
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function whose calls count for a part."""
@@ -72,24 +102,25 @@ class Clock:
         return call
 
     def take(self) -> tuple[dict[str, float], dict[str, int]]:
-        """Seconds and calls since the last take."""
+        """Seconds and calls since the last take; waits until the device has done them."""
         self._turn()
-        taken = dict(self.seconds), dict(self.counts)
-        self.seconds.clear()
+        self.moments.settle()
+        seconds: dict[str, float] = defaultdict(float)
+        for (name, start), (_, end) in pairwise(self.turns):
+            seconds[name] += self.moments.seconds(start, end)
+        taken = dict(seconds), dict(self.counts)
+        del self.turns[:-1]
         self.counts.clear()
         return taken
 
     def _turn(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[self.running[-1]] += now - self.last
-        self.last = now
+        self.turns.append((self.running[-1], self.moments.mark()))
 
 
 @dataclass
 class Traffic:
-    """One operation on one process group. nbytes: of what this rank put in; seconds: it spent in the calls and waiting for them."""
+    """One operation on one process group. nbytes: of what this rank put in; seconds: it spent in the calls and waiting for them,
+    known once Wire.settle() has returned."""
 
     group: str
     size: int
@@ -102,13 +133,14 @@ class Traffic:
 class Wire:
     """Counts what a rank puts on every process group, at the class all of torch.distributed's calls end in.
 
-    Groups of one rank count nothing. With gloo a call or its wait lasts as long as the message; NCCL returns at once, and the
-    seconds are then those of launching.
+    Groups of one rank count nothing. With gloo a call or its wait lasts as long as the message. NCCL returns at once, and the
+    seconds are those in which the stream that asked stood still for the message: what overlaps with kernels takes none.
     """
 
     def __init__(self, layout: Layout, rank: int, clock: Clock | None = None) -> None:
         self.names = group_names(layout, rank)
         self.clock = clock
+        self.calls: list[tuple[Traffic, Any, Any]] = []
         self.rows: dict[tuple[str, str], Traffic] = {}
         self.inside = False
 
@@ -159,17 +191,31 @@ class Wire:
         plain = plain_name(operation)
         return self.rows.setdefault((name, plain), Traffic(name, len(ranks), plain))
 
+    def forget(self) -> None:
+        """Count anew from here."""
+        self.rows.clear()
+        self.calls.clear()
+
+    def settle(self) -> None:
+        """Add up the rows' seconds; the clock must have been taken after the last message."""
+        assert self.clock is not None
+        for row, start, end in self.calls:
+            row.seconds += self.clock.moments.seconds(start, end)
+        self.calls.clear()
+
     def _timed(self, row: Traffic, call: Callable[[], Any]) -> Any:
-        started = time.perf_counter()
         self.inside = True
         try:
             if self.clock is None:
                 return call()
-            with self.clock.part("communication"):
-                return call()
+            started = self.clock.moments.mark(here=True)
+            try:
+                with self.clock.part("communication"):
+                    return call()
+            finally:
+                self.calls.append((row, started, self.clock.moments.mark(here=True)))
         finally:
             self.inside = False
-            row.seconds += time.perf_counter() - started
 
 
 def plain_name(operation: str) -> str:

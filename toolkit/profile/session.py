@@ -132,19 +132,18 @@ class Session:
         engine: Any = self.run.engine
         run: Any = self.run
         finish = clock.timed("optimizer", engine.finish)
-        load = clock.timed("data wait", run._next)
-        with observed(clock.part), wire.counting(), replaced(run, "_next", load), replaced(engine, "finish", finish):
+        load = clock.timed("data wait", run._fetch)
+        with observed(clock.part), wire.counting(), replaced(run, "_fetch", load), replaced(engine, "finish", finish):
             dist.barrier()
-            wire.rows.clear()
             clock.take()
-            started = clock.last
+            wire.forget()
             for _ in range(steps):
                 self._one()
             seconds, counts = clock.take()
-            total = clock.last - started
+        wire.settle()
         passes = {kind: seconds.get(kind, 0.0) / max(1, counts.get(kind, 0)) for kind in ("forward", "backward")}
         return {
-            "seconds": {part: seconds.get(part, 0.0) / steps for part in PARTS} | {"step": total / steps},
+            "seconds": {part: seconds.get(part, 0.0) / steps for part in PARTS} | {"step": sum(seconds.values()) / steps},
             "micro_batch_seconds": passes,
             "traffic": [
                 {**asdict(row), "calls": row.calls / steps, "nbytes": row.nbytes / steps, "seconds": row.seconds / steps}

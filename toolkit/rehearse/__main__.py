@@ -75,6 +75,8 @@ def _child(folder: Path, number: int, job: dict[str, Any], device: Any, told: An
             device=device,
             told=told,
             hardware=hardware,
+            folder=folder / f"run-{number}",
+            whole=job["whole"],
             progress=lambda phase, share: _say({"job": number, "phase": phase, "share": share}),
         )
     except BaseException as error:

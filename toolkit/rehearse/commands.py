@@ -47,6 +47,7 @@ def rehearse(
             world=cluster.count,
             rank=rank,
             steps=steps,
+            whole=True,
             hardware=hardware,
             hardware_file=hardware_file.resolve() if hardware_file else None,
         )

@@ -62,10 +62,13 @@ class Device:
     @contextlib.contextmanager
     def tensors(self) -> Iterator[None]:
         """Within this context every new tensor is one without data."""
-        from torch._subclasses.fake_tensor import FakeTensorMode
+        from toolkit.rehearse.shapes import ShapeMode
+
+        class Mode(ShapeMode):
+            avoid_device_init = self.kind == "cuda"  # torch.tensor(…, device="cuda") would ask for real memory there
 
         if self._mode is None:
-            self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+            self._mode = Mode(allow_non_fake_inputs=True)
         with self._mode:
             yield
 
@@ -83,6 +86,7 @@ def install(kind: str, listener: Listener, *, gpu: str = "NVIDIA H100 80GB HBM3"
     anything: Any = dist
     anything.get_backend = dist.distributed_c10d.get_backend = lambda *_, **__: backend  # type: ignore[assignment]
     _values(device)
+    _objects()
     _operators(device)
     # .to(device) and .half() of a module whose tensors are as asked for already: FakeTensors cannot be swapped in place
     apply = torch.nn.Module._apply
@@ -108,6 +112,7 @@ def open_world(rank: int, size: int) -> None:
 def _values(device: Device) -> None:
     """What needs the values of tensors: random generators, pinned memory, DeepSpeed's optimizer on the CPU."""
     import torch
+    from torch._subclasses.fake_tensor import FakeTensor
 
     class Generator(torch.Generator):
         def __new__(cls, device: Any = "cpu") -> Any:
@@ -124,8 +129,28 @@ def _values(device: Device) -> None:
         setattr(copy, pinned, True)
         return copy
 
+    def values(self: Any) -> Any:
+        """One copy to the host, however many values there are."""
+        flat = self.reshape(-1)
+        value = flat[0].item() if len(flat) else 0
+        for size in reversed(self.shape):
+            value = [value] * size
+        return value
+
+    FakeTensor.tolist = values  # type: ignore[method-assign]
     tensor.pin_memory = pin
     tensor.is_pinned = lambda self, *_, **__: getattr(self, pinned, False)
+
+
+def _objects() -> None:
+    """What ranks tell each other as Python objects: nobody answers, and every other rank is taken to say what this one says."""
+    import torch.distributed as dist
+
+    def gathered(everyone: list[Any], mine: Any, *_: Any, **__: Any) -> None:
+        everyone[:] = [mine] * len(everyone)
+
+    dist.all_gather_object = gathered  # type: ignore[assignment]
+    dist.broadcast_object_list = lambda *_, **__: None  # type: ignore[assignment]
 
 
 class CpuAdam:
@@ -242,8 +267,7 @@ def _cuda(device: Device, *, gpu: str, memory: int, gpus: int) -> None:
             listener.sync("event.synchronize")
 
         def elapsed_time(self, other: Any) -> float:
-            listener.sync("event.elapsed_time")
-            return 1.0
+            return 1.0  # of two events that have passed: it waits for none
 
     class Stream:
         cuda_stream, device = 0, here

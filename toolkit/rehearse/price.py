@@ -8,7 +8,7 @@ from typing import Any
 from toolkit.cost import kernels, network
 from toolkit.hardware.catalogue import GB, Hardware
 
-PRECISION = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+PRECISION = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float64": "fp64"}
 Shape = Sequence[int]
 
 

@@ -31,7 +31,7 @@ class RehearsalError(ToolkitError):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One rank of one run."""
+    """One rank of one run. whole: with an evaluation and a save after its steps."""
 
     config: RunConfig
     world: int
@@ -39,6 +39,7 @@ class Job:
     steps: int = 2
     hardware: str | None = None
     hardware_file: Path | None = None
+    whole: bool = False
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -47,6 +48,7 @@ class Job:
             "rank": self.rank,
             "steps": self.steps,
             "hardware": self.hardware,
+            "whole": self.whole,
             "hardware_file": str(self.hardware_file) if self.hardware_file else None,
         }
 

@@ -16,6 +16,7 @@ from toolkit.files import write_durably
 CONFIG = "config.yaml"  # the resolved config: a run of this file alone is the same run
 DS_CONFIG = "ds_config.json"  # the configuration as it was given to DeepSpeed
 MACHINE = "machine.json"  # device name, processes, hosts
+CONSOLE = "console.log"  # what the run has said, each line with its time
 METRICS = "metrics.jsonl"  # one record per optimizer step
 
 

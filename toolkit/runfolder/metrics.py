@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from toolkit.files import write_durably
 from toolkit.runfolder.files import METRICS
+from toolkit.runfolder.pace import Pace, hours
 
 log = logging.getLogger("toolkit.train")
 
@@ -21,7 +22,8 @@ log = logging.getLogger("toolkit.train")
 class StepRecord:
     """What is known of one optimizer step. tokens: consumed since the start of the run;
     memory_gib: peak device memory of the worst rank (resident memory on a CPU); mfu: null where the
-    device's peak is not known; a skipped step has a null grad_norm. save_pause_s: seconds this step's checkpoint
+    device's peak is not known; a skipped step has a null grad_norm. data_wait_s: seconds the worst rank's host waited for micro-batches
+    within the step, mostly the next one's: on a GPU this step's kernels hide them as long as they last. save_pause_s: seconds this step's checkpoint
     held up training; save_write_s: seconds from its start until a checkpoint counted, at the step where that was seen; own: numbers that hooks add,
     null for one that is not finite, beside the others in metrics.jsonl."""
 
@@ -63,6 +65,7 @@ class Metrics:
         resumed: int = 0,
     ) -> None:
         self.steps, self.every, self.monitor = steps, every, monitor
+        self.pace = Pace()
         self.file: IO[str] | None = None
         if folder is not None:
             path = folder / METRICS
@@ -73,16 +76,21 @@ class Metrics:
         """Add one step; a null is left out unless every record has the key. durable: return once it is on disk."""
         if self.file is None:
             return
+        self.pace.add(step_s=record.step_s, tokens_per_s=record.tokens_per_s)
         values = {k: v for k, v in asdict(record).items() if v is not None or k in _ALWAYS}
         values |= values.pop("own")
         self.file.write(json.dumps(values, allow_nan=False) + "\n")
         if durable:
             os.fsync(self.file.fileno())
         if record.step % self.every == 0 or record.step == self.steps or record.eval_loss is not None:
-            log.info(step_line(record, steps=self.steps))
+            log.info(step_line(record, steps=self.steps, left_s=self.left_s(record)))
         if self.monitor is not None:
             events = [(f"Train/{k}", v, record.step) for k, v in values.items() if k not in ("step", "skipped") and v is not None]
             self.monitor(events)
+
+    def left_s(self, record: StepRecord) -> float | None:
+        """Seconds from this step, which has been written, to the end of the run; None where that is not known, or it is the last."""
+        return self.pace.left_s(self.steps - record.step) if record.step < self.steps else None
 
     def close(self) -> None:
         if self.file is not None:
@@ -119,8 +127,8 @@ def after_warm_up(records: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]
     return records[min(len(records) - 1, max(1, len(records) // 5)) :]
 
 
-def step_line(record: StepRecord, *, steps: int) -> str:
-    """The step in one line of fixed columns."""
+def step_line(record: StepRecord, *, steps: int, left_s: float | None = None) -> str:
+    """The step in one line of fixed columns; left_s: what the run still takes."""
     r = record
     width = len(str(steps))
     loss = f"{r.loss:.4f}" if r.loss is not None else "not finite"
@@ -130,11 +138,13 @@ def step_line(record: StepRecord, *, steps: int) -> str:
         f"loss {loss}",
         f"norm {norm}",
         f"lr {r.lr:.2e}",
-        f"{_thousands(r.tokens_per_s)} tok/s",
+        f"{thousands(r.tokens_per_s)} tok/s",
         f"{r.tflops_per_gpu:.2f} TFLOP/s" + (f" ({100 * r.mfu:.1f}% MFU)" if r.mfu is not None else ""),
         f"{r.step_s:.2f} s (data {r.data_wait_s:.2f})",
         f"{r.memory_gib:.2f} GiB",
     ]
+    if left_s is not None:
+        parts.append(f"ETA {hours(left_s)}")
     if r.loss_scale is not None:
         parts.append(f"scale {r.loss_scale:g}")
     if r.eval_loss is not None:
@@ -145,7 +155,8 @@ def step_line(record: StepRecord, *, steps: int) -> str:
     return " | ".join(parts)
 
 
-def _thousands(value: float) -> str:
+def thousands(value: float) -> str:
+    """A number in the unit that keeps it short: 950, 5.8k, 1.2M."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.1f}{unit}"

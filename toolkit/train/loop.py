@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import psutil
@@ -29,8 +30,12 @@ from toolkit.engine.batch import weigh, with_documents
 from toolkit.errors import DataError, Stopped, ToolkitError, TrainingError
 from toolkit.hardware.catalogue import peak_flops
 from toolkit.parallel.agree import everywhere
+from toolkit.parallel.exchange import chosen_exchange
 from toolkit.runfolder.files import write_machine, write_run
 from toolkit.runfolder.metrics import Metrics, StepRecord
+from toolkit.train.bar import Bar
+from toolkit.train.closing import Outcome, closing_lines
+from toolkit.train.console import ConsoleLog
 from toolkit.train.hooks import Extensions, Hooks
 from toolkit.train.lr import learning_rate
 from toolkit.train.resolve import ResolvedRun
@@ -40,20 +45,21 @@ from toolkit.train.world import World, connect
 log = logging.getLogger("toolkit.train")
 
 Batch = dict[str, Tensor]
+Fetched = tuple[list[Batch], ToolkitError | None]
 
 NOTHING = Extensions()  # added by the user
 BY_HOOK, BY_SIGNAL = 1, 2  # who asks for an end of the run; 0: nobody
 
 
-def train(resolved: ResolvedRun, extensions: Extensions = NOTHING) -> StepRecord | None:
+def train(resolved: ResolvedRun, extensions: Extensions = NOTHING, console: ConsoleLog | None = None) -> StepRecord | None:
     """Take all steps of a run on this rank; returns the last one's record. Raises ToolkitError on
-    all ranks alike.
+    all ranks alike. console: gets the run's folder once it is this run's own.
     """
     config = resolved.config
     world = World.from_environment()
     check_extension_locks(_extensions(config))
     connect(world, resolved.layout, seed=config.run.seed)
-    run = Run(resolved, world, extensions)
+    run = Run(resolved, world, extensions, console)
     try:
         return run.steps()
     finally:
@@ -70,15 +76,17 @@ def _extensions(config: RunConfig) -> set[str]:
 class Run:
     """One rank's part of a run."""
 
-    def __init__(self, resolved: ResolvedRun, world: World, extensions: Extensions = NOTHING) -> None:
+    def __init__(self, resolved: ResolvedRun, world: World, extensions: Extensions = NOTHING, console: ConsoleLog | None = None) -> None:
         self.stop = StopRequest()
+        self.bar: Bar | None = None
+        self.evaluated: StepRecord | None = None  # the last step that was
         try:
-            self._build(resolved, world, extensions)
+            self._build(resolved, world, extensions, console)
         except BaseException:
             self.stop.close()
             raise
 
-    def _build(self, resolved: ResolvedRun, world: World, extensions: Extensions) -> None:
+    def _build(self, resolved: ResolvedRun, world: World, extensions: Extensions, console: ConsoleLog | None) -> None:
         from toolkit.engine.loss import Loss
         from toolkit.engine.schedule import Schedule
         from toolkit.engine.zero import Engine, partitioner
@@ -87,17 +95,21 @@ class Run:
         config, layout, ds_config = resolved.config, resolved.layout, resolved.ds_config
         self.config, self.layout, self.world = config, layout, world
         self.at = layout.coordinates(world.rank)
-        started = time.perf_counter()
+        self.started = time.perf_counter()
+        self.own_data = isinstance(resolved.data, GivenData)
         self.loss = Loss(extensions.loss, rank=world.rank)
         self.data_error: ToolkitError | None = None
+        self.ahead: Fetched | None = None  # the next step's
         if isinstance(resolved.data, GivenData):
             check_together(resolved.data, config)
         self.checkpoints = Checkpoints(config, layout, resolved.data, weights=resolved.weights)
         folder = write_run(config, ds_config) if world.rank == 0 else None
+        if console is not None:
+            console.open(config.run.dir, step=self.checkpoints.step, processes=world.size)
         train_set, self.valid_set, _ = build_datasets(config, resolved.data)
         # where documents lie matters to every stage, tokens and labels to the ends of the pipeline
         self.reads_data = config.data.document_mask or self.at.pp in (0, layout.pp - 1)
-        self.may_leave_out = config.data.document_mask or isinstance(resolved.data, GivenData)
+        self.may_leave_out = config.data.document_mask or (isinstance(resolved.data, GivenData) and resolved.data.masked)
         # readers fork before the model exists: a child then shares little memory that would be copied
         self.train_batches = self._reader(train_set, workers=config.data.workers, consumed=self.checkpoints.consumed_samples)
         blank = self.checkpoints.weights is not None
@@ -114,11 +126,10 @@ class Run:
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
         self.peak = peak_flops(name, t.precision)
         if folder is not None:
-            hosts = int(os.environ.get("CROSS_SIZE", os.environ.get("GROUP_WORLD_SIZE", 1)))  # by DeepSpeed's launcher, by torchrun
-            write_machine(folder, device=name, processes=world.size, hosts=hosts)
+            write_machine(folder, device=name, processes=world.size, hosts=_hosts())
         self.process = psutil.Process()
         if world.rank == 0:
-            _announce(resolved, device=name, seconds=time.perf_counter() - started)
+            _announce(resolved, device=name, seconds=time.perf_counter() - self.started)
 
     def steps(self) -> StepRecord | None:
         """All optimizer steps, with evaluation where it is due, or those until a signal or a hook
@@ -126,16 +137,21 @@ class Run:
         """
         t = self.config.train
         record, stopping = None, 0
+        if self.world.rank == 0:
+            self.bar = Bar.on_terminal(steps=t.steps, done=self.checkpoints.step)
         for step in range(self.checkpoints.step + 1, t.steps + 1):
             record, stopping = self._step(step)
             if t.eval_every and (step % t.eval_every == 0 or step == t.steps):
                 record.eval_loss = self._evaluate()
+                self.evaluated = record
                 self.hooks.call("on_eval", record)
             self.hooks.call("on_step", record)
             saving = self.checkpoints.save(record, last=stopping > 0 or step == t.steps)
             if saving:
                 self.hooks.call("on_save", record, checkpoint=checkpoint_folder(self.config) / folder_name(step))
             self.metrics.write(record, durable=saving)
+            if self.bar is not None:
+                self.bar.step(record, partial(self.metrics.left_s, record))
             if saving:
                 self.checkpoints.commit()
             if stopping:
@@ -144,6 +160,7 @@ class Run:
                     log.info("stopped after step %d, as %s asked", step, who)
                 break
         self._end_together()
+        self._close_with_words(record)
         if record is not None and stopping == BY_SIGNAL and record.step < t.steps:
             raise Stopped(f"the run was stopped after step {record.step} of {t.steps}", fix="Start it again to go on from its checkpoint.")
         return record
@@ -152,19 +169,50 @@ class Run:
         """Let go of reading processes, files, folders and the model; no other rank is waited for."""
         if self.train_batches is not None:
             self.train_batches.close()
+        self._end_bar()
         self.metrics.close()
         self.checkpoints.release()
         self.stop.close()
         self.engine.close()
 
+    def _close_with_words(self, record: StepRecord | None) -> None:
+        if self.world.rank != 0:
+            return
+        self._end_bar()
+        outcome = Outcome(
+            record=record,
+            taken=record.step - self.checkpoints.step if record else 0,
+            seconds=time.perf_counter() - self.started,
+            tokens_per_s=self.metrics.pace.tokens_per_s(),
+            evaluated=self.evaluated,
+            checkpoint=self.checkpoints.newest(record.step if record else 0),
+            processes=self.world.size,
+            hosts=_hosts(),
+            own_data=self.own_data,
+        )
+        for line in closing_lines(self.config, outcome):
+            log.info(line)
+
+    def _end_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
     def _step(self, step: int) -> tuple[StepRecord, int]:
         t, started = self.config.train, time.perf_counter()
-        micro = self._global_batch(self.train_batches)
+        micro, error = self.ahead or self._fetch()
+        self.ahead, self.data_error = None, self.data_error or error
+        self._weigh(micro)
         waited = time.perf_counter() - started
         lr = learning_rate(self.config.optimizer, step=step - 1, total_steps=t.steps)
         self.engine.set_lr(lr)
         self.engine.begin()
         loss = self.schedule(lambda: iter(micro), num_microbatches=self.layout.num_microbatches)
+        if step < t.steps:
+            # a GPU is still busy with this step, and the host has not asked for its results yet
+            before = time.perf_counter()
+            self.ahead = self._fetch()
+            waited += time.perf_counter() - before
         scale = self.engine.loss_scale
         norm = self.engine.finish()
         mean_loss, asked, grad_norm, worst_wait, memory = self._agree(loss, norm, waited)
@@ -208,10 +256,11 @@ class Run:
         failed = self.checkpoints.failed or self.error is not None
         worst = torch.tensor([float(asks), waited, float(used), float(failed)], dtype=torch.float64, device=device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        asked, wait, memory, any_failed = worst.tolist()
+        # all in one copy to the host, which waits for the device each time it asks
+        mean_loss, grad_norm, asked, wait, memory, any_failed = torch.cat([total.double(), norm.double().reshape(1), worst]).tolist()
         if any_failed:
             self._end_together()
-        return float(total), int(asked), float(norm), wait, memory
+        return mean_loss, int(asked), grad_norm, wait, memory
 
     @property
     def error(self) -> ToolkitError | None:
@@ -264,7 +313,9 @@ class Run:
         total = torch.zeros(2, device=self.world.device)  # losses, and how many ranks have met an error
         with torch.no_grad():
             for _ in range(t.eval_steps):
-                micro = self._global_batch(reader)
+                micro, error = self._fetch(reader)
+                self.data_error = self.data_error or error
+                self._weigh(micro)
                 loss = self.schedule(lambda: iter(micro), num_microbatches=len(micro), forward_only=True)  # noqa: B023
                 if loss is not None and self.at.tp == 0:
                     total[0] += loss
@@ -294,15 +345,26 @@ class Run:
             seed=self.config.run.seed,
         )
 
-    def _global_batch(self, reader: Iterator[Batch] | None) -> list[Batch]:
-        """This rank's micro-batches of the next global batch, on its device."""
-        micro = [self._next(reader) for _ in range(self.layout.num_microbatches)]
+    def _weigh(self, micro: list[Batch]) -> None:
+        """Let every token that counts weigh the same, where some may not."""
         if self.may_leave_out and self.reads_data:
-            weigh(micro, self.layout, group=parallel_state.get_data_parallel_group())
-        return micro
+            some = self.config.data.document_mask  # known without a look at the masks
+            weigh(micro, self.layout, group=parallel_state.get_data_parallel_group(), known=some)
 
-    def _next(self, reader: Iterator[Batch] | None) -> Batch:
-        batch = self._read(reader) if reader is not None else None
+    def _fetch(self, reader: Iterator[Batch] | None = None) -> Fetched:
+        """The micro-batches of a global batch on the device, and what went wrong reading them: the step
+        is then taken with others waiting for it, and ends the run.
+        """
+        errors: list[ToolkitError] = []
+        micro = [self._next(reader or self.train_batches, errors) for _ in range(self.layout.num_microbatches)]
+        return micro, errors[0] if errors else None
+
+    def _next(self, reader: Iterator[Batch] | None, errors: list[ToolkitError]) -> Batch:
+        try:
+            batch = next(reader) if reader is not None else None
+        except ToolkitError as error:
+            errors.append(error)
+            batch = None
         if batch is None:
             t = self.config.train
             nothing = torch.zeros((t.micro_batch_size, t.seq_length), dtype=torch.int64)
@@ -311,16 +373,6 @@ class Run:
             batch = with_documents(batch)
         # the bounds of documents are read on the host
         return {k: v if k == "bounds" else v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
-
-    def _read(self, reader: Iterator[Batch]) -> Batch | None:
-        """The next micro-batch; None where it cannot be read: the step is then taken with others
-        waiting for it, and ends the run.
-        """
-        try:
-            return next(reader)
-        except ToolkitError as error:
-            self.data_error = self.data_error or error
-            return None
 
 
 def check_together(data: GivenData, config: RunConfig) -> None:
@@ -343,12 +395,13 @@ def _announce(resolved: ResolvedRun, *, device: str, seconds: float) -> None:
         f", {what} on {where}" for what, where in (("optimizer", z.offload_optimizer), ("parameters", z.offload_param)) if where != "none"
     )
     log.info(
-        "%s, %s parameters | tp %d pp %d vpp %d dp %d%s | ZeRO-%d%s | %s | %d sequences of %d tokens a step, %d micro-batches of %d | %s",
+        "%s, %s parameters | tp %d pp %d vpp %d%s dp %d%s | ZeRO-%d%s | %s | %d sequences of %d tokens a step, %d micro-batches of %d | %s",
         m.preset or m.family,
         f"{m.spec.unpadded_parameters:,}",
         layout.tp,
         layout.pp,
         layout.vpp,
+        f" cp {layout.cp}" if layout.cp > 1 else "",
         layout.dp,
         " sp" if layout.sequence_parallel else "",
         z.stage,
@@ -360,7 +413,14 @@ def _announce(resolved: ResolvedRun, *, device: str, seconds: float) -> None:
         t.micro_batch_size,
         device,
     )
+    if layout.cp > 1:
+        exchange = chosen_exchange(config)
+        log.info("context parallel by %s: %s", exchange.name, exchange.reason)
     log.info("data: %s | ready in %.1f s", data.summary, seconds)
+
+
+def _hosts() -> int:
+    return int(os.environ.get("CROSS_SIZE", os.environ.get("GROUP_WORLD_SIZE", 1)))  # by DeepSpeed's launcher, by torchrun
 
 
 def _ranks(ranks: list[int]) -> str:

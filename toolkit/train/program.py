@@ -17,6 +17,7 @@ from typing import Any
 from toolkit.cluster.environment import PLANNED, cuda_defaults, gpu_count
 from toolkit.config.schema import RunConfig
 from toolkit.errors import ToolkitError
+from toolkit.train.console import ConsoleLog
 
 
 def say(error: ToolkitError, *, rank: int, local_rank: int) -> None:
@@ -30,15 +31,22 @@ def say(error: ToolkitError, *, rank: int, local_rank: int) -> None:
 
 @contextmanager
 def mute_if_already_reported() -> Iterator[None]:
-    """Leave out what the process that started the ranks has already shown."""
-    log = logging.getLogger("toolkit")
-    before = log.level
-    if PLANNED in os.environ:
-        log.setLevel(logging.WARNING)
+    """Leave out on the screen what the process that started the ranks has already shown there;
+    console.log gets it.
+    """
+    handlers = [*logging.getLogger().handlers, *logging.getLogger("toolkit").handlers]
+    muted = [h for h in handlers if PLANNED in os.environ and not isinstance(h, ConsoleLog)]
+    for handler in muted:
+        handler.addFilter(_is_news)
     try:
         yield
     finally:
-        log.setLevel(before)
+        for handler in muted:
+            handler.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or not record.name.startswith("toolkit")
 
 
 def set_cuda_defaults(config: RunConfig) -> None:

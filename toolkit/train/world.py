@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from toolkit.cluster.environment import take_place_from_mpi
 from toolkit.errors import MachineError
 from toolkit.parallel.layout import Layout
 
@@ -26,6 +27,7 @@ class World:
     @classmethod
     def from_environment(cls) -> World:
         """Read RANK, WORLD_SIZE and LOCAL_RANK; a process started by hand is a world of one."""
+        take_place_from_mpi()
         rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         return cls(rank, size, local)
 

@@ -1,0 +1,1 @@
+deepspeed --hostfile launch/hostfile.example --launcher openmpi --launcher_args '-x MASTER_ADDR=node-1 -x MASTER_PORT=29500 --bind-to none' --master_port 29500 --no_local_rank --module toolkit.train launch/recipes/llama3-8b.yaml

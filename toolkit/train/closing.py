@@ -1,0 +1,94 @@
+"""The last words of a run: what it did, where its weights are, and the commands that go on from there."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolkit.config.schema import RunConfig
+from toolkit.runfolder.files import CONFIG
+from toolkit.runfolder.metrics import StepRecord, thousands
+from toolkit.runfolder.pace import hours
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """record: of the last step, None where none was left to take; taken: steps of this process, of
+    all that the run has; seconds: since it began; evaluated: the last step that was, None without;
+    checkpoint: the newest one, None without; own_data: whether a program gave the data, so that its
+    config alone does not start the run.
+    """
+
+    record: StepRecord | None
+    taken: int
+    seconds: float
+    tokens_per_s: float | None
+    evaluated: StepRecord | None
+    checkpoint: Path | None
+    processes: int
+    hosts: int
+    own_data: bool = False
+
+
+def closing_lines(config: RunConfig, outcome: Outcome) -> list[str]:
+    """One line of what the run did, then the commands a user may want next, each ready to be pasted."""
+    record, steps = outcome.record, config.train.steps
+    finished = record is None or record.step >= steps
+    lines = []
+    if record is not None:
+        lines.append(_did(config, outcome, record, finished=finished))
+    commands = _commands(config, outcome, finished=finished)
+    label = "next: " if finished else "go on: "
+    lines += [f"{label if i == 0 else ' ' * len(label)}{command}" for i, command in enumerate(commands)]
+    return lines
+
+
+def _did(config: RunConfig, outcome: Outcome, record: StepRecord, *, finished: bool) -> str:
+    steps = config.train.steps
+    took = f"{outcome.taken:,} step{'' if outcome.taken == 1 else 's'} in {_seconds(outcome.seconds)}"
+    parts = [f"done: step {record.step}/{steps}" if finished else f"not done: step {record.step}/{steps}", took]
+    parts.append(f"loss {record.loss:.4f}" if record.loss is not None else "loss not finite")
+    if outcome.evaluated is not None:
+        when = f" (step {outcome.evaluated.step})" if outcome.evaluated.step != record.step else ""
+        parts.append(f"eval loss {outcome.evaluated.eval_loss:.4f}{when}")
+    if outcome.tokens_per_s is not None:
+        parts.append(f"{thousands(outcome.tokens_per_s)} tok/s")
+    if outcome.checkpoint is not None:
+        parts.append(f"checkpoint {outcome.checkpoint}")
+    else:
+        parts.append("no checkpoint: checkpoint.every is 0, so the weights are gone")
+    return " | ".join(parts)
+
+
+def _commands(config: RunConfig, outcome: Outcome, *, finished: bool) -> list[str]:
+    run = str(config.run.dir)
+    report = _words("toolkit", "report", run, "-o", os.path.join(run, "report.html"))
+    if not finished:
+        again = "start your program again" if outcome.own_data else _train(config, outcome)
+        if outcome.checkpoint is None:
+            return [f"{again}   (from step 1; checkpoint.every=N would have kept what it learnt)", report]
+        return [again, report]
+    if outcome.checkpoint is None:
+        return [report]
+    checkpoint = str(outcome.checkpoint)
+    # a run folder stands for its newest checkpoint, where the checkpoints lie in it
+    checkpoint = run if outcome.checkpoint.parent == config.run.dir / "checkpoints" else checkpoint
+    export = _words("toolkit", "convert", "export", checkpoint, os.path.join(run, "hf"))
+    return [export, report]
+
+
+def _train(config: RunConfig, outcome: Outcome) -> str:
+    command = _words("toolkit", "train", str(config.run.dir / CONFIG))
+    if outcome.hosts > 1:
+        return f"{command} --hostfile HOSTFILE"
+    return f"{command} --num-procs {outcome.processes}"
+
+
+def _words(*words: str) -> str:
+    return shlex.join(words)
+
+
+def _seconds(seconds: float) -> str:
+    return hours(seconds) if seconds >= 600 else f"{seconds:.1f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
