@@ -70,7 +70,7 @@ class _Key:
             w.precision,
             w.flash,
             w.kernel,
-            w.cp_exchange,
+            w.cp > 1 and w.exchange,
             w.overlap,
             w.stack,
             w.zero < 2,
@@ -224,13 +224,16 @@ def _tensor_parallel(w: Workload, hardware: Hardware, *, backward: bool) -> floa
 
 def _context_parallel(w: Workload, hardware: Hardware, attention: float, *, backward: bool) -> float:
     """Exposed context-parallel traffic: cp - 1 exchanges of a key/value block beside the attention of the block before
-    (arXiv 2310.01889), or four all-to-alls of queries, keys, values and outputs (arXiv 2309.14509)."""
+    (arXiv 2310.01889), four all-to-alls of queries, keys, values and outputs (arXiv 2309.14509), or all keys and values gathered,
+    and their gradients reduced (arXiv 2407.21783, section 3.3.2)."""
     if w.cp == 1:
         return 0.0
     s = w.model
     over = network.group(hardware, size=w.cp, stride=w.tp)
     rows = w.tokens * w.width / w.tp
-    if w.cp_exchange:
+    if w.exchange == "allgather":
+        return network.gather_time(rows * w.cp * s.key_value, over=over)
+    if w.exchange == "ulysses":
         seconds = network.exchange_time(rows * (s.query + s.key_value), over=over) + network.exchange_time(rows * s.query, over=over)
         return seconds
     step = network.send_time(rows * s.key_value * (2 if backward else 1), hardware=hardware, distance=w.tp * (w.cp - 1))

@@ -13,6 +13,7 @@ from math import ceil
 
 from toolkit.arch.spec import Group, ModelSpec, WeightSpec
 from toolkit.cost.workload import Workload
+from toolkit.parallel.exchange import sent_heads
 from toolkit.parallel.order import order, warmup
 
 MAX_LIVE = 1e9  # DeepSpeed's default stage3_max_live_parameters
@@ -166,15 +167,33 @@ def layer_saved(w: Workload, *, cpu: bool) -> float:
         attention = b * (s.query + s.key_value) + (0.0 if s.rotary or s.qk_norm else copied)
         if s.rotary or s.qk_norm:
             attention += b * (s.query + s.key_value / 2)
+    if w.cp > 1 and w.recompute == "none":
+        attention = b * _exchanged(w) + (b * (s.query + s.key_value) if s.qk_norm or w.exchange == "ring" else 0.0)
     if s.qk_norm:
         kept_in_16_bits = cpu and s.norm == "rms" and b < 4  # upcast copies instead of the input
         each = norm_saved(w, s.head_dim, cpu=cpu) - (0 if kept_in_16_bits else b * s.head_dim)
         attention += (s.heads + s.groups) * each + (0.0 if kept_in_16_bits else copied)
     attention += b * s.query + (0 if w.recompute == "selective" else 4 * s.heads)
-    tables = 4 * w.seq / w.cp * s.head_dim * b if s.rotary else 0
+    tables = 4 * w.seq / w.cp * s.head_dim * b * (w.micro if w.documents else 1) if s.rotary else 0
     mlp = b * s.ffn * (5 if s.gated else 2)
     dropout = 2 * whole * s.hidden if s.dropout else 0
     return norms + split * (attention + mlp) + tables + dropout
+
+
+def _exchanged(w: Workload) -> float:
+    """Elements for one token that attention keeps of queries, keys and values after an exchange between context-parallel ranks.
+
+    Gathered keys and values are those of the whole sequence. Under Ulysses a rank has the whole sequence of its heads, keys and
+    values once for each rank that shares them, and the result twice: before and after it goes back.
+    """
+    s = w.model
+    if w.exchange == "ring":
+        return 2 * s.query + s.key_value / 2  # and the result in two orders; values are views of the product
+    if w.exchange == "allgather":
+        return s.query + s.key_value * w.cp
+    heads, groups = s.heads // w.tp, s.groups // w.tp
+    copies = len(sent_heads(heads=heads, groups=groups, cp=w.cp)[0]) * w.cp / groups
+    return 2 * s.query + s.key_value * copies
 
 
 def norm_saved(w: Workload, width: int, *, cpu: bool) -> float:
@@ -195,14 +214,19 @@ def stage_saved(w: Workload, stage: int, *, cpu: bool) -> dict[str, float]:
     once = logits = 0.0
     if stage == 0:
         each[0] += t * (8 + (1 if w.tp > 1 else 0))  # token ids, and which of them are this rank's
-        once += 8 * w.seq if s.positions else 0  # positions, the same tensor for every micro-batch
+        own = w.documents or w.cp > 1  # positions of its own for each micro-batch; else the same tensor for all
+        each[0] += 8 * t if s.positions and own else 0
+        once += 8 * w.seq if s.positions and not own else 0
     if stage == w.pp - 1:
         whole = t / w.sequence_shards
         each[-1] += whole * norm_saved(w, s.hidden, cpu=cpu)
         logits = whole * b * s.hidden + t * (4 * s.rows / w.tp + 9)  # the output layer's input, fp32 softmax, targets and their mask
         if w.loss_chunk:
             logits = whole * b * s.hidden + t * 12  # its input, targets, and the log-sum-exp
-    if w.recompute == "full" and s.rotary:
+        logits += 4 * t if w.documents else 0  # what each token weighs
+    if w.recompute == "full" and s.rotary and (w.documents or w.cp > 1):
+        each = [e + 4 * w.seq / w.cp * s.head_dim * (w.micro if w.documents else 1) for e in each]
+    elif w.recompute == "full" and s.rotary:
         once += 4 * w.seq * s.head_dim * w.vpp  # RoPE's angles, of which megatron-core makes one tensor for all of a chunk's layers
     held, logits = _fullest(w, stage, each, logits)
     return {"activations": held + once, "logits": logits}

@@ -9,6 +9,7 @@ from toolkit.arch.optimizers import OPTIMIZERS, OptimizerSpec
 from toolkit.arch.spec import ModelSpec
 from toolkit.config.deepspeed import hpz_group, zero_key
 from toolkit.cost.stack import TOOLKIT, TOOLKIT_TE, Stack
+from toolkit.parallel.exchange import choose
 from toolkit.parallel.layout import split_layers
 from toolkit.parallel.loss_chunks import loss_chunk
 
@@ -41,7 +42,7 @@ class Workload:
     precision: str = "bf16"
     flash: bool = True
     kernel: str | None = None
-    cp_exchange: bool = False  # context parallelism by all-to-all over heads instead of a ring of key/value blocks
+    cp_exchange: str = "ring"  # parallel.cp_exchange
     overlap: bool = True
     split_checkpoints: bool = False  # recomputed layers' inputs are split over TP (ZeRO-R, arXiv 1910.02054, section 6.1)
     deterministic: bool = False
@@ -52,6 +53,7 @@ class Workload:
     persist: float = 1e5  # elements up to which ZeRO-3 keeps a weight whole (DeepSpeed's default)
     optimizer: OptimizerSpec = OPTIMIZERS["adamw"]
     chunked_loss: str = "never"  # train.chunked_loss
+    documents: bool = False  # data.document_mask
     hpz: int = 1  # ranks over which ZeRO++ keeps a second partition of the weights
 
     @property
@@ -67,6 +69,14 @@ class Workload:
     def tokens(self) -> int:
         """Tokens of one micro-batch on one rank, before tensor parallelism."""
         return max(1, self.micro * self.seq // self.cp)
+
+    @property
+    def exchange(self) -> str:
+        """allgather, ulysses or ring: how context-parallel ranks exchange keys and values."""
+        if self.cp_exchange != "auto":
+            return self.cp_exchange
+        heads, groups = max(1, self.model.heads // self.tp), max(1, self.model.groups // self.tp)
+        return choose("auto", heads=heads, groups=groups, cp=self.cp, tp=self.tp, seq=self.seq, dropout=self.model.dropout).name
 
     @property
     def loss_chunk(self) -> int:
@@ -134,6 +144,7 @@ class Workload:
             pp=p.pp,
             vpp=p.vpp,
             cp=p.cp,
+            cp_exchange=p.cp_exchange,
             dp=dp,
             sp=p.sequence_parallel and p.tp > 1,
             zero=z.stage,
@@ -148,6 +159,7 @@ class Workload:
             optimizer=config.optimizer.spec,
             hpz=_hpz(config, dp),
             chunked_loss=t.chunked_loss,
+            documents=config.data.document_mask,
         )
 
 

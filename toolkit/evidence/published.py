@@ -211,7 +211,7 @@ def _stack(row: Mapping[str, Any], *, flash: bool, zero: int, tp: int, pp: int) 
     features: dict[str, Any] = {
         "kernel": _kernel(printed),
         "overlap": "overlap disabled" not in flags,
-        "cp_exchange": "all-to-all" in flags,
+        "cp_exchange": "ulysses" if "all-to-all" in flags else "ring",
     }
     features["split_checkpoints"] = "zero-r" in flags
     features["deterministic"] = "deterministic" in flags
