@@ -61,18 +61,25 @@ class RunSection(Section):
 
 
 class RopeScaling(Section):
-    """Llama-3.1's frequency scaling, with Hugging Face's names."""
+    """Frequency scaling for a longer context, with Hugging Face's names."""
 
-    type: Literal["llama3", "linear"] = Field(
-        "llama3", validation_alias=AliasChoices("type", "rope_type"), description="llama3: by wavelength; linear: all alike"
+    type: Literal["llama3", "linear", "yarn"] = Field(
+        "llama3",
+        validation_alias=AliasChoices("type", "rope_type"),
+        description="llama3, yarn: by wavelength, yarn with sharper attention; linear: all alike",
     )
     factor: float = Field(8.0, ge=1.0, description="how many times the context grows")
     low_freq_factor: float = Field(1.0, gt=0, description="llama3 only: wavelengths above context/this are scaled")
     high_freq_factor: float = Field(4.0, gt=0, description="llama3 only: wavelengths below context/this are kept")
     original_max_position_embeddings: int = Field(8192, gt=0, description="tokens of context before scaling")
+    beta_fast: float = Field(32.0, gt=0, description="yarn only: wavelengths that turn more often than this in the context are kept")
+    beta_slow: float = Field(1.0, gt=0, description="yarn only: wavelengths that turn less often than this are scaled")
+    attention_factor: float | None = Field(None, gt=0, description="yarn only: of queries and keys alike; null: 0.1 ln(factor) + 1")
 
     @model_validator(mode="after")
     def _ordered(self) -> RopeScaling:
+        if self.type == "yarn" and self.beta_fast <= self.beta_slow:
+            raise ValueError("beta_fast must be larger than beta_slow")
         if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError("high_freq_factor must be larger than low_freq_factor")
         return self

@@ -59,6 +59,7 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
         activation_func={"swiglu": F.silu, "gelu": F.gelu}.get(str(m.activation), gelu_tanh),
         add_bias_linear=spec.proj_bias,
         add_qkv_bias=spec.qkv_bias,
+        softmax_scale=softmax_scale(m),
         init_method_std=m.init_std,
         perform_initialization=True,  # on the meta device: only for the attributes it sets
         use_cpu_initialization=False,
@@ -210,10 +211,20 @@ def build_chunks(
     return chunks
 
 
-def rope_frequencies(model: ModelSection, *, device: torch.device) -> Tensor:
-    """Inverse wavelengths of RoPE, [head_dim / 2] in fp32, scaled as Hugging Face's `linear` or `llama3`.
+def softmax_scale(model: ModelSection) -> float | None:
+    """What attention multiplies scores by; None: the usual 1 / sqrt(head_dim). Yarn scales queries and keys, so scores twice."""
+    scaling = model.rope_scaling
+    if scaling is None or scaling.type != "yarn":
+        return None
+    assert model.head_dim is not None
+    factor = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+    return float(factor**2 / model.head_dim**0.5)
 
-    Source of llama3: the Llama 3.1 reference implementation's apply_scaling.
+
+def rope_frequencies(model: ModelSection, *, device: torch.device) -> Tensor:
+    """Inverse wavelengths of RoPE, [head_dim / 2] in fp32, scaled as Hugging Face's `linear`, `llama3` or `yarn`.
+
+    Sources: of llama3 the Llama 3.1 reference implementation's apply_scaling; of yarn arXiv 2309.00071, section 3.2.
     """
     assert model.head_dim is not None
     exponent = torch.arange(0, model.head_dim, 2, dtype=torch.float32, device=device) / model.head_dim
@@ -224,6 +235,16 @@ def rope_frequencies(model: ModelSection, *, device: torch.device) -> Tensor:
     if scaling.type == "linear":
         return inverse / scaling.factor
     context = scaling.original_max_position_embeddings
+    if scaling.type == "yarn":
+        # the dimension whose angle turns so many times within the context, in pairs and whole ones
+        fast, slow = (
+            model.head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(model.rope_theta))
+            for turns in (scaling.beta_fast, scaling.beta_slow)
+        )
+        low, high = max(math.floor(fast), 0), min(math.ceil(slow), model.head_dim - 1)
+        place = torch.arange(model.head_dim // 2, dtype=torch.float32, device=device)
+        stretch = ((place - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
+        return (1 - stretch) * inverse + stretch * inverse / scaling.factor
     wavelength = 2 * math.pi / inverse
     # 1 where wavelengths are short and stay, 0 where they are long and stretch by the factor
     keep = (context / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
