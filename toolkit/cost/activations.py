@@ -78,6 +78,8 @@ def working_bytes(w: Workload) -> float:
 
 def logits_bytes(w: Workload) -> float:
     """Bytes alive at the loss: logits of one micro-batch, their fp32 copies and gradients, split over TP by vocabulary unless the stack gathers them."""
+    if w.loss_chunk:
+        return w.loss_chunk * w.model.rows / w.tp * w.stack.logit_bytes
     if w.stack.chunked_loss:  # a few thousand rows at a time
         return min(w.tokens, 4096) * w.model.rows / w.tp * w.stack.logit_bytes
     split = 1 if w.stack.whole_logits else w.tp

@@ -161,12 +161,39 @@ RULES: tuple[Rule, ...] = (
         options=sequences,
     ),
     Rule(
-        id="cp",
-        title="`parallel.cp` is 1",
-        why="the local attention does not exchange keys and values between ranks, and no run has proven it with Transformer Engine yet",
-        broken=lambda c: c.cp > 1,
-        what=lambda c: f"parallel.cp={c.cp} is not supported",
-        options=lambda c: choices({"parallel.cp": 1}),
+        id="cp-sequence",
+        title="2 x `parallel.cp` divides `train.seq_length`",
+        why="each context-parallel rank holds two chunks, one from each half, so that all have equally much to attend to",
+        broken=lambda c: c.cp > 1 and c.seq % (2 * c.cp) != 0,
+        what=lambda c: f"train.seq_length={c.seq} is no multiple of 2 x parallel.cp={c.cp}",
+        options=sequences,
+    ),
+    Rule(
+        id="cp-heads",
+        title="`parallel.cp_exchange: ulysses`: `parallel.tp` x `parallel.cp` divides `model.num_attention_heads`",
+        why="it gives each rank the whole sequence for whole query heads",
+        broken=lambda c: c.cp > 1 and c.exchange == "ulysses" and c.heads % (c.tp * c.cp) != 0,
+        what=lambda c: (
+            f"parallel.cp_exchange=ulysses with parallel.tp={c.tp} x parallel.cp={c.cp}, which does not divide "
+            f"model.num_attention_heads={c.heads}"
+        ),
+        options=lambda c: choices({"parallel.cp_exchange": "allgather"}, {"parallel.cp": 1}),
+    ),
+    Rule(
+        id="ring-dropout",
+        title="`parallel.cp_exchange: ring` needs `model.dropout` 0",
+        why="each step of the ring would have to drop the same scores again in the backward",
+        broken=lambda c: c.cp > 1 and c.exchange == "ring" and c.dropout,
+        what=lambda c: "parallel.cp_exchange=ring with model.dropout > 0",
+        options=lambda c: choices({"parallel.cp_exchange": "allgather"}, {"model.dropout": 0.0}),
+    ),
+    Rule(
+        id="ring-precision",
+        title="`parallel.cp_exchange: ring` on a GPU needs `train.precision` bf16 or fp16",
+        why="the flash kernel whose results a ring merges takes 16 bits alone there",
+        broken=lambda c: c.cp > 1 and c.exchange == "ring" and c.fp32 and c.cuda and not c.te,
+        what=lambda c: "parallel.cp_exchange=ring with train.precision=fp32",
+        options=lambda c: choices({"parallel.cp_exchange": "allgather"}, {"train.precision": "bf16"}),
     ),
     Rule(
         id="te-machine",
@@ -210,11 +237,23 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="compile-layers",
-        title="`model.compile` needs `parallel.tp` 1 and `train.recompute: none`",
+        title="`model.compile` needs `parallel.tp` and `parallel.cp` 1 and `train.recompute: none`",
         why="a compiled layer breaks at its collectives, and no parity run has proven it under recompute",
-        broken=lambda c: c.compile and (c.tp > 1 or c.recompute != "none"),
-        what=lambda c: f"model.compile=true with parallel.tp={c.tp} and train.recompute={c.recompute}",
+        broken=lambda c: c.compile and (c.tp > 1 or c.cp > 1 or c.recompute != "none"),
+        what=lambda c: f"model.compile=true with parallel.tp={c.tp}, parallel.cp={c.cp} and train.recompute={c.recompute}",
         options=lambda c: choices({"model.compile": False}),
+    ),
+    Rule(
+        id="document-mask",
+        title="`data.document_mask` needs `model.impl: local` and `model.compile` false",
+        why="the toolkit's own attention keeps documents apart, and not inside a compiled layer",
+        broken=lambda c: c.documents and (c.te or c.compile),
+        what=lambda c: "data.document_mask=true with " + ("model.impl=te" if c.te else "model.compile=true"),
+        options=lambda c: choices(
+            {"model.impl": "local"} if c.te else {"model.compile": False},
+            {"model.impl": "local", "model.compile": False},
+            {"data.document_mask": False},
+        ),
     ),
     Rule(
         id="offload-optimizer-stage",
