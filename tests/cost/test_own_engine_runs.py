@@ -53,7 +53,11 @@ def grid() -> list[Cell]:
     hpZ under a pipeline is left out too: its first stages hold the second partition of weights that are kept whole anyway.
     """
     every = [*cells.llama(), *cells.cover(), *cells.extras(), *cells.context_cover()]
-    return [c for c in every if not c.uses("nvme") and not c.keys.get("model.compile") and not _hpz_pipeline(c)]
+    return [
+        c
+        for c in every
+        if not c.uses("nvme") and not c.keys.get("model.compile") and not _hpz_pipeline(c) and not c.keys.get("train.offload_activations")
+    ]
 
 
 def _hpz_pipeline(cell: Cell) -> bool:

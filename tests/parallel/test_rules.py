@@ -90,11 +90,12 @@ BROKEN: list[tuple[str, dict[str, Any], int, Machine, list[str]]] = [
     ("ring-dropout", {"parallel.cp": 2, "parallel.cp_exchange": "ring", "model.dropout": 0.1}, 2, GPU, ["dropout", "allgather"]),
     (
         "ring-precision",
-        {"parallel.cp": 2, "parallel.cp_exchange": "ring"},
+        {"parallel.cp": 2, "parallel.cp_exchange": "ring", "train.precision": "fp32"},
         2,
         GPU,
         ["train.precision=fp32", "parallel.cp_exchange=allgather"],
     ),
+    ("offload-activations", {"train.offload_activations": True}, 1, GPU, ["train.recompute=none", "train.recompute=full"]),
     ("document-mask", {"data.document_mask": True, "model.impl": "te"}, 1, GPU, ["model.impl=te", "model.impl=local"]),
     ("document-mask", {"data.document_mask": True, "model.compile": True}, 1, GPU, ["model.compile=true", "model.compile=false"]),
     ("compile-layers", {"parallel.tp": 2, "model.compile": True}, 2, GPU, ["model.compile=true", "parallel.tp=2"]),

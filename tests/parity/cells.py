@@ -61,6 +61,7 @@ class Cell:
         parts += ["documents"] if k.get("data.document_mask") else []
         parts += ["qknorm"] if k.get("model.qk_layernorm") else []
         parts += [f"recompute-{k['train.recompute']}"] if k.get("train.recompute", "none") != "none" else []
+        parts += ["inputs-cpu"] if k.get("train.offload_activations") else []
         parts += [k["train.precision"]] if k.get("train.precision", "fp32") != "fp32" else []
         return "-".join(map(str, parts))
 
@@ -208,13 +209,14 @@ def extras() -> list[Cell]:
     documents = [
         Cell(2, apart | {"zero.stage": 2, "model.family": "gpt"}),  # learned positions begin again
         # a stage in the middle, which reads no tokens, must know where documents end
-        Cell(3, apart | THREES | {"parallel.pp": 3, "zero.stage": 3, "train.recompute": "full"} | batches(1, 3, 3)),
+        Cell(3, apart | THREES | {"parallel.pp": 3, "zero.stage": 3, "train.recompute": "full"} | ON_HOST | batches(1, 3, 3)),
         # the loss in pieces with a tied weight on two stages
         Cell(2, pieces | {"parallel.pp": 2, "zero.stage": 2, "model.tie_embeddings": True} | batches(1, 2, 2)),
     ]
     return [Cell(4, hpz), Cell(4, hpz | {"parallel.pp": 2}), *compiled, *biases, *overlapped, *uneven, *families, *optimizers(), *documents]
 
 
+ON_HOST = {"train.offload_activations": True}
 MUON = {"optimizer.name": "muon"}
 # of two data-parallel ranks, whose partitions meet within a matrix: with an even number they meet between layers
 CUT_MATRICES = {"zero.stage": 1, "model.num_layers": 3}

@@ -218,6 +218,7 @@ class TrainSection(Section):
         "none",
         description="activation recompute: full: every layer; selective: core attention, which saves nothing to speak of where a flash kernel runs",
     )
+    offload_activations: bool = Field(False, description="with recompute full: inputs of layers wait in host memory for the backward")
     chunked_loss: Literal["auto", "always", "never"] = Field(
         "auto", description="output layer and loss piece by piece, without a micro-batch's whole logits; auto: from 1 GiB of them on"
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from toolkit.cost import kernels, network
 from toolkit.cost.constants import VALUES, cached
 from toolkit.cost.workload import Workload
-from toolkit.hardware.catalogue import Hardware
+from toolkit.hardware.catalogue import GB, Hardware
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,12 @@ def layer_passes(w: Workload, hardware: Hardware, *, scale: float) -> tuple[Pass
     scale: the calibrated share of the GPU's matmul ceiling.
     """
     forward, backward = _layer(_key(w), hardware, scale)
-    return forward, backward, _again(w, forward)
+    again = _again(w, forward)
+    if w.offload_activations:
+        # the layer's input to the host and back, on the stream that computes
+        copy = Pass(memory=w.tokens / w.sequence_shards * w.width * w.model.hidden / (hardware.gpu.host_gb_s * GB))
+        return forward + copy, backward, again + copy
+    return forward, backward, again
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import ceil
+from math import ceil, log2
 
 from toolkit.cost.gathers import gathered, gathers, largest_cut, prefetched
 from toolkit.cost.rank_weights import RankWeight, edge_weights, layer_weights
@@ -151,7 +151,7 @@ def layer_saved(w: Workload, *, cpu: bool) -> float:
     s, b, t = w.model, w.width, w.tokens
     whole, split = t / w.sequence_shards, t / w.tp
     if w.recompute == "full":
-        return whole * b * s.hidden
+        return 0.0 if w.offload_activations and not cpu else whole * b * s.hidden
     norms = 2 * whole * (norm_saved(w, s.hidden, cpu=cpu) + b * s.hidden)
     copied = b * s.query if s.groups < s.heads and s.groups > w.tp else 0.0  # one group's queries lie together: a view
     if not cpu and b == 4 and s.groups < s.heads:
@@ -208,11 +208,24 @@ def _saved_by_chunk(w: Workload, stage: int, *, cpu: bool) -> list[float]:
         each[0] += w.tokens * (8 + (1 if w.tp > 1 else 0))  # token ids, and which of them are this rank's
         each[0] += 8 * w.tokens if w.model.positions and _own_positions(w) else 0
     if stage == w.pp - 1:
-        each[-1] += w.tokens / w.sequence_shards * norm_saved(w, w.model.hidden, cpu=cpu)
+        each[-1] += _final_norm(w, cpu=cpu)
     if w.recompute == "full" and w.model.rotary and _own_positions(w):
         angles = 4 * w.seq / w.cp * w.model.head_dim * (w.micro if w.documents else 1)
         each = [e + angles for e in each]
     return each
+
+
+def _final_norm(w: Workload, *, cpu: bool) -> float:
+    """Bytes that the norm after the last layer keeps on the device."""
+    return 0.0 if w.offload_activations and not cpu else w.tokens / w.sequence_shards * norm_saved(w, w.model.hidden, cpu=cpu)
+
+
+def host_saved(w: Workload, stage: int) -> float:
+    """Bytes of page-locked memory that a rank of a stage keeps inputs of layers in, each a power of two (see toolkit.rehearse.host)."""
+    if not w.offload_activations:
+        return 0.0
+    layer = 2.0 ** ceil(log2(w.tokens / w.sequence_shards * w.width * w.model.hidden))
+    return _fullest(w, stage, [w.layers_in(stage, chunk) * layer for chunk in range(w.vpp)], 0.0)[0]
 
 
 def _own_positions(w: Workload) -> bool:
@@ -271,13 +284,13 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
     kept = stage_saved(w, stage, cpu=cpu)
     redone = 0.0
     if w.recompute == "full":
-        redone = layer_saved(replace(w, recompute="none"), cpu=cpu) - t / w.sequence_shards * b * s.hidden
+        redone = layer_saved(replace(w, recompute="none"), cpu=cpu) - (0 if w.offload_activations else t / w.sequence_shards * b * s.hidden)
     stream = t / w.sequence_shards * b * s.hidden
     # the gate's product is already freed when the gradients of its two halves come: two of three buffers remain
     widest = t * b * max((2 if s.gated else 1) * s.ffn / w.tp, (s.query + s.key_value) / w.tp)
     held = kept["activations"]
     if stage == w.pp - 1:
-        held -= t / w.sequence_shards * norm_saved(w, s.hidden, cpu=cpu)  # the final norm's backward is over
+        held -= _final_norm(w, cpu=cpu)  # the final norm's backward is over
     found = {
         "backward": {"activations": held, "working set": redone + widest + 2 * stream},
         # no weight is whole any more, which base counts, and no bucket is there

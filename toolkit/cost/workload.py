@@ -53,6 +53,7 @@ class Workload:
     persist: float = 1e5  # elements up to which ZeRO-3 keeps a weight whole (DeepSpeed's default)
     optimizer: OptimizerSpec = OPTIMIZERS["adamw"]
     chunked_loss: str = "never"  # train.chunked_loss
+    offload_activations: bool = False
     documents: bool = False  # data.document_mask
     hpz: int = 1  # ranks over which ZeRO++ keeps a second partition of the weights
     qwz: bool = False  # ZeRO++ gathers weights in 8 bits
@@ -164,6 +165,7 @@ class Workload:
             qwz=bool(zero_key(config, "zero_quantized_weights", False)),
             qgz=bool(zero_key(config, "zero_quantized_gradients", False)),
             chunked_loss=t.chunked_loss,
+            offload_activations=t.offload_activations and t.recompute == "full",
             documents=config.data.document_mask,
         )
 

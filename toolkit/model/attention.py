@@ -162,7 +162,7 @@ def _attend_by_span(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[S
         k, v = (t[span.rows, :, span.keys.start : span.keys.stop] for t in (key, value))
         square = len(span.queries) == len(span.keys)
         mask: Any = None if square else causal_lower_right(len(span.queries), len(span.keys))
-        if mask is not None and not query.is_cuda:
+        if not query.is_cuda and mask is not None:
             # math on a CPU holds the scores anyway
             mask = torch.ones(len(span.queries), len(span.keys), dtype=torch.bool).tril(len(span.keys) - len(span.queries))
         part = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=square, scale=scale, enable_gqa=grouped)

@@ -20,6 +20,7 @@ from toolkit.config.schema import ModelSection, RopeScaling, RunConfig
 from toolkit.model.head import Head
 from toolkit.model.init import materialise
 from toolkit.model.layers import TIED_COPY, local_spec, mark_shared_gradients, mask_padding, te_spec
+from toolkit.model.on_host import keep_on_host
 from toolkit.parallel.exchange import chosen_exchange
 from toolkit.parallel.layout import Layout, split_layers
 
@@ -207,6 +208,8 @@ def build_chunks(
             model.output_layer.prepare(mode=config.train.chunked_loss, vocab_size=weights.vocab)
         mark_shared_gradients(model, weights, sequence_parallel=layout.sequence_parallel)
         model.train()
+        if config.train.offload_activations:
+            keep_on_host(model.decoder)
         if m.compile:
             for layer in model.decoder.layers:
                 layer.compile(dynamic=False)

@@ -50,6 +50,7 @@ class Case:
     rope_scaling: bool
     compile: bool
     recompute: str
+    act_offload: bool
     documents: bool  # kept apart
     exchange: str  # parallel.cp_exchange
     dropout: bool
@@ -106,6 +107,7 @@ class Case:
             rope_scaling=m.rope_scaling is not None,
             compile=m.compile,
             recompute=t.recompute,
+            act_offload=t.offload_activations,
             documents=config.data.document_mask,
             exchange=p.cp_exchange,
             dropout=m.dropout > 0,
@@ -187,6 +189,7 @@ _ATTRIBUTES: Mapping[str, Any] = {
     "model.compile": _plain("compile"),
     "model.dropout": lambda value: ("dropout", value > 0),
     "train.recompute": _plain("recompute"),
+    "train.offload_activations": _plain("act_offload"),
     "train.precision": lambda value: ("fp32", value == "fp32"),
     "model.family": lambda value: ("rotary", FAMILIES[value].positions == "rotary"),
     "model.sliding_window": lambda value: ("window", value or 0),

@@ -244,6 +244,14 @@ RULES: tuple[Rule, ...] = (
         options=lambda c: choices({"model.compile": False}),
     ),
     Rule(
+        id="offload-activations",
+        title="`train.offload_activations` needs `train.recompute: full`",
+        why="without it every tensor between the operators of a layer would travel, many times what a layer takes to compute",
+        broken=lambda c: c.act_offload and c.recompute != "full",
+        what=lambda c: f"train.offload_activations=true with train.recompute={c.recompute}",
+        options=lambda c: choices({"train.recompute": "full"}, {"train.offload_activations": False}),
+    ),
+    Rule(
         id="document-mask",
         title="`data.document_mask` needs `model.impl: local` and `model.compile` false",
         why="the toolkit's own attention keeps documents apart, and not inside a compiled layer",

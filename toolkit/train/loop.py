@@ -379,9 +379,9 @@ class Run:
             batch = {"tokens": nothing, "labels": nothing}
             if self.config.data.document_mask:  # this rank met an error, and others wait for it
                 batch = with_documents(batch | {"positions": torch.arange(t.seq_length).expand_as(nothing)})
-        if device.type != "cuda":
-            return batch
-        return {k: v if k in ON_HOST else v.to(device, non_blocking=True) for k, v in batch.items()}
+        if device.type == "cuda":
+            batch = {k: v if k in ON_HOST else v.to(device, non_blocking=True) for k, v in batch.items()}
+        return batch
 
 
 def check_together(data: GivenData, config: RunConfig) -> None:
