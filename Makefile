@@ -6,7 +6,7 @@ COMPAT_PYTHON ?= $(firstword $(shell for p in python3.12 python3.13 "$$HOME"/.py
 	"$$p" -c 'import ensurepip' >/dev/null 2>&1 && echo "$$p"; done))
 COMPAT_VENV ?= .venv-compat
 
-.PHONY: help quickstart test test-all mutants test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert score-planner rehearsal report-example reliability soak recipes site bench-inference gpu-wheels gpu-check clean
+.PHONY: help quickstart test test-all mutants test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert score-planner rehearsal report-example reliability soak recipes site bench-inference bench-long-context gpu-wheels gpu-check clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -91,6 +91,9 @@ bench: $(VENV)/.bench bench-search  ## step time against a bare megatron-core lo
 
 bench-checkpoints: $(VENV)/.dev  ## save pause, write and reshard throughput, beside DeepSpeed's own tools
 	$(BIN)/python -m tests.bench.checkpoints --write docs/checkpoints.md
+
+bench-long-context: $(VENV)/.dev  ## documents, the loss in pieces, context parallelism and plans for long sequences, into docs/long-context.md
+	$(BIN)/python -m tests.bench.long_context --write docs/long-context.md
 
 bench-inference: $(VENV)/.dev  ## a token and a start beside transformers on SmolLM2-135M, into docs/inference.md
 	$(BIN)/python -m tests.bench.inference --write docs/inference.md

@@ -24,8 +24,18 @@ def micro_batches(config: Any, layout: Any, dp: int, step: int) -> Iterator[Batc
     t = config.train
     generator = torch.Generator().manual_seed(1000 + step)
     batch = torch.randint(0, config.model.vocab_size, (t.global_batch_size, t.seq_length + 1), generator=generator)
+    eod = 7  # as likely as any id: with documents kept apart, a sequence has a few, of which micro-batches have more and less
+    if config.data.document_mask:
+        batch = torch.where(torch.rand(batch.shape, generator=generator) < 0.1, eod, batch)
     for micro in batch.chunk(layout.dp)[dp].split(t.micro_batch_size):
-        yield {"tokens": micro[:, :-1], "labels": micro[:, 1:]}
+        if config.data.document_mask:
+            from toolkit.data.documents import cut_at_ends
+            from toolkit.engine.batch import with_documents
+
+            rows = [cut_at_ends(row.numpy(), eod=eod) for row in micro]
+            yield with_documents({key: torch.stack([torch.from_numpy(row[key]).long() for row in rows]) for key in rows[0]})
+        else:
+            yield {"tokens": micro[:, :-1], "labels": micro[:, 1:]}
 
 
 class Rank:
@@ -72,12 +82,18 @@ class Rank:
 
     def micro(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step."""
-        return list(micro_batches(self.config, self.layout, self.at.dp, step))
+        from megatron.core import parallel_state
+
+        from toolkit.engine.batch import weigh
+
+        micro = list(micro_batches(self.config, self.layout, self.at.dp, step))
+        weigh(micro, self.layout, group=parallel_state.get_data_parallel_group())
+        return micro
 
     def step(self, number: int) -> tuple[float, float]:
         """Train one step at the learning rate that is set: its loss, the mean over all ranks, and the global gradient norm."""
         loss, norm = self.forward_backward(self.micro(number)), float(self.engine.finish())
-        total = torch.zeros(()) if loss is None or self.at.tp else loss / self.layout.dp
+        total = torch.zeros(()) if loss is None or self.at.tp else loss / self.layout.copies
         dist.all_reduce(total)
         return float(total), norm
 

@@ -73,6 +73,10 @@ CHAINS: dict[str, tuple[dict[str, Any], list[tuple[int, dict[str, Any]]]]] = {
         {"train.precision": "fp16", "zero.deepspeed": {"fp16": {"initial_scale_power": 6, "loss_scale_window": 2}}},
         [leg(2, 2), leg(2, 1, **TP)],
     ),
+    "context": (
+        {"data.document_mask": True},
+        [leg(2, 1, parallel__cp=2), leg(4, 3, parallel__cp=4), leg(4, 2, parallel__cp=2, parallel__cp_exchange="ring", **PP), leg(1, 0)],
+    ),
     "uneven": ({"model.num_layers": 6}, [leg(4, 1, parallel__pp=4), leg(2, 3, **PP, parallel__vpp=2), leg(1, 0)]),
     # three layers: data-parallel ranks' partitions then meet within a matrix
     "muon": ({"optimizer.name": "muon", "model.num_layers": 3}, [leg(2, 1, **TP), leg(4, 1), leg(2, 0, **PP), leg(4, 1, **TP), leg(1, 1)]),

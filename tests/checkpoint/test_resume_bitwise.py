@@ -42,6 +42,8 @@ CELLS = [
     cell(2, 1, zero__offload_optimizer="cpu", train__precision="bf16"),
     cell(4, 2, parallel__pp=2, zero__offload_optimizer="cpu"),
     cell(2, 3, zero__offload_optimizer="cpu", zero__offload_param="cpu", train__precision="bf16"),
+    cell(2, 2, data__document_mask=True, data__packing="best_fit"),
+    cell(4, 3, parallel__cp=2, parallel__tp=2, parallel__cp_exchange="ulysses"),
     cell(2, 1, optimizer__name="muon", train__precision="bf16", model__num_layers=3),
     cell(4, 1, optimizer__name="muon", parallel__tp=2, parallel__pp=2, model__tie_embeddings=True),
     cell(2, 3, optimizer__name="sgd", train__precision="fp16"),

@@ -20,6 +20,7 @@ def draw(seed: int, *, even: bool) -> dict[str, Any]:
         (
             {"rope_type": "default"},
             {"rope_type": "linear", "factor": 3.0},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
             {
                 "rope_type": "llama3",
                 "factor": 8.0,

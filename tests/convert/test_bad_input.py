@@ -70,7 +70,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "unlike-any": (change("architectures", ["MambaForCausalLM"]), r"MambaForCausalLM.*Supported are GPT2LMHeadModel, LlamaForCausalLM"),
     "activation": (change("hidden_act", "gelu"), r"hidden_act='gelu'.*Only models with hidden_act='silu'"),
-    "rope": (change("rope_parameters", {"rope_type": "yarn", "factor": 2.0}), "RoPE scaling of type yarn.*default, linear and llama3"),
+    "rope": (
+        change("rope_parameters", {"rope_type": "dynamic", "factor": 2.0}),
+        "RoPE scaling of type dynamic.*default, linear, llama3 and yarn",
+    ),
     "number": (change("num_hidden_layers", "two"), "num_hidden_layers='two'"),
     "heads": (change("num_key_value_heads", 3), "4 query heads for 3 key/value heads"),
     "quantised": (change("quantization_config", {"quant_method": "gptq"}), "quantised by gptq"),

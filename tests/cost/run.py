@@ -32,5 +32,5 @@ def measure_cell(cell: dict[str, Any]) -> dict[str, dict[str, float]]:
         engine.optimizer.hoarded = [p.detach().clone() for chunk in chunks for p in chunk.parameters()]
     with StepMeter(engine, follow=cell.get("follow", False)) as meter, observed(meter.around):
         step(1)
-    predicted = memory(Workload.of(config, world.size), hardware_here(gpu=None, ranks=world.size), at.pp, dp_rank=at.dp)
+    predicted = memory(Workload.of(config, world.size), hardware_here(gpu=None, ranks=world.size), at.pp, dp_rank=rank.layout.copy_of(at))
     return {"predicted": predicted, "measured": {**meter.measured.parts, "peak": meter.measured.peak - left.now}}

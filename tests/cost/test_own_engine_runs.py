@@ -31,6 +31,8 @@ ALWAYS = (
     "llama-dp2-zero2-overlap",
     "llama-muon-tp2-dp2-sp-zero1-qknorm",
     "llama-sgd-tp2-dp2-zero2",
+    "llama-cp2-allgather-dp2-zero2-qknorm",
+    "llama-pp2-zero2-tied-pieces",
 )
 
 
@@ -50,8 +52,12 @@ def grid() -> list[Cell]:
 
     hpZ under a pipeline is left out too: its first stages hold the second partition of weights that are kept whole anyway.
     """
-    every = [*cells.llama(), *cells.cover(), *cells.extras()]
-    return [c for c in every if not c.uses("nvme") and not c.keys.get("model.compile") and not _hpz_pipeline(c)]
+    every = [*cells.llama(), *cells.cover(), *cells.extras(), *cells.context_cover()]
+    return [
+        c
+        for c in every
+        if not c.uses("nvme") and not c.keys.get("model.compile") and not _hpz_pipeline(c) and not c.keys.get("train.offload_activations")
+    ]
 
 
 def _hpz_pipeline(cell: Cell) -> bool:

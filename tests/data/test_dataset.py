@@ -73,6 +73,24 @@ def test_samples_are_megatron_cores(config: Build, prefix: Path, suffix: str) ->
         assert train[i]["text"][1:].tolist() == labels.tolist()
 
 
+def test_documents_without_known_ends_are_not_kept_apart(config: Build, prefix: Path, tmp_path: Path) -> None:
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{prefix}{suffix}", tmp_path / f"foreign{suffix}")
+    foreign = {"source": str(tmp_path / "foreign"), "document_mask": True}
+    with pytest.raises(DataError, match=r"document_mask=true, and which token ends a document of .*foreign is unknown.*Prepare it with"):
+        resolve_data(config(data=foreign), prepare_missing=False)
+    by_index = built(config(data=foreign | {"packing": "best_fit"}))[0]
+    assert by_index[0]["loss_mask"].any()
+
+
+def test_documents_longer_than_a_sample_are_named(config: Build, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    resolve_data(config(data={"document_mask": True, "packing": "best_fit"}), prepare_missing=False)
+    assert any(
+        r.message.startswith("data.packing=best_fit: 120 of 120 documents") and "train.seq_length=32" in r.message for r in caplog.records
+    )
+
+
 def test_no_validation_set_is_built_unless_asked_for(config: Build) -> None:
     train, valid, test = built(config())
     assert train is not None and valid is None and test is None

@@ -66,6 +66,22 @@ def test_every_token_but_the_first_is_predicted_once(asked: Asked, tmp_path: Pat
     assert data.counted(len(data)) == len(ids) - 1 and data.counted(2) == 2 * t.seq_length
 
 
+def test_documents_apart_begin_without_a_label(asked: Asked, tmp_path: Path) -> None:
+    """Each document's tokens are predicted once but its first, from places that begin at 0 again."""
+    (tmp_path / "lines.jsonl").write_text("".join(f'{{"text": "{"abcdefgh"[: i % 9] * 7}"}}\n' for i in range(60)))
+    it = asked(tmp_path / "lines.jsonl", "data.document_mask=true")
+    t, span = it.config.train, it.task.span
+    data = Windows(span, seq_length=t.seq_length, windows=it.task.batches * t.global_batch_size)
+    ids = np.fromfile(f"{span.prefix}.bin", dtype=np.uint16)
+    begins = np.concatenate([[True], ids[:-1] == 256])
+    seen = np.concatenate([data[i]["labels"][data[i]["mask"] > 0] for i in range(len(data))])
+    assert seen.tolist() == ids[~begins].tolist() and data.counted(len(data)) == len(seen)
+    assert data.counted(2) == sum(int(data[i]["mask"].sum()) for i in range(2)) < 2 * t.seq_length
+    for i in range(2):
+        here = begins[i * t.seq_length : (i + 1) * t.seq_length]
+        assert ((data[i]["positions"] == 0) == here)[1:].all() and data[i]["positions"][0] == 0
+
+
 def test_it_starts_on_the_checkpoints_own_layout(asked: Asked, tmp_path: Path, words: Path) -> None:
     it = asked(words)
     assert it.processes >= 2 and it.config.parallel.tp == 2

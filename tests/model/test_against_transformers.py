@@ -18,6 +18,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama-mha-tied": {"family": "llama", "ffn_hidden_size": 96, "tie_embeddings": True},
     "llama-head-dim": {"family": "llama", "num_query_groups": 1, "ffn_hidden_size": 96, "head_dim": 24, "rope_theta": 500000.0},
     "llama-rope-llama3": {"family": "llama", "num_query_groups": 2, "ffn_hidden_size": 96, "rope_scaling": {"type": "llama3", **LLAMA3}},
+    "llama-rope-yarn": {
+        "family": "llama",
+        "num_query_groups": 2,
+        "ffn_hidden_size": 96,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    },
     "llama-rope-linear": {
         "family": "llama",
         "num_query_groups": 2,

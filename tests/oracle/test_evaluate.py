@@ -22,6 +22,7 @@ WORLDS = {
     "one process": (1, ["zero.stage=0"]),
     "dp2-zero2": (2, ["zero.stage=2"]),
     "tp2-pp2-zero3": (4, ["zero.stage=3", "parallel.tp=2", "parallel.pp=2"]),
+    "cp2-zero1": (2, ["zero.stage=1", "parallel.cp=2"]),
 }
 
 
@@ -56,13 +57,17 @@ def evaluated(pool: Pool, few: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @torch.no_grad()
-def expected(hf: Path, ids: np.ndarray) -> float:
-    """transformers' mean loss over all ids but the first, in windows of SEQ that do not overlap."""
-    model, total = load(hf).eval(), 0.0
+def expected(hf: Path, ids: np.ndarray, *, apart: bool = False) -> float:
+    """transformers' mean loss over all ids but the first, in windows of SEQ that do not overlap; apart: each document of one alone."""
+    model, total, labels = load(hf).eval(), 0.0, 0
     for start in range(0, len(ids) - 1, SEQ):
-        piece = torch.from_numpy(ids[start : start + SEQ + 1].astype(np.int64))[None]
-        total += float(model(input_ids=piece, labels=piece).loss) * (piece.shape[1] - 1)
-    return total / (len(ids) - 1)
+        window = torch.from_numpy(ids[start : start + SEQ + 1].astype(np.int64))
+        ends = (window == 256).nonzero().flatten() + 1
+        for piece in window.tensor_split(ends) if apart else (window,):
+            if len(piece) > 1:
+                total += float(model(input_ids=piece[None], labels=piece[None]).loss) * (len(piece) - 1)
+                labels += len(piece) - 1
+    return total / labels
 
 
 @pytest.mark.parametrize(("model", "world"), [("llama", "one process"), ("llama", "tp2-pp2-zero3"), ("gpt2", "dp2-zero2")])
@@ -75,6 +80,15 @@ def test_it_is_transformers_loss_on_every_token(
     found = evaluated(ours, world, "model.dropout=0.3")
     assert found["tokens"] == len(ids) - 1 and found["whole"]
     assert found["loss"] == pytest.approx(expected(theirs, ids), rel=1e-5)
+
+
+def test_documents_apart_on_a_shared_sequence(folders: Any, few: Path, evaluated: Callable[..., dict[str, Any]]) -> None:
+    ids = np.fromfile(f"{few}.bin", dtype=np.uint16)
+    theirs, ours = folders("llama")
+    found = evaluated(ours, "cp2-zero1", "data.document_mask=true")
+    assert found["tokens"] == len(ids) - np.count_nonzero(ids == 256)
+    assert found["loss"] == pytest.approx(expected(theirs, ids, apart=True), rel=1e-5)
+    assert found["loss"] != pytest.approx(expected(theirs, ids), rel=1e-5)
 
 
 def test_a_part_is_the_part_that_was_asked_for(folders: Any, few: Path, evaluated: Callable[..., dict[str, Any]]) -> None:

@@ -38,9 +38,10 @@ class Cell:
         parts = [
             k.get("model.family", "llama"),
             *([k["optimizer.name"]] if "optimizer.name" in k else []),
-            *(f"{d}{k[f'parallel.{d}']}" for d in ("tp", "pp", "vpp") if k.get(f"parallel.{d}", 1) > 1),
+            *(f"{d}{k[f'parallel.{d}']}" for d in ("tp", "pp", "vpp", "cp") if k.get(f"parallel.{d}", 1) > 1),
+            *([k["parallel.cp_exchange"]] if "parallel.cp_exchange" in k else []),
         ]
-        dp = self.world // (k.get("parallel.tp", 1) * k.get("parallel.pp", 1))
+        dp = self.world // (k.get("parallel.tp", 1) * k.get("parallel.pp", 1) * k.get("parallel.cp", 1))
         parts += [f"dp{dp}"] if dp > 1 else []
         parts += ["sp"] if k.get("parallel.sequence_parallel") else []
         parts += [f"zero{k.get('zero.stage', 0)}"]
@@ -55,8 +56,12 @@ class Cell:
         parts += [ABBREVIATED[key] for key in k.get("zero.deepspeed", {}).get("zero_optimization", {})]
         parts += ["compile"] if k.get("model.compile") else []
         parts += [f"{b}-bias-{str(k[key]).lower()}" for b in ("attention", "mlp", "norm") if (key := f"model.{b}_bias") in k]
+        parts += [f"{k['model.num_query_groups']}-groups"] if "model.num_query_groups" in k and self.world != 3 else []
+        parts += ["pieces"] if k.get("train.chunked_loss") == "always" else []
+        parts += ["documents"] if k.get("data.document_mask") else []
         parts += ["qknorm"] if k.get("model.qk_layernorm") else []
         parts += [f"recompute-{k['train.recompute']}"] if k.get("train.recompute", "none") != "none" else []
+        parts += ["inputs-cpu"] if k.get("train.offload_activations") else []
         parts += [k["train.precision"]] if k.get("train.precision", "fp32") != "fp32" else []
         return "-".join(map(str, parts))
 
@@ -67,7 +72,7 @@ class Cell:
     @property
     def reference(self) -> Cell:
         """The single-process ZeRO-0 run whose losses and norms this one must have."""
-        same = ("model.", "optimizer.", "train.precision", "train.global_batch_size")
+        same = ("model.", "optimizer.", "train.precision", "train.global_batch_size", "train.seq_length", "data.")
         return Cell(1, {k: v for k, v in self.keys.items() if k.startswith(same) and k != "model.compile"} | {"zero.stage": 0})
 
     def uses(self, device: str) -> bool:
@@ -81,9 +86,9 @@ class Cell:
     def features(self) -> frozenset[tuple[str, Any]]:
         """What a run consists of, one value of each dimension; `test_the_default_cells_cover` holds them to the cells that always run."""
         k = self.keys
-        degrees = {d: k.get(f"parallel.{d}", 1) for d in ("tp", "pp", "vpp")}
+        degrees = {d: k.get(f"parallel.{d}", 1) for d in ("tp", "pp", "vpp", "cp")}
         found = degrees | {
-            "dp": self.world // (degrees["tp"] * degrees["pp"]),
+            "dp": self.world // (degrees["tp"] * degrees["pp"] * degrees["cp"]),
             "world": self.world,
             "sequence parallel": bool(k.get("parallel.sequence_parallel")),
             "stage": k.get("zero.stage", 0),
@@ -200,9 +205,18 @@ def extras() -> list[Cell]:
         Cell(2, {"model.family": "qwen3", "model.head_dim": 16, "parallel.pp": 2, "zero.stage": 2}),
         Cell(4, sp | {"model.family": "qwen3", "model.head_dim": 16, "parallel.pp": 2, "zero.stage": 3}),
     ]
-    return [Cell(4, hpz), Cell(4, hpz | {"parallel.pp": 2}), *compiled, *biases, *overlapped, *uneven, *families, *optimizers()]
+    apart, pieces = {"data.document_mask": True}, {"train.chunked_loss": "always"}
+    documents = [
+        Cell(2, apart | {"zero.stage": 2, "model.family": "gpt"}),  # learned positions begin again
+        # a stage in the middle, which reads no tokens, must know where documents end
+        Cell(3, apart | THREES | {"parallel.pp": 3, "zero.stage": 3, "train.recompute": "full"} | ON_HOST | batches(1, 3, 3)),
+        # the loss in pieces with a tied weight on two stages
+        Cell(2, pieces | {"parallel.pp": 2, "zero.stage": 2, "model.tie_embeddings": True} | batches(1, 2, 2)),
+    ]
+    return [Cell(4, hpz), Cell(4, hpz | {"parallel.pp": 2}), *compiled, *biases, *overlapped, *uneven, *families, *optimizers(), *documents]
 
 
+ON_HOST = {"train.offload_activations": True}
 MUON = {"optimizer.name": "muon"}
 # of two data-parallel ranks, whose partitions meet within a matrix: with an even number they meet between layers
 CUT_MATRICES = {"zero.stage": 1, "model.num_layers": 3}
@@ -237,6 +251,64 @@ def _model_ranks(keys: dict[str, Any]) -> int:
     return int(keys.get("parallel.tp", 1) * keys.get("parallel.pp", 1))
 
 
+def _context(world: int, cp: int, exchange: str, stage: int, **more: Any) -> Cell:
+    keys = {"parallel.cp": cp, "parallel.cp_exchange": exchange, "zero.stage": stage} | {k.replace("__", "."): v for k, v in more.items()}
+    model = _model_ranks(keys)
+    shape = THREES | {"train.seq_length": 30} if world == 3 else layers(keys.get("parallel.pp", 1) * keys.get("parallel.vpp", 1))
+    return Cell(world, shape | batches(world // (model * cp), keys.get("parallel.pp", 1), world) | keys)
+
+
+@functools.cache
+def context() -> list[Cell]:
+    """Context parallelism of 2, 3 and 4 with each exchange and whatever else is legal on up to 4 ranks, in fp32 and without offload."""
+    cells = []
+    for world, cp, tp, pp, vpp, sp, stage, exchange, apart in product(
+        (2, 3, 4), (2, 3, 4), (1, 2), (1, 2), (1, 2), (False, True), range(4), ("allgather", "ulysses", "ring"), (False, True)
+    ):
+        if world % (cp * tp * pp):
+            continue
+        more = {"parallel__tp": tp, "parallel__pp": pp, "parallel__vpp": vpp, "parallel__sequence_parallel": sp}
+        cell = _context(world, cp, exchange, stage, **more, **({"data__document_mask": True} if apart else {}))
+        if cell.legal():
+            cells.append(cell)
+    return cells
+
+
+def context_cover() -> list[Cell]:
+    """Context parallelism in every test run: each degree, exchange and stage, and each once with what it must work with."""
+    sp = {"parallel__tp": 2, "parallel__sequence_parallel": True}
+    pp = {"parallel__pp": 2}
+    apart = {"data__document_mask": True}
+    return [
+        _context(2, 2, "allgather", 1),
+        _context(2, 2, "ulysses", 3, **apart, model__family="gpt"),
+        _context(3, 3, "ring", 2, **apart),
+        _context(4, 4, "ulysses", 1, model__num_query_groups=2, train__precision="bf16"),  # more ranks than key/value heads
+        _context(4, 2, "allgather", 3, **pp, **apart, model__tie_embeddings=True),
+        _context(4, 2, "ring", 0, **sp, train__chunked_loss="always"),
+        _context(4, 2, "ring", 3, **pp, parallel__vpp=2, train__recompute="selective"),
+        _context(4, 2, "allgather", 2, model__qk_layernorm=True),  # beside two data-parallel ranks
+    ]
+
+
+@functools.cache
+def long_context() -> list[Cell]:
+    """What only `make parity` runs of context parallelism, documents kept apart and the loss in pieces: the grid, and each with more."""
+    sp = {"parallel.tp": 2, "parallel.sequence_parallel": True}
+    apart, pieces = {"data.document_mask": True}, {"train.chunked_loss": "always"}
+    return [
+        *context(),
+        _context(4, 4, "allgather", 2, train__recompute="full", train__precision="fp16"),
+        _context(2, 2, "allgather", 2, zero__offload_optimizer="cpu"),
+        _context(2, 2, "ulysses", 3, zero__offload_optimizer="cpu", zero__offload_param="cpu", train__precision="bf16"),
+        Cell(4, apart | sp | {"zero.stage": 1, "train.recompute": "selective"}),
+        Cell(4, apart | {"parallel.pp": 2, "parallel.vpp": 2, "zero.stage": 1, "train.precision": "bf16"} | layers(4) | batches(2, 2, 4)),
+        Cell(2, pieces | sp | {"zero.stage": 1}),
+        Cell(4, pieces | {"parallel.tp": 2, "zero.stage": 3, "model.tie_embeddings": True}),
+        Cell(2, pieces | {"zero.stage": 1, "train.precision": "bf16", "parallel.tp": 2}),
+    ]
+
+
 def _uneven(world: int, layers: int, keys: dict[str, Any]) -> Cell:
     dp = world // (keys.get("parallel.tp", 1) * keys["parallel.pp"])
     return Cell(world, keys | {"model.num_layers": layers} | batches(dp, keys["parallel.pp"], world))
@@ -266,7 +338,7 @@ def always() -> list[Cell]:
     """
     compiled = [c for c in extras() if c.keys.get("model.compile")]
     # half a minute of compiling each: one of them is enough for every test run
-    chosen = [*(c for c in extras() if c not in compiled[:-1]), *families(), *special(), *cover()]
+    chosen = [*(c for c in extras() if c not in compiled[:-1]), *families(), *special(), *cover(), *context_cover()]
     candidates = [c for c in llama() if not c.rare]
     wanted = set().union(*(pairs(c) for c in candidates)) - set().union(*(pairs(c) for c in chosen))
     while wanted:

@@ -84,7 +84,7 @@ def _versions() -> dict[str, str]:
 def _parameters() -> list[Any]:
     """Each cell of the grid once; what is not among those of every test run is left to `make parity`."""
     default = {c.id for c in cells.always()}
-    every = {c.id: c for c in (*cells.llama(), *cells.extras(), *cells.always())}
+    every = {c.id: c for c in (*cells.llama(), *cells.extras(), *cells.long_context(), *cells.always())}
     return [pytest.param(c, id=c.id, marks=[] if c.id in default else [pytest.mark.all_cells]) for c in every.values()]
 
 
@@ -94,6 +94,11 @@ def test_the_default_cells_cover() -> None:
     covered = set().union(*(cells.pairs(c) for c in cells.always()))
     missing = set().union(*(cells.pairs(c) for c in grid)) - covered
     assert not missing, missing
+    shared = [c for c in cells.context_cover() if c.keys["parallel.cp"] > 1]
+    seen = set().union(*(c.features | {("exchange", c.keys["parallel.cp_exchange"])} for c in shared))
+    grid = cells.context()
+    wanted = set().union(*(c.features | {("exchange", c.keys["parallel.cp_exchange"])} for c in grid))
+    assert not wanted - seen, "each value alone; with each other they are left to `make parity`"
     tied = {("stage", 3), ("pp", 2), ("tied", True), ("optimizer", "none"), ("param", "none"), ("vpp", 1)}
     assert any(tied <= c.features for c in cells.always()), "ZeRO-3 x PP x tied without offload"
 

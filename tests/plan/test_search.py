@@ -29,7 +29,7 @@ def _key(objective: Objective, step: float, gpus: int) -> tuple[float, float]:
     [(79.0, {}, 4), (5.5, {"num_query_groups": 8}, 8), (6.0, {"tie_embeddings": True, "num_layers": 6}, 12)],
 )
 def test_the_best_plan_is_that_of_trying_everything(gib: float, model: dict[str, Any], batch: int) -> None:
-    asked = smaller_memory(question(model=model, batch=batch, fixed={"micro": (1, 2, 3, 4), "vpp": (1, 2, 3)}), gib)
+    asked = smaller_memory(question(model=model, batch=batch, fixed={"micro": (1, 2, 3, 4), "vpp": (1, 2, 3), "cp": (1, 2)}), gib)
     tried = list(one_by_one(asked))
     for objective in ("tokens/s", "cost", "fewest-gpus"):
         best = min(_key(objective, step, w.world) for w, step in tried)
@@ -44,7 +44,7 @@ def test_the_best_plan_is_that_of_trying_everything(gib: float, model: dict[str,
 
 
 def test_the_space_holds_every_legal_candidate_and_counts_them() -> None:
-    asked = question(batch=4)
+    asked = question(batch=4, fixed={"cp": (1, 2)})
     space = asked.space()
     ours = {
         identity(space.workload(cut, dp, micro, recompute, sharding))
@@ -129,6 +129,12 @@ def test_fewer_gpus_than_there_are() -> None:
 def test_what_is_fixed_stays(axis: str, values: tuple[Any, ...]) -> None:
     plans = question("h100-80gb:8x3", fixed={axis: values}, batch=24).ask(top=5).plans
     assert plans and all(getattr(plan.workload, axis) in values for plan in plans)
+
+
+def test_context_parallel_ranks_keep_a_part_worth_sharing_out() -> None:
+    short, long = (question(seq=seq).space() for seq in (4096, 8192))
+    assert {cut.cp for cut, _ in short.structures()} == {1}
+    assert {cut.cp for cut, _ in long.structures()} == {1, 2}
 
 
 def test_the_list_shows_different_layouts() -> None:

@@ -66,10 +66,13 @@ def test_a_node_whose_ram_is_too_small_does_not_fit() -> None:
         with_host_gib(node, 0)
 
 
-def test_context_parallelism_is_estimated_with_a_remark() -> None:
-    answer = estimate_json(_config(cp=2), parse_hardware("h100-80gb:8x4"))
-    assert "parallel.cp=2" in answer["remark"] and answer["step_s"] > 0
-    assert "note: toolkit train refuses this layout: parallel.cp=2" in estimate_text(_config(cp=2), parse_hardware("h100-80gb:8x4"))
+def test_context_parallelism_says_by_which_exchange() -> None:
+    hardware = parse_hardware("h100-80gb:8x4")
+    answer = estimate_json(_config(cp=2), hardware)
+    assert answer["remark"].startswith("context parallel by allgather: 8 key/value heads") and answer["step_s"] > 0
+    assert "note: context parallel by allgather" in estimate_text(_config(cp=2), hardware)
+    assert estimate_json(_config(cp=8), hardware)["remark"].startswith("context parallel by ulysses")
+    assert estimate_json(_config(), hardware)["remark"] == ""
 
 
 def test_small_models_are_shown_in_small_units() -> None:

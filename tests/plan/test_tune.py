@@ -94,7 +94,7 @@ def test_a_larger_gpu_never_makes_the_best_plan_slower() -> None:
     ("spec", "more", "error", "words"),
     [
         ("h100-80gb:8", {"fixed": {"tp": (3,)}}, LayoutError, "parallel.tp=3 does not divide"),
-        ("h100-80gb:8", {"fixed": {"cp": (2,)}}, LayoutError, "parallel.cp=2 is not supported"),
+        ("h100-80gb:8", {"fixed": {"cp": (3,)}}, LayoutError, "parallel.cp=3"),
         (
             "h100-80gb:8",
             {"fixed": {"zero": (0,), "offload_optimizer": ("cpu",)}},

@@ -27,6 +27,10 @@ CELLS = {
         2, {"parallel.pp": 2, "zero.stage": 2, "zero.offload_optimizer": "cpu", "model.tie_embeddings": True, "train.micro_batch_size": 2}
     ),
     "parameters on the CPU": Cell(2, {"zero.stage": 3, "zero.offload_optimizer": "cpu", "zero.offload_param": "cpu"} | BF16),
+    "shared sequence in fp32": Cell(2, {"parallel.cp": 2, "parallel.cp_exchange": "allgather", "zero.stage": 1}),
+    "documents": Cell(
+        2, {"data.document_mask": True, "zero.stage": 1, "train.recompute": "full", "train.offload_activations": True} | BF16
+    ),
     "overlap": Cell(2, {"zero.stage": 2, "zero.deepspeed": {"zero_optimization": {"overlap_comm": True}}} | BF16),
 }
 NOT_REHEARSED = {

@@ -26,7 +26,7 @@ def features(cell: Cell) -> set[tuple[Any, ...]]:
     found = {
         "tp": (tp > 1, bool(k.get("parallel.sequence_parallel"))),
         "pp": (pp > 1, vpp > 1),
-        "dp": cell.world // (tp * pp) > 1,
+        "copies": cell.world // (tp * pp) > 1,
         "offload": (k.get("zero.offload_optimizer", "none"), k.get("zero.offload_param", "none")),
         "precision": cell.precision,
         "recompute": k.get("train.recompute", "none"),
@@ -34,7 +34,13 @@ def features(cell: Cell) -> set[tuple[Any, ...]]:
         "tied": bool(k.get("model.tie_embeddings")) and pp > 1,
         "DeepSpeed": str(sorted(k.get("zero.deepspeed", {}).get("zero_optimization", {}))),
     }
-    return {(k.get("zero.stage", 0), name, value) for name, value in found.items()}
+    cp = k.get("parallel.cp", 1)
+    alone = {  # what no ZeRO stage does otherwise
+        "exchange": (k.get("parallel.cp_exchange"), cell.world // (tp * pp * cp) > 1, cell.precision == "fp32") if cp > 1 else None,
+        "documents": (k.get("data.document_mask"), cp > 1),
+        "pieces": k.get("train.chunked_loss"),
+    }
+    return {(k.get("zero.stage", 0), name, value) for name, value in found.items()} | set(alone.items())
 
 
 def degrees(cell: Cell) -> tuple[int, int, int]:
@@ -108,6 +114,14 @@ def test_messages_are_the_fewest_of_the_layout(cell: Cell, answers: list[dict[st
         assert not wrong, f"stage {a['stage']}: (found, (fewest, most)) of {wrong}"
 
 
+# messages of a layer between context-parallel ranks: operation, in a forward, in a backward; of a ring, each rank's own
+EXCHANGED: dict[str, list[tuple[str, Any, Any]]] = {
+    "allgather": [("allgather", lambda cp: 1, lambda cp: 0), ("reduce_scatter", lambda cp: 0, lambda cp: 1)],
+    "ulysses": [("alltoall", lambda cp: 2, lambda cp: 2)],
+    "ring": [(operation, lambda cp: cp - 1, lambda cp: 2 * cp - 1) for operation in ("send", "recv")],
+}
+
+
 def fewest(cell: Cell, layout: Layout, answer: dict[str, Any]) -> dict[tuple[str, str], tuple[int, int]]:
     """How many messages of each kind one rank's step needs, and how many it may have: (group, operation) -> (fewest, most).
 
@@ -135,42 +149,51 @@ def fewest(cell: Cell, layout: Layout, answer: dict[str, Any]) -> dict[tuple[str
     if tp > 1:
         again = 2 * layers if k.get("train.recompute") == "full" else 0
         learned = model.spec.positions > 0
+        losses = 2 if k.get("train.chunked_loss") == "always" else 3  # in pieces, the sums travel together
         partial = model.spec.qk_norm  # parameters of which each rank has a part of the gradient
         if layout.sequence_parallel:
             partial = True
             add("tensor", "allgather", n * (6 * layers + first + 2 * last + again))
             add("tensor", "reduce_scatter", n * (4 * layers + (first and not learned) + last + again))
             # learned positions are added before the sequence is cut
-            add("tensor", "allreduce", n * (3 * last + (first and learned)))
+            add("tensor", "allreduce", n * (losses * last + (first and learned)))
         else:
-            add("tensor", "allreduce", n * (4 * layers + first + last + 3 * last + again))
+            add("tensor", "allreduce", n * (4 * layers + first + last + losses * last + again))
         if partial:
             # once a step from the flat gradients; ZeRO-2 and 3 hand each gradient on as soon as it is there
             each = n * (10 * layers + 4)
             add("tensor", "allreduce", 1, each if zero >= 2 or "zero.offload_optimizer" in k else 1)
         if muon:
             add("tensor", "allgather", 1, 4 * layers)  # matrices are orthogonalised whole; a ZeRO-1 rank updates those it has
-    if layout.dp > 1:
+    if layout.cp > 1:
+        redone = k.get("train.recompute", "none") != "none"
+        for operation, forward, backward in EXCHANGED[k["parallel.cp_exchange"]]:
+            each = n * layers * (forward(layout.cp) * (2 if redone else 1) + backward(layout.cp))
+            add("" if operation in ("send", "recv") else "context", operation, each)
+    if k.get("data.document_mask") and layout.dp > 1:
+        add("data", "allreduce", 1)  # how many tokens of the global batch count
+    if layout.copies > 1:
+        data = "data" if layout.dp > 1 else "context"
         # optimizer groups: with weight decay, without, Muon's matrices, the tied embedding
         groups, weights = (2, 4), 10 * layers + 4
         offloaded = k.get("zero.offload_optimizer", "none") != "none"
         if zero == 0:
-            add("data", "allreduce", *groups)
+            add(data, "allreduce", *groups)
         elif zero == 3:
             # what is small stays whole, and what is needed again at once is kept; else forward and backward gather it
-            add("data", "allgather", n, (2 * n + 1) * weights)
-            add("data", "reduce_scatter", n * vpp)
+            add(data, "allgather", n, (2 * n + 1) * weights)
+            add(data, "reduce_scatter", n * vpp)
             if "zero.deepspeed" in k:
                 add("part of data", "allgather", 0, 2 * n * weights)  # hpZ: within its smaller groups
         else:
-            add("data", "allgather", *groups)
+            add(data, "allgather", *groups)
             if muon:
-                add("data", "allreduce", 0, 1)  # updates of matrices that two ranks share
+                add(data, "allreduce", 0, 1)  # updates of matrices that two ranks share
             if zero == 1 and not offloaded:
-                add("data", "reduce_scatter", *groups)
+                add(data, "reduce_scatter", *groups)
             else:
                 # DeepSpeed sums a bucket over all ranks and keeps a part; ZeRO-2 does so in each micro-batch
-                add("data", "allreduce", 1, n * vpp * 2)
+                add(data, "allreduce", 1, n * vpp * 2)
     return {key: (least, most) for key, (least, most) in found.items() if most}
 
 
@@ -239,12 +262,13 @@ def test_the_next_batch_is_on_its_way_before_the_host_waits(cell: Cell, answers:
     if cell.uses("cpu") or cell.keys.get(ZERO_3) == 3 or overlaps(cell):
         return  # there the host waits in each forward or backward too
     for a in answers:
-        if a["stage"] not in (0, degrees(cell)[1] - 1):
+        if a["stage"] not in (0, degrees(cell)[1] - 1) and not cell.keys.get("data.document_mask"):
             continue  # reads no data
         program = a["step"]["program"]
         before = program[: program.index(["sync"])]
         copies = [name for kind, *rest in before if kind == "run" and rest[2] == "between" for name, _ in rest[1]]
-        assert copies.count("copy aten::_to_copy") == 2 * a["microbatches"], "tokens and labels of each micro-batch"
+        arrays = 4 if cell.keys.get("data.document_mask") else 2
+        assert copies.count("copy aten::_to_copy") == arrays * a["microbatches"], "tokens and labels of each micro-batch, positions, mask"
 
 
 def test_the_cover_covers() -> None:

@@ -51,7 +51,41 @@ class BadIds(Numbers):
 
 class IgnoredLabels(Numbers):
     def __getitem__(self, i: int) -> dict[str, Any]:
-        return {"tokens": np.zeros(SEQ, dtype=np.int64), "labels": np.full(SEQ, -100)}
+        return {"tokens": np.zeros(SEQ, dtype=np.int64), "labels": np.full(SEQ, -1)}
+
+
+class Masked(Numbers):
+    """Samples of which a third and more is left out, each another part: by a mask, and the first label by its value."""
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        text = super().__getitem__(i)["text"]
+        mask = np.arange(SEQ) < 4 + i % 7
+        labels = text[1:].copy()
+        labels[0] = -100
+        labels[-1] = 0  # nobody looks at it
+        return {"tokens": text[:-1], "labels": labels, "loss_mask": mask}
+
+
+class WideMask(Numbers):
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return super().__getitem__(i) | {"loss_mask": np.ones((SEQ, SEQ), np.uint8)}
+
+
+class HalfMask(Numbers):
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return super().__getitem__(i) | {"loss_mask": np.full(SEQ, 0.5)}
+
+
+class Halves(Numbers):
+    """Two documents a sample."""
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return super().__getitem__(i) | {"positions": np.arange(SEQ) % (SEQ // 2)}
+
+
+class Shifted(Numbers):
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return super().__getitem__(i) | {"positions": np.arange(SEQ) + 1}
 
 
 class Floats(Numbers):
@@ -101,6 +135,11 @@ def masked(losses: Any, batch: dict[str, Any]) -> Any:
 def every_second(losses: Any, batch: dict[str, Any]) -> Any:
     """What masked() is on Pairs, without a mask."""
     return losses[:, ::2].mean()
+
+
+def by_weight(losses: Any, batch: dict[str, Any]) -> Any:
+    """What no loss at all does, written by hand."""
+    return (losses * batch["weights"]).sum()
 
 
 def root_mean_square(losses: Any, batch: dict[str, Any]) -> Any:

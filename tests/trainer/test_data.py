@@ -15,7 +15,9 @@ BAD = {
     "not one batch": (["Numbers", 3], "the data set Numbers has 3 samples, and the run takes 16: train.steps=4 global batches of train.global_batch_size=4, each sample once. Give more samples."),
     "too long": (["TooLong"], "sample 0 of the data set TooLong has text of shape [18] and type int64: with train.seq_length=16 it takes whole numbers of shape [17]."),
     "an id too large": (["BadIds"], "sample 0 of the data set BadIds has ids from 40 to 40 in text: with model.vocab_size=40 they go from 0 to 39."),
-    "labels that mean nothing": (["IgnoredLabels"], "sample 0 of the data set IgnoredLabels has ids from -100 to -100 in labels"),
+    "labels that mean nothing": (["IgnoredLabels"], "sample 0 of the data set IgnoredLabels has ids from -1 to -1 in labels: with model.vocab_size=40 they go from 0 to 39. Leave tokens out of the loss by a loss_mask, or by the label -100."),
+    "a mask of another shape": (["WideMask"], "sample 0 of the data set WideMask has loss_mask of shape [16, 16] and type uint8: with train.seq_length=16 it takes 0 and 1 of shape [16], one for each label."),
+    "half a mask": (["HalfMask"], "has loss_mask of shape [16] and type float64 with values from 0.5 to 0.5"),
     "floats": (["Floats"], "has text of shape [17] and type float64"),
     "no dict": (["NoDict"], "sample 0 of the data set NoDict is ndarray: a sample is a dict."),
     "a length that raises": (["NoLength"], "the data set NoLength raised RuntimeError: I never counted them. Look at "),
@@ -64,6 +66,29 @@ def test_every_layout_takes_the_same_samples(fitted: Fitted) -> None:
         assert fitted.losses(str(i)) == pytest.approx(fitted.losses("alone"), rel=1e-5), LAYOUTS[i]
     fitted({"config": fitted.config("again", **LAYOUTS[2]), "dataset": ["Pairs"], "loss": "masked"})
     assert fitted.losses("again") == fitted.losses("2"), "two runs before it left something behind"
+
+
+def test_masked_labels_weigh_alike_over_the_global_batch(fitted: Fitted) -> None:
+    """Micro-batches and ranks have different numbers of labels; the loss and norm do not depend on who has which."""
+    layouts = ({}, {"parallel": {"pp": 2}}, {"train": {"micro_batch_size": 2}}, {"zero": {"stage": 3}})
+    runs = [{"config": fitted.config(str(i), **layout), "dataset": ["Masked"]} for i, layout in enumerate(layouts)]
+    runs.append({"config": fitted.config("by hand"), "dataset": ["Masked"], "loss": "by_weight"})
+    assert fitted(*runs)[0]["errors"] == [None] * len(runs)
+    alone = fitted.config("alone", train={"micro_batch_size": 4})
+    fitted({"config": alone, "dataset": ["Masked"]}, ranks=1)
+    for run in ("0", "1", "2", "3", "by hand"):
+        for key in ("loss", "grad_norm"):
+            found, expected = ([record[key] for record in fitted.metrics(name)] for name in (run, "alone"))
+            assert found == pytest.approx(expected, rel=1e-5), (run, key)
+
+
+def test_documents_of_a_data_set_of_ones_own(fitted: Fitted) -> None:
+    apart = {"data": {"document_mask": True}}
+    fitted({"config": fitted.config("apart", **apart), "dataset": ["Halves"]}, {"config": fitted.config("joined"), "dataset": ["Halves"]})
+    assert fitted.losses("apart") != fitted.losses("joined")
+    config = fitted.config(**apart)
+    assert "sample 0 of the data set Numbers has no positions: with data.document_mask=true" in fitted.error(config=config)
+    assert "has positions [1, 2, 3, 4, 5, 6] …: they must begin with 0" in fitted.error(config=config, dataset=["Shifted"])
 
 
 def test_order(fitted: Fitted) -> None:

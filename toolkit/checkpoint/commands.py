@@ -128,8 +128,9 @@ def reshard_checkpoint(
         task = progress.add_task(f"resharding {path.name}", total=work_bytes(manifest))
         final = reshard(path, folder, target, workers=workers or usable_cores(), progress=partial(progress.advance, task))
     p, z = target.layout, target.config.zero
+    shared = f" cp {p.cp}" if p.cp > 1 else ""
     _console().print(
-        f"{final}: step {manifest.step} for {p.world_size} processes, tp {p.tp} pp {p.pp} vpp {p.vpp} dp {p.dp}, ZeRO-{z.stage}",
+        f"{final}: step {manifest.step} for {p.world_size} processes, tp {p.tp} pp {p.pp} vpp {p.vpp}{shared} dp {p.dp}, ZeRO-{z.stage}",
         soft_wrap=True,
     )
 

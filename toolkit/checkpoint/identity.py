@@ -17,6 +17,7 @@ from toolkit.parallel.layout import Layout
 _FREE_MODEL_KEYS = frozenset(
     {"preset", "impl", "dropout", "init_std", "compile"}
 )  # of the model section, what leaves its weights as they are
+_ADDED = {"data.packing": "concat"}  # of the identity, what older checkpoints lack, as it was for them
 _QUIET = ("run.dir", "checkpoint.", "log.", "data.workers", "data.cache_dir", "zero.config", "zero.nvme_path")
 
 
@@ -30,6 +31,7 @@ def identity_of(config: RunConfig, data: PreparedData | GivenData) -> dict[str, 
         "data.tokenizer": data.tokenizer_hash,
         "data.source": data.identity,
         "data.blend": list(data.weights),
+        "data.packing": config.data.packing,
     }
 
 
@@ -64,7 +66,7 @@ def layout_of(config: RunConfig, layout: Layout) -> dict[str, Any]:
 def check_same_run(manifest: Manifest, identity: Mapping[str, Any], *, path: Path) -> None:
     """Raise CheckpointError naming every key in which this run is another one than the checkpoint's."""
     model = {f"model.{k}": v for k, v in _known_now(manifest).get("model", {}).items()}
-    here, there = _differences(identity, model | manifest.identity)
+    here, there = _differences(identity, _ADDED | model | manifest.identity)
     if here:
         raise CheckpointError(
             f"{path} belongs to another run: it has {there}, and this run has {here}",

@@ -61,18 +61,25 @@ class RunSection(Section):
 
 
 class RopeScaling(Section):
-    """Llama-3.1's frequency scaling, with Hugging Face's names."""
+    """Frequency scaling for a longer context, with Hugging Face's names."""
 
-    type: Literal["llama3", "linear"] = Field(
-        "llama3", validation_alias=AliasChoices("type", "rope_type"), description="llama3: by wavelength; linear: all alike"
+    type: Literal["llama3", "linear", "yarn"] = Field(
+        "llama3",
+        validation_alias=AliasChoices("type", "rope_type"),
+        description="llama3, yarn: by wavelength, yarn with sharper attention; linear: all alike",
     )
     factor: float = Field(8.0, ge=1.0, description="how many times the context grows")
     low_freq_factor: float = Field(1.0, gt=0, description="llama3 only: wavelengths above context/this are scaled")
     high_freq_factor: float = Field(4.0, gt=0, description="llama3 only: wavelengths below context/this are kept")
     original_max_position_embeddings: int = Field(8192, gt=0, description="tokens of context before scaling")
+    beta_fast: float = Field(32.0, gt=0, description="yarn only: wavelengths that turn more often than this in the context are kept")
+    beta_slow: float = Field(1.0, gt=0, description="yarn only: wavelengths that turn less often than this are scaled")
+    attention_factor: float | None = Field(None, gt=0, description="yarn only: of queries and keys alike; null: 0.1 ln(factor) + 1")
 
     @model_validator(mode="after")
     def _ordered(self) -> RopeScaling:
+        if self.type == "yarn" and self.beta_fast <= self.beta_slow:
+            raise ValueError("beta_fast must be larger than beta_slow")
         if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError("high_freq_factor must be larger than low_freq_factor")
         return self
@@ -185,7 +192,10 @@ class ParallelSection(Section):
     tp: int = Field(1, ge=1, description="tensor parallel degree")
     pp: int = Field(1, ge=1, description="pipeline parallel degree (stages)")
     vpp: int = Field(1, ge=1, description="model chunks per stage (interleaved pipeline)")
-    cp: int = Field(1, ge=1, description="context parallel degree")
+    cp: int = Field(1, ge=1, description="context parallel degree: ranks that share each sequence")
+    cp_exchange: Literal["auto", "allgather", "ulysses", "ring"] = Field(
+        "auto", description="how keys and values reach queries: gathered; heads for tokens; passed round; auto: by shape and link"
+    )
     sequence_parallel: bool = Field(False, description="shard norms and dropout over the tensor parallel ranks")
 
 
@@ -207,6 +217,10 @@ class TrainSection(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="activation recompute: full: every layer; selective: core attention, which saves nothing to speak of where a flash kernel runs",
+    )
+    offload_activations: bool = Field(False, description="with recompute full: inputs of layers wait in host memory for the backward")
+    chunked_loss: Literal["auto", "always", "never"] = Field(
+        "auto", description="output layer and loss piece by piece, without a micro-batch's whole logits; auto: from 1 GiB of them on"
     )
     grad_clip: float = Field(1.0, ge=0.0, description="largest global gradient norm; 0: no clipping")
     eval_every: int = Field(0, ge=0, description="optimizer steps between evaluations; 0: never")
@@ -273,11 +287,20 @@ class DataSection(Section):
     workers: int = Field(2, ge=0, description="loader processes per rank")
     cache_dir: Path | None = Field(None, description="prepared data and indices; null: data/ beside the run folder")
     text_key: str = Field("text", description="field of jsonl/parquet/hub rows that holds the text")
+    document_mask: bool = Field(False, description="attention, positions and loss stop at document ends")
+    packing: Literal["concat", "best_fit"] = Field(
+        "concat", description="concat: documents joined and cut at seq_length; best_fit: whole documents packed, only longer ones cut"
+    )
 
     @model_validator(mode="after")
     def _weights(self) -> DataSection:
         if min(self.split) < 0 or self.split[0] <= 0:
             raise ValueError(f"split={list(self.split)} needs weights >= 0 and a share for train")
+        if self.packing == "best_fit" and not self.document_mask:
+            raise ValueError(
+                "packing=best_fit with document_mask=false: whole documents pay only where each is kept to itself. "
+                "Set document_mask to true, or packing to concat"
+            )
         if self.blend and self.source not in (None, BUILT_IN):
             raise ValueError(f"source={self.source} beside blend: the two name the data twice. Remove one of them, or set it to null")
         if self.blend:

@@ -95,11 +95,20 @@ def _read_rope(read: _Reader) -> dict[str, Any]:
         scaling = {n: inner.number(n, kind=float) for n in ("factor", "low_freq_factor", "high_freq_factor")}
         scaling["original_max_position_embeddings"] = inner.number("original_max_position_embeddings")
         found["rope_scaling"] = {"type": "llama3", **scaling}
+    elif kind == "yarn" and inner.values.get("truncate", True) and not inner.values.get("mscale"):
+        yarn: dict[str, Any] = {"factor": inner.number("factor", kind=float)}
+        yarn |= {n: inner.number(n, default, kind=float) for n, default in (("beta_fast", 32.0), ("beta_slow", 1.0))}
+        # transformers goes by the model's own length where the context before scaling is not named
+        positions = read.number("max_position_embeddings", 2048)
+        yarn["original_max_position_embeddings"] = inner.number("original_max_position_embeddings", positions)
+        if inner.values.get("attention_factor") is not None:
+            yarn["attention_factor"] = inner.number("attention_factor", kind=float)
+        found["rope_scaling"] = {"type": "yarn", **yarn}
     elif kind != "default":
         raise ConvertError(
             f"{read.where} has RoPE scaling of type {kind}",
             why="its frequencies would be others here",
-            fix="Only default, linear and llama3 can be imported.",
+            fix="Only default, linear, llama3 and yarn (without mscale, and with whole dimensions) can be imported.",
         )
     return found
 
@@ -130,6 +139,9 @@ def _written_rope(m: ModelSection) -> dict[str, Any]:
         if m.rope_scaling.type == "llama3":
             names = ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
             scaling |= {n: getattr(m.rope_scaling, n) for n in names}
+        if m.rope_scaling.type == "yarn":
+            names = ["beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"]
+            scaling |= {n: value for n in names if (value := getattr(m.rope_scaling, n)) is not None}
     return {"rope_theta": m.rope_theta, "rope_scaling": scaling}
 
 

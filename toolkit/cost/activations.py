@@ -49,7 +49,7 @@ def saved_per_layer(w: Workload) -> float:
     edge = boundary_bytes(w) / (w.tp if w.split_checkpoints and not w.sp else 1)
     s, b = w.model, w.width
     if w.recompute == "full":
-        return edge
+        return 0.0 if w.offload_activations else edge
     if w.recompute == "alternate":
         return (full + edge) / 2
     if w.recompute == "half":  # kept: attention's output and those of every second multiply (query, value, first MLP, last MLP)
@@ -66,7 +66,7 @@ def working_bytes(w: Workload) -> float:
     s, b = w.model, w.width
     redone = 0.0
     if w.recompute in ("full", "alternate", "half"):
-        redone = layer_bytes(w)
+        redone = layer_bytes(w) + (boundary_bytes(w) if w.offload_activations else 0.0)
     elif w.recompute == "selective" and not w.flash:
         redone = (attention_bytes(w) - w.tokens * b * s.query) / w.tp
     if not w.flash:  # the gradient of the scores; as PyTorch operators, in fp32 of softmax, mask and scale
@@ -78,6 +78,8 @@ def working_bytes(w: Workload) -> float:
 
 def logits_bytes(w: Workload) -> float:
     """Bytes alive at the loss: logits of one micro-batch, their fp32 copies and gradients, split over TP by vocabulary unless the stack gathers them."""
+    if w.loss_chunk:
+        return w.loss_chunk * w.model.rows / w.tp * w.stack.logit_bytes
     if w.stack.chunked_loss:  # a few thousand rows at a time
         return min(w.tokens, 4096) * w.model.rows / w.tp * w.stack.logit_bytes
     split = 1 if w.stack.whole_logits else w.tp

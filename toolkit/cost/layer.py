@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from toolkit.cost import kernels, network
 from toolkit.cost.constants import VALUES, cached
 from toolkit.cost.workload import Workload
-from toolkit.hardware.catalogue import Hardware
+from toolkit.hardware.catalogue import GB, Hardware
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,12 @@ def layer_passes(w: Workload, hardware: Hardware, *, scale: float) -> tuple[Pass
     scale: the calibrated share of the GPU's matmul ceiling.
     """
     forward, backward = _layer(_key(w), hardware, scale)
-    return forward, backward, _again(w, forward)
+    again = _again(w, forward)
+    if w.offload_activations:
+        # the layer's input to the host and back, on the stream that computes
+        copy = Pass(memory=w.tokens / w.sequence_shards * w.width * w.model.hidden / (hardware.gpu.host_gb_s * GB))
+        return forward + copy, backward, again + copy
+    return forward, backward, again
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class _Key:
             w.precision,
             w.flash,
             w.kernel,
-            w.cp_exchange,
+            w.cp > 1 and w.exchange,
             w.overlap,
             w.stack,
             w.zero < 2,
@@ -242,13 +247,16 @@ def _tensor_parallel(w: Workload, hardware: Hardware, *, backward: bool) -> floa
 
 def _context_parallel(w: Workload, hardware: Hardware, attention: float, *, backward: bool) -> float:
     """Exposed context-parallel traffic: cp - 1 exchanges of a key/value block beside the attention of the block before
-    (arXiv 2310.01889), or four all-to-alls of queries, keys, values and outputs (arXiv 2309.14509)."""
+    (arXiv 2310.01889), four all-to-alls of queries, keys, values and outputs (arXiv 2309.14509), or all keys and values gathered,
+    and their gradients reduced (arXiv 2407.21783, section 3.3.2)."""
     if w.cp == 1:
         return 0.0
     s = w.model
     over = network.group(hardware, size=w.cp, stride=w.tp)
     rows = w.tokens * w.width / w.tp
-    if w.cp_exchange:
+    if w.exchange == "allgather":
+        return network.gather_time(rows * w.cp * s.key_value, over=over)
+    if w.exchange == "ulysses":
         seconds = network.exchange_time(rows * (s.query + s.key_value), over=over) + network.exchange_time(rows * s.query, over=over)
         return seconds
     step = network.send_time(rows * s.key_value * (2 if backward else 1), hardware=hardware, distance=w.tp * (w.cp - 1))
@@ -261,6 +269,8 @@ def head_passes(w: Workload, hardware: Hardware, *, scale: float) -> tuple[Pass,
     s = w.model
     rows = s.rows // w.tp
     matmul = [weight_multiply(w, hardware, w.tokens, rows, s.hidden, scale, backward=b) for b in (False, True)]
+    if w.loss_chunk:
+        matmul[1] += matmul[0]  # the logits of each piece once more
     bytes_each = w.tokens * (s.rows if w.stack.whole_logits else rows) * w.stack.loss_passes
     loss = [kernels.stream_time(bytes_each * part, gpu=hardware.gpu, kernels=6) for part in (0.6, 0.4)]
     tp = logits = 0.0

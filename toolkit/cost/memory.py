@@ -167,14 +167,16 @@ def zero_buffers(w: Workload, params: float) -> float:
 
 
 def host_bytes(w: Workload, hardware: Hardware) -> tuple[float, float]:
-    """CPU RAM and NVMe bytes of one node for offloaded states: 12 bytes a weight of optimizer states and 4 of gradients, 2 of parameters."""
+    """CPU RAM and NVMe bytes of one node for offloaded states: 12 bytes a weight of optimizer states and 4 of gradients, 2 of
+    parameters; and for activations that wait there, the first stage having most of them.
+    """
     ranks = min(hardware.gpus_per_node, w.world)
     each = max(w.parameters_on(s) for s in (0, w.pp - 1)) / (w.shards if w.zero else 1) * ranks
     host = nvme = 0.0
     for place, nbytes in ((w.offload_optimizer, 16.0 * each), (w.offload_param, w.width * each)):
         host += nbytes if place == "cpu" else 0.0
         nvme += nbytes if place == "nvme" else 0.0
-    return host, nvme
+    return host + own.host_saved(w, 0) * ranks, nvme
 
 
 def _stage(w: Workload, stage: int, hardware: Hardware) -> StageMemory:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import ceil
+from math import ceil, log2
 
 from toolkit.cost.gathers import gathered, gathers, largest_cut, prefetched
 from toolkit.cost.rank_weights import RankWeight, edge_weights, layer_weights
 from toolkit.cost.workload import Workload
+from toolkit.parallel.exchange import sent_heads
 from toolkit.parallel.order import order, warmup
 
 SUB_GROUP = 1e9  # elements that ZeRO-3 steps at a time: DeepSpeed's default sub_group_size
@@ -150,7 +151,7 @@ def layer_saved(w: Workload, *, cpu: bool) -> float:
     s, b, t = w.model, w.width, w.tokens
     whole, split = t / w.sequence_shards, t / w.tp
     if w.recompute == "full":
-        return whole * b * s.hidden
+        return 0.0 if w.offload_activations and not cpu else whole * b * s.hidden
     norms = 2 * whole * (norm_saved(w, s.hidden, cpu=cpu) + b * s.hidden)
     copied = b * s.query if s.groups < s.heads and s.groups > w.tp else 0.0  # one group's queries lie together: a view
     if not cpu and b == 4 and s.groups < s.heads:
@@ -160,15 +161,33 @@ def layer_saved(w: Workload, *, cpu: bool) -> float:
         attention = b * (s.query + s.key_value) + (0.0 if s.rotary or s.qk_norm else copied)
         if s.rotary or s.qk_norm:
             attention += b * (s.query + s.key_value / 2)
+    if w.cp > 1 and w.recompute == "none":
+        attention = b * _exchanged(w) + (b * (s.query + s.key_value) if s.qk_norm or w.exchange == "ring" else 0.0)
     if s.qk_norm:
         kept_in_16_bits = cpu and s.norm == "rms" and b < 4  # upcast copies instead of the input
         each = norm_saved(w, s.head_dim, cpu=cpu) - (0 if kept_in_16_bits else b * s.head_dim)
         attention += (s.heads + s.groups) * each + (0.0 if kept_in_16_bits else copied)
     attention += b * s.query + (0 if w.recompute == "selective" else 4 * s.heads)
-    tables = 4 * w.seq / w.cp * s.head_dim * b if s.rotary else 0
+    tables = 4 * w.seq / w.cp * s.head_dim * b * (w.micro if w.documents else 1) if s.rotary else 0
     mlp = b * s.ffn * (5 if s.gated else 2)
     dropout = 2 * whole * s.hidden if s.dropout else 0
     return norms + split * (attention + mlp) + tables + dropout
+
+
+def _exchanged(w: Workload) -> float:
+    """Elements for one token that attention keeps of queries, keys and values after an exchange between context-parallel ranks.
+
+    Gathered keys and values are those of the whole sequence. Under Ulysses a rank has the whole sequence of its heads, keys and
+    values once for each rank that shares them, and the result twice: before and after it goes back.
+    """
+    s = w.model
+    if w.exchange == "ring":
+        return 2 * s.query + s.key_value / 2  # and the result in two orders; values are views of the product
+    if w.exchange == "allgather":
+        return s.query + s.key_value * w.cp
+    heads, groups = s.heads // w.tp, s.groups // w.tp
+    copies = len(sent_heads(heads=heads, groups=groups, cp=w.cp)[0]) * w.cp / groups
+    return 2 * s.query + s.key_value * copies
 
 
 def norm_saved(w: Workload, width: int, *, cpu: bool) -> float:
@@ -187,9 +206,31 @@ def _saved_by_chunk(w: Workload, stage: int, *, cpu: bool) -> list[float]:
     each = [w.layers_in(stage, chunk) * layer_saved(w, cpu=cpu) for chunk in range(w.vpp)]
     if stage == 0:
         each[0] += w.tokens * (8 + (1 if w.tp > 1 else 0))  # token ids, and which of them are this rank's
+        each[0] += 8 * w.tokens if w.model.positions and _own_positions(w) else 0
     if stage == w.pp - 1:
-        each[-1] += w.tokens / w.sequence_shards * norm_saved(w, w.model.hidden, cpu=cpu)
+        each[-1] += _final_norm(w, cpu=cpu)
+    if w.recompute == "full" and w.model.rotary and _own_positions(w):
+        angles = 4 * w.seq / w.cp * w.model.head_dim * (w.micro if w.documents else 1)
+        each = [e + angles for e in each]
     return each
+
+
+def _final_norm(w: Workload, *, cpu: bool) -> float:
+    """Bytes that the norm after the last layer keeps on the device."""
+    return 0.0 if w.offload_activations and not cpu else w.tokens / w.sequence_shards * norm_saved(w, w.model.hidden, cpu=cpu)
+
+
+def host_saved(w: Workload, stage: int) -> float:
+    """Bytes of page-locked memory that a rank of a stage keeps inputs of layers in, each a power of two (see toolkit.rehearse.host)."""
+    if not w.offload_activations:
+        return 0.0
+    layer = 2.0 ** ceil(log2(w.tokens / w.sequence_shards * w.width * w.model.hidden))
+    return _fullest(w, stage, [w.layers_in(stage, chunk) * layer for chunk in range(w.vpp)], 0.0)[0]
+
+
+def _own_positions(w: Workload) -> bool:
+    """Whether each micro-batch brings positions of its own; else all share the same tensor."""
+    return w.documents or w.cp > 1
 
 
 def stage_saved(w: Workload, stage: int, *, cpu: bool) -> dict[str, float]:
@@ -198,11 +239,14 @@ def stage_saved(w: Workload, stage: int, *, cpu: bool) -> dict[str, float]:
     each = _saved_by_chunk(w, stage, cpu=cpu)
     once = logits = 0.0
     if stage == 0:
-        once += 8 * w.seq if s.positions else 0  # positions, the same tensor for every micro-batch
+        once += 8 * w.seq if s.positions and not _own_positions(w) else 0  # positions, the same tensor for every micro-batch
     if stage == w.pp - 1:
         whole = t / w.sequence_shards
         logits = whole * b * s.hidden + t * (4 * s.rows / w.tp + 9)  # the output layer's input, fp32 softmax, targets and their mask
-    if w.recompute == "full" and s.rotary:
+        if w.loss_chunk:
+            logits = whole * b * s.hidden + t * 12  # its input, targets, and the log-sum-exp
+        logits += 4 * t if w.documents else 0  # what each token weighs
+    if w.recompute == "full" and s.rotary and not _own_positions(w):
         once += 4 * w.seq * s.head_dim * w.vpp  # RoPE's angles, of which megatron-core makes one tensor for all of a chunk's layers
     held, logits = _fullest(w, stage, each, logits)
     return {"activations": held + once, "logits": logits}
@@ -240,13 +284,13 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
     kept = stage_saved(w, stage, cpu=cpu)
     redone = 0.0
     if w.recompute == "full":
-        redone = layer_saved(replace(w, recompute="none"), cpu=cpu) - t / w.sequence_shards * b * s.hidden
+        redone = layer_saved(replace(w, recompute="none"), cpu=cpu) - (0 if w.offload_activations else t / w.sequence_shards * b * s.hidden)
     stream = t / w.sequence_shards * b * s.hidden
     # the gate's product is already freed when the gradients of its two halves come: two of three buffers remain
     widest = t * b * max((2 if s.gated else 1) * s.ffn / w.tp, (s.query + s.key_value) / w.tp)
     held = kept["activations"]
     if stage == w.pp - 1:
-        held -= t / w.sequence_shards * norm_saved(w, s.hidden, cpu=cpu)  # the final norm's backward is over
+        held -= _final_norm(w, cpu=cpu)  # the final norm's backward is over
     found = {
         "backward": {"activations": held, "working set": redone + widest + 2 * stream},
         # no weight is whole any more, which base counts, and no bucket is there
@@ -281,13 +325,18 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
     if stage == w.pp - 1:
         # the loss overwrites its fp32 logits with the softmax and that with the gradient; in 16 bits the logits as multiplied stay too
         found["loss"] = {**kept, "working set": stream + (t * s.rows / w.tp * b if b < 4 else 0.0)}
-        if w.zero < 2 and w.offload_optimizer != "none":
+        if w.loss_chunk:
+            # a piece's fp32 logits and what is multiplied of them, the gradient of the whole input, and the weight's in fp32
+            piece = w.loss_chunk * s.rows / w.tp * (4 + (b if b < 4 else 0))
+            summed = 4 * s.rows * s.hidden / w.tp if b < 4 or w.zero > 1 else 0.0
+            found["loss"]["working set"] = t * b * s.hidden * (2 if w.sp else 1) + piece + summed
+        if w.zero < 2 and w.offload_optimizer != "none" and not w.loss_chunk:
             # the output layer's gradient is whole before it is added
             whole = (t * s.rows + s.rows * s.hidden) / w.tp * b
             found["output layer"] = {"activations": kept["activations"], "working set": whole + stream}
         if w.zero == 3:
             found["loss"]["working set"] -= w.width * largest_cut(w, stage) if gathers(w) else 0  # its gradient is not there yet
-        if w.zero == 3:  # base counts the weight and its gradient
+        if w.zero == 3 and not w.loss_chunk:  # base counts the weight and its gradient
             found["output layer"] = {"activations": kept["activations"], "working set": t * s.rows / w.tp * b + 2 * stream}
         if buckets:
             # they are made when the first gradient comes, which is the output layer's

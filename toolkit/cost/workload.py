@@ -9,7 +9,9 @@ from toolkit.arch.optimizers import OPTIMIZERS, OptimizerSpec
 from toolkit.arch.spec import ModelSpec
 from toolkit.config.deepspeed import hpz_group, zero_key
 from toolkit.cost.stack import TOOLKIT, TOOLKIT_TE, Stack
+from toolkit.parallel.exchange import choose
 from toolkit.parallel.layout import split_layers
+from toolkit.parallel.loss_chunks import loss_chunk
 
 if TYPE_CHECKING:
     from toolkit.config.schema import RunConfig
@@ -40,7 +42,7 @@ class Workload:
     precision: str = "bf16"
     flash: bool = True
     kernel: str | None = None
-    cp_exchange: bool = False  # context parallelism by all-to-all over heads instead of a ring of key/value blocks
+    cp_exchange: str = "ring"  # parallel.cp_exchange
     overlap: bool = True
     split_checkpoints: bool = False  # recomputed layers' inputs are split over TP (ZeRO-R, arXiv 1910.02054, section 6.1)
     deterministic: bool = False
@@ -50,6 +52,9 @@ class Workload:
     overlap_comm: bool = False  # of the DeepSpeed JSON: ZeRO-2 then fills a second bucket while the first one is sent
     persist: float = 1e5  # elements up to which ZeRO-3 keeps a weight whole (DeepSpeed's default)
     optimizer: OptimizerSpec = OPTIMIZERS["adamw"]
+    chunked_loss: str = "never"  # train.chunked_loss
+    offload_activations: bool = False
+    documents: bool = False  # data.document_mask
     hpz: int = 1  # ranks over which ZeRO++ keeps a second partition of the weights
     qwz: bool = False  # ZeRO++ gathers weights in 8 bits
     qgz: bool = False  # ZeRO++ reduces gradients in 4 bits
@@ -67,6 +72,20 @@ class Workload:
     def tokens(self) -> int:
         """Tokens of one micro-batch on one rank, before tensor parallelism."""
         return max(1, self.micro * self.seq // self.cp)
+
+    @property
+    def exchange(self) -> str:
+        """allgather, ulysses or ring: how context-parallel ranks exchange keys and values."""
+        if self.cp_exchange != "auto":
+            return self.cp_exchange
+        heads, groups = max(1, self.model.heads // self.tp), max(1, self.model.groups // self.tp)
+        unlike = {"dropout": bool(self.model.dropout), "fp32": self.precision == "fp32"}
+        return choose("auto", heads=heads, groups=groups, cp=self.cp, tp=self.tp, seq=self.seq, **unlike).name
+
+    @property
+    def loss_chunk(self) -> int:
+        """Tokens of one piece of the output layer and the loss; 0 where the logits are whole."""
+        return loss_chunk(self.chunked_loss, tokens=self.tokens, columns=self.model.rows // self.tp)
 
     @property
     def width(self) -> int:
@@ -129,6 +148,7 @@ class Workload:
             pp=p.pp,
             vpp=p.vpp,
             cp=p.cp,
+            cp_exchange=p.cp_exchange,
             dp=dp,
             sp=p.sequence_parallel and p.tp > 1,
             zero=z.stage,
@@ -144,6 +164,9 @@ class Workload:
             hpz=_hpz(config, dp),
             qwz=bool(zero_key(config, "zero_quantized_weights", False)),
             qgz=bool(zero_key(config, "zero_quantized_gradients", False)),
+            chunked_loss=t.chunked_loss,
+            offload_activations=t.offload_activations and t.recompute == "full",
+            documents=config.data.document_mask,
         )
 
 

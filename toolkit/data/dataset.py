@@ -94,6 +94,8 @@ def resolve_data(config: RunConfig, *, prepare_missing: bool) -> PreparedData:
             why="the embedding would have no row for the largest ids",
             fix=f"Set model.vocab_size to at least {vocab_size}, or to null.",
         )
+    if config.data.document_mask:
+        _check_ends(config, members)
     for member in members:
         _check_splits(config, member)
     return PreparedData(
@@ -253,6 +255,30 @@ def _check_tokenizer(config: RunConfig, member: Member) -> None:
         )
 
 
+def _check_ends(config: RunConfig, members: list[Member]) -> None:
+    """Refuse to keep documents apart whose ends nobody knows, and say how many best_fit has to cut."""
+    size = config.train.seq_length
+    for member in members:
+        if config.data.packing == "concat" and member.manifest is None:
+            raise DataError(
+                f"data.document_mask=true, and which token ends a document of {member.prefix} is unknown",
+                why="it has no manifest: `toolkit data prepare` did not make it",
+                fix="Prepare it with `toolkit data prepare`, set data.packing to best_fit, which goes by the index, "
+                "or set data.document_mask to false.",
+            )
+        longer = member.index.lengths[member.index.lengths > size]
+        if config.data.packing == "best_fit" and len(longer):
+            log.info(
+                "data.packing=best_fit: %d of %d documents of %s, with %.1f %% of its tokens, are longer than train.seq_length=%d; "
+                "they alone are cut",
+                len(longer),
+                member.index.documents,
+                member.prefix,
+                100 * int(longer.sum(dtype="int64")) / member.index.tokens,
+                size,
+            )
+
+
 def split_sizes(config: RunConfig, *, test_samples: int = 0) -> tuple[int, int, int]:
     """Samples the run draws from train, valid and test: global batches times their size."""
     train = config.train
@@ -296,6 +322,8 @@ def _check_splits(config: RunConfig, member: Member) -> None:
 def build_datasets(config: RunConfig, prepared: PreparedData | GivenData, *, test_samples: int = 0) -> tuple[Any, Any, Any]:
     """Train, valid and test as megatron-core datasets of {"text": int64 [seq_length + 1]}; None where no samples are wanted.
 
+    With data.document_mask their samples are those of toolkit.data.documents.
+
     Valid has eval_steps global batches when train.eval_every is set; test has test_samples. Every rank calls it, with or without
     process groups; raises the same DataError on all of them. Data sets that a program gave come back ready to be read.
     """
@@ -316,5 +344,7 @@ def build_datasets(config: RunConfig, prepared: PreparedData | GivenData, *, tes
         vocab_size=prepared.vocab_size,
         identity=prepared.identity,
         cache=prepared.cache_dir,
+        document_mask=config.data.document_mask,
+        packing=config.data.packing,
     )
     return train, valid, test

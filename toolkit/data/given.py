@@ -3,7 +3,11 @@
 A data set is map-style: len(dataset) samples, and dataset[i] a dict of arrays (NumPy, or tensors on
 the CPU) with {"tokens": int [seq_length], "labels": int [seq_length]} or {"text": int [seq_length +
 1]}, whose labels are the next tokens. Other entries, such as a mask, reach the loss with the
-micro-batch: "mask" of shape [s] is [b, s] there.
+micro-batch: "mask" of shape [s] is [b, s] there. Two of them mean something to the run itself:
+
+- "loss_mask" [seq_length], 0 or 1: tokens whose label is left out of the loss. A label of -100 is
+  left out too. Those that stay weigh the same over the whole global batch.
+- "positions" [seq_length], which data.document_mask needs: counted from 0 within each document.
 
 Order: a run takes each sample once. Step k takes places kG … (k+1)G - 1 of the order, G being
 train.global_batch_size: the data set's own order, or a permutation of it that run.seed decides. A
@@ -21,6 +25,7 @@ import numpy as np
 from toolkit.config.schema import RunConfig
 from toolkit.errors import DataError, ToolkitError, name_of, raised_by
 
+IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 _LOOKED_AT = 4  # samples checked before training; each sample is checked again when it is read
 
 
@@ -29,7 +34,8 @@ class GivenData:
     """Data sets for training and, where train.eval_every is set, for evaluation, which takes the
     first samples in their own order.
 
-    shuffle: train in an order that run.seed decides. The attribute `identity` of a data set, a
+    shuffle: train in an order that run.seed decides. masked: whether samples may leave tokens out of
+    the loss; False saves a look at each step. The attribute `identity` of a data set, a
     text, tells a checkpoint which data it belongs to; without it the data set's class and length
     do.
     """
@@ -37,6 +43,7 @@ class GivenData:
     train: Any
     valid: Any = None
     shuffle: bool = True
+    masked: bool = True
 
     tokenizer_hash: ClassVar[None] = None  # what PreparedData has of a tokenizer and of a blend
     weights: ClassVar[tuple[float, ...]] = ()
@@ -56,7 +63,8 @@ class GivenData:
         """Training and evaluation samples in the order in which a run takes them."""
         # RandomState and not default_rng: its numbers are the same in every version of NumPy
         order = np.random.RandomState(config.run.seed).permutation(len(self.train)) if self.shuffle else None
-        return Samples(self.train, config, order=order), Samples(self.valid, config) if self.valid is not None else None
+        valid = Samples(self.valid, config, masked=self.masked) if self.valid is not None else None
+        return Samples(self.train, config, order=order, masked=self.masked), valid
 
     def check(self, config: RunConfig) -> tuple[str, int, int | None]:
         """Length, shape and ids before anything is trained; returns what all ranks must find alike.
@@ -94,7 +102,7 @@ class GivenData:
                     if samples >= t.global_batch_size
                     else "Give more samples.",
                 )
-            reader = Samples(dataset, config)
+            reader = Samples(dataset, config, masked=self.masked)
             for i in sorted({(samples - 1) * k // (_LOOKED_AT - 1) for k in range(_LOOKED_AT)} if samples else ()):
                 if isinstance(found := reader[i], ToolkitError):
                     raise found
@@ -108,10 +116,11 @@ class Samples:
     with a traceback.
     """
 
-    def __init__(self, dataset: Any, config: RunConfig, *, order: np.ndarray | None = None) -> None:
+    def __init__(self, dataset: Any, config: RunConfig, *, order: np.ndarray | None = None, masked: bool = True) -> None:
         assert config.model.vocab_size is not None
         self.dataset, self.order = dataset, order
         self.seq_length, self.vocab_size = config.train.seq_length, config.model.vocab_size
+        self.document_mask, self.masked = config.data.document_mask, masked
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -141,16 +150,52 @@ class Samples:
                     why=f"with train.seq_length={self.seq_length} it takes whole numbers of shape [{length}]",
                     fix="Cut or pad the samples, or set train.seq_length.",
                 )
+            if key == "labels" and self.masked:
+                arrays = self._without_ignored(arrays, name)
+                found = arrays[key]
             low, high = int(found.min()), int(found.max())
             if low < 0 or high >= self.vocab_size:
                 raise DataError(
                     f"{name} has ids from {low} to {high} in {key}",
                     why=f"with model.vocab_size={self.vocab_size} they go from 0 to {self.vocab_size - 1}",
-                    fix="Leave tokens out of the loss by a mask of your own, not by a special label."
-                    if low < 0
-                    else "Set model.vocab_size.",
+                    fix="Leave tokens out of the loss by a loss_mask, or by the label -100." if low < 0 else "Set model.vocab_size.",
                 )
         if "text" in arrays:
             text = arrays.pop("text")
             arrays = {"tokens": text[:-1], "labels": text[1:], **arrays}
+            arrays = self._without_ignored(arrays, name) if self.masked else arrays
+            if self.document_mask and "positions" in arrays:  # the next document's first token is nobody's label
+                arrays["loss_mask"][:-1] &= arrays["positions"][1:] != 0
+        if self.document_mask:
+            _check_positions(arrays.get("positions"), self.seq_length, name)
         return arrays
+
+    def _without_ignored(self, arrays: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+        """With a loss_mask of 0 and 1, which leaves out labels of -100 too."""
+        mask = arrays.get("loss_mask", np.ones(self.seq_length, np.uint8))
+        if mask.shape != (self.seq_length,) or not np.isin(mask, (0, 1)).all():
+            raise DataError(
+                f"{name} has loss_mask of shape {list(mask.shape)} and type {mask.dtype}"
+                + ("" if mask.shape != (self.seq_length,) else f" with values from {mask.min()} to {mask.max()}"),
+                why=f"with train.seq_length={self.seq_length} it takes 0 and 1 of shape [{self.seq_length}], one for each label",
+                fix="Give 1 where the label counts and 0 where it does not.",
+            )
+        ignored = arrays["labels"] == IGNORED
+        return arrays | {"loss_mask": mask.astype(np.uint8) * ~ignored, "labels": np.where(ignored, 0, arrays["labels"])}
+
+
+def _check_positions(found: np.ndarray | None, seq_length: int, name: str) -> None:
+    """Hold a sample's positions to counting from 0 within each document."""
+    if found is None or found.shape != (seq_length,) or found.dtype.kind not in "iu":
+        raise DataError(
+            f"{name} has " + ("no positions" if found is None else f"positions of shape {list(found.shape)} and type {found.dtype}"),
+            why=f"with data.document_mask=true they say where documents begin: whole numbers of shape [{seq_length}]",
+            fix="Count from 0 within each document, or set data.document_mask to false.",
+        )
+    steps = found.astype(np.int64)
+    if steps[0] != 0 or not ((steps[1:] == 0) | (steps[1:] == steps[:-1] + 1)).all():
+        raise DataError(
+            f"{name} has positions {steps[:6].tolist()} …",
+            why="they must begin with 0, and each must be one more than the one before it, or 0",
+            fix="Count from 0 within each document.",
+        )

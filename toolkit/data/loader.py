@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data._utils import signal_handling
 
+from toolkit.data.documents import bounds_of
 from toolkit.errors import DataError, MachineError, ToolkitError
 from toolkit.parallel.layout import Layout
 
@@ -29,6 +30,7 @@ _READ_AHEAD = 4  # micro-batches per worker
 _SIGTERM_GRACE = 60  # seconds a worker outlives a SIGTERM
 _START_S = 15.0  # seconds in which forked workers must run Python; they take milliseconds
 _TRIES = 4
+ON_HOST = ("bounds",)  # entries that the host reads, which stay in its memory
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -128,7 +130,8 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
     Raises DataError for a sample of the user's own data set that cannot be used.
     """
 
-    def __init__(self, rows: Iterator[Rows]) -> None:
+    def __init__(self, rows: Iterator[Rows], *, apart: bool = False) -> None:
+        self._apart = apart
         self._pin = torch.cuda.is_available()
         self._rows: Iterator[Rows] | None = rows
         # Before multiprocessing's own exit handler, which would wait for workers that wait for work.
@@ -142,11 +145,12 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
             raise rows
         if isinstance(rows, dict):
             batch = {name: torch.from_numpy(array) for name, array in rows.items()}
-            batch |= {name: batch[name].long() for name in ("tokens", "labels")}
+            batch |= {name: batch[name].long() for name in ("tokens", "labels", "positions") if name in batch}
+            batch |= {"bounds": torch.from_numpy(bounds_of(rows["positions"]))} if self._apart else {}
         else:
             text = torch.from_numpy(rows).long()
             batch = {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous()}
-        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pin else batch
+        return {name: tensor if name in ON_HOST else tensor.pin_memory() for name, tensor in batch.items()} if self._pin else batch
 
     def close(self) -> None:
         """End the workers; no more batches follow."""
@@ -163,8 +167,11 @@ def batches(
     consumed_samples: int = 0,
     workers: int = 0,
     seed: int = 0,
+    apart: bool = False,
 ) -> Batches:
     """Micro-batches {"tokens", "labels"} of int64 [micro_batch_size, seq_length] for one data-parallel rank, in step order.
+
+    apart: data.document_mask; they then have "positions" (int64), "loss_mask" and "bounds" too, see toolkit.data.documents.
 
     dataset: one of build_datasets, or the user's own, whose other entries come along; consumed_samples: samples of all ranks
     already trained on; workers: reading processes (0: none); seed: of the loader's own generator, so that torch's global one
@@ -188,7 +195,7 @@ def batches(
         generator=torch.Generator().manual_seed(seed),
     )
     if not workers:
-        return Batches(iter(read()))
+        return Batches(iter(read()), apart=apart)
     pipe, started = os.pipe()
     try:
         # fork: a worker needs no import and shares the mapped files; it never touches process groups or the device.
@@ -197,7 +204,7 @@ def batches(
             prefetch_factor=_READ_AHEAD,
             worker_init_fn=partial(_start_worker, parent=os.getpid(), started=started),
         )
-        return Batches(_started(loader, pipe))
+        return Batches(_started(loader, pipe), apart=apart)
     finally:
         os.close(pipe)
         os.close(started)

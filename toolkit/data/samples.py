@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from toolkit.data.documents import cut_at_ends, laid_end_to_end
+from toolkit.data.packing import Packs, best_fit
 from toolkit.errors import DataError
 from toolkit.files import LOCK, Partial, sync_file, write_durably
 from toolkit.parallel.agree import everywhere, on_rank_0
@@ -39,6 +41,54 @@ class Samples(GPTDataset):
     def __getitem__(self, idx: int | None) -> dict[str, np.ndarray]:
         # 0.16 returns two values, 0.19 three.
         return {"text": self._query_document_sample_shuffle_indices(int(idx or 0))[0]}
+
+
+class Separate(Samples):
+    """The same samples cut at the documents' ends: see toolkit.data.documents."""
+
+    def __getitem__(self, idx: int | None) -> dict[str, np.ndarray]:
+        return cut_at_ends(super().__getitem__(idx)["text"].astype(np.int32), eod=self.config.tokenizer.eod)
+
+
+class Packed(GPTDataset):
+    """Whole documents, packed by toolkit.data.packing anew for each epoch, and cut at their ends."""
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, None]:
+        """Pieces and bounds as toolkit.data.packing.Packs has them; documents by their number in the file."""
+        base = Path(self.config.path_to_cache) / f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
+        files = [base.with_name(f"{base.name}-{part}.npy") for part in ("pieces", "bounds")]
+        if not all(f.exists() for f in files):
+            packs = self._packed()
+            files[0].parent.mkdir(parents=True, exist_ok=True)
+            for file, array in zip(files, (packs.pieces, packs.bounds), strict=True):
+                np.save(file, array)
+        pieces, bounds = (np.load(f, mmap_mode="r") for f in files)
+        return pieces, bounds, None
+
+    def _packed(self) -> Packs:
+        random = np.random.RandomState(self.config.random_seed)
+        lengths = self.dataset.sequence_lengths[self.indices]
+        epochs: list[Packs] = []
+        samples = 0
+        while samples < self.num_samples or not epochs:
+            epochs.append(best_fit(lengths, self.config.sequence_length, random=random))
+            samples += len(epochs[-1])
+        pieces = np.concatenate([e.pieces for e in epochs])
+        pieces[:, 0] = self.indices[pieces[:, 0]]
+        starts = np.cumsum([0, *(len(e.pieces) for e in epochs)])
+        bounds = np.concatenate([[0], *(e.bounds[1:] + start for e, start in zip(epochs, starts, strict=False))])
+        return Packs(bounds, pieces)
+
+    def __len__(self) -> int:
+        return len(self.sample_index) - 1
+
+    def __getitem__(self, idx: int | None) -> dict[str, np.ndarray]:
+        low, high = self.sample_index[int(idx or 0) : int(idx or 0) + 2]
+        pieces, whole = [], []
+        for document, first, count in self.document_index[low:high].tolist():
+            whole.append(first + count == self.dataset.sequence_lengths[document])
+            pieces.append(self.dataset.get(document, offset=first, length=count + (not whole[-1])))
+        return laid_end_to_end(pieces, whole, seq_length=self.config.sequence_length)
 
 
 class _Builder(BlendedMegatronDatasetBuilder):
@@ -83,14 +133,18 @@ def build(
     vocab_size: int,
     identity: str,
     cache: Path,
+    document_mask: bool = False,
+    packing: str = "concat",
 ) -> list[Any]:
     """Train, valid and test datasets; None where the size is 0. Collective: every rank of the world calls it.
 
-    sizes: samples of each; identity: changes when the files' contents do; cache: folder for the indices, on a disk that all hosts share.
+    document_mask, packing: as in the data section, which refuses best_fit without the mask. sizes: samples of each; identity: changes when the files' contents do; cache: folder for the indices, on a disk that all hosts share.
     Rank 0 builds missing indices; if it fails, or another rank cannot see them, all ranks raise the same DataError.
     """
     in_memory_blend = len(prefixes) > 1 and not dist.is_initialized()
     facts = [list(prefixes), list(weights or []), split, seq_length, seed, sizes, identity, in_memory_blend, mcore_version]
+    kind = Packed if packing == "best_fit" else Separate if document_mask else Samples
+    facts += [kind.__name__] if kind is not Samples else []
     folder = cache / "indices" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
 
     def datasets(at: Path) -> list[Any]:
@@ -109,7 +163,7 @@ def build(
             create_attention_mask=False,
             **options,
         )
-        return list(_Builder(Samples, list(sizes), lambda: True, config).build())
+        return list(_Builder(kind, list(sizes), lambda: True, config).build())
 
     on_rank_0(lambda: _ensure(folder, datasets))
     everywhere(lambda: _visible(folder))

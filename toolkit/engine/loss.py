@@ -7,12 +7,16 @@ micro-batch:
 - output: the per-token cross entropy, [b, s] in fp32; or, for a function with the attribute `needs
   = "logits"`, the logits [s, b, v/tp] in the model's precision, of which each tensor parallel rank
   holds its own part of the vocabulary. Ids that only pad the vocabulary have the logit -inf.
-- batch: the micro-batch, {"tokens": [b, s], "labels": [b, s]} and whatever else the data set gives,
-  such as a mask.
+- batch: the micro-batch, {"tokens": [b, s], "labels": [b, s]} and whatever else the data set gives.
 
 The number is the mean over the tokens that this rank was given (with context parallelism: over its
 part of the sequence). Micro-batches and data parallel ranks then count alike: a loss that divides
-by the number of unmasked tokens weighs a token by its micro-batch.
+by the number of its own unmasked tokens weighs a token by its micro-batch.
+
+Where the data leaves tokens out ("loss_mask" [b, s], or the ends of documents and padding with
+data.document_mask), the batch has "weights" [b, s] in fp32. The number is then the sum of what each
+token loses times its weight: tokens left out weigh 0, and all others weigh the same over the whole
+global batch, whatever the layout. The loss that no function is given for does so by itself.
 """
 
 from __future__ import annotations
@@ -61,6 +65,9 @@ class Loss:
         """The scalar to differentiate, which the schedule divides in place, and a copy of its
         value.
         """
+        if self.function is None and "weights" in batch:
+            loss = (output.float() * batch["weights"]).sum()
+            return loss, loss.detach().clone()
         if self.function is None:
             loss = output.float().mean()
             return loss, loss.detach().clone()
@@ -101,6 +108,7 @@ def logits_as_output(chunk: Any) -> None:
     """Let a chunk with the output layer return its logits [s, b, v/tp] where it would return
     per-token losses [b, s].
     """
+    chunk.output_layer.mode = "never"
     chunk.compute_language_model_loss = lambda labels, logits: logits
 
 

@@ -64,7 +64,7 @@ def partitions(
     """
     at = layout.coordinates(rank)
     # ZeRO-0 is ZeRO-1 over a group of one; gradients are averaged over context-parallel ranks too
-    parts, mine = (layout.dp * layout.cp, at.dp * layout.cp + at.cp) if zero_stage else (1, 0)
+    parts, mine = (layout.copies, layout.copy_of(at)) if zero_stage else (1, 0)
     numel = {n: math.prod(shape) for n, shape in shapes.items()}
     if zero_stage < 3:
         return [_cut_flat(group, numel, parts=parts, mine=mine) for group in groups if group]

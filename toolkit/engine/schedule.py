@@ -8,9 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
 from torch import Tensor
 
+from toolkit.engine.batch import part_of
 from toolkit.engine.loss import Batch, Loss, logits_as_output
 from toolkit.parallel.layout import Layout
 
@@ -62,6 +64,7 @@ class Schedule:
         """Mean loss over this rank's micro-batches on the last stage, None elsewhere; gradients accumulate.
 
         batches: called once per chunk; each iterator yields {"tokens", "labels"} of shape [b, s], and what else the loss asks for.
+        "bounds" and "positions" (see toolkit.engine.batch) keep documents apart.
         """
         losses = self.run(
             forward_step_func=self._forward_step,
@@ -76,10 +79,19 @@ class Schedule:
 
     def _forward_step(self, batches: Iterator[Batch], view: ChunkView) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(batches)
+        if self.layout.cp > 1:
+            batch = part_of(batch, self.layout, rank=parallel_state.get_context_parallel_rank())
         tokens, labels = batch["tokens"], batch["labels"]
+        if "bounds" in batch or self.layout.cp > 1:
+            return view(tokens, batch["positions"], batch.get("bounds"), labels=labels), partial(self._loss, batch=batch)
         if self.positions is None or self.positions.shape != tokens.shape or self.positions.device != tokens.device:
             self.positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return view(tokens, self.positions, None, labels=labels), partial(self.loss, batch=batch)
+        return view(tokens, self.positions, None, labels=labels), partial(self._loss, batch=batch)
+
+    def _loss(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss, value = self.loss(output, batch)
+        # megatron-core's schedule multiplies by the context-parallel ranks, over which the engine averages
+        return (loss / self.layout.cp if self.layout.cp > 1 else loss), value
 
 
 @contextmanager

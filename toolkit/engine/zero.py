@@ -325,7 +325,7 @@ class Engine:
                 gradients += [g for g, p in zip(parts, owners, strict=True) if counts_in_norm(p, tp_rank=self.tp_rank)]
             self.local_square_sum = square_sum(gradients, device=self.device)
         if self.stage == 0:
-            self.local_square_sum = self.local_square_sum / self.layout.dp  # every rank holds the whole
+            self.local_square_sum = self.local_square_sum / self.layout.copies  # every rank holds the whole
         norm = global_norm(self.local_square_sum)
         return norm.cpu() if offloaded else norm  # DeepSpeed multiplies gradients in host memory by what follows from it
 

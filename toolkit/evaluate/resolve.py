@@ -77,7 +77,7 @@ def resolve_evaluation(
         config.train.micro_batch_size = micro
     layout = check(config, processes, machine=machine())
     member = _data(config, data, manifest, path=path)
-    span = Span.of(member, split=split, weights=config.data.split)
+    span = Span.of(member, split=split, weights=config.data.split, apart=config.data.document_mask)
     t = config.train
     windows = span.windows(t.seq_length)
     unit = layout.dp * t.micro_batch_size * (layout.pp if layout.vpp > 1 else 1)

@@ -43,7 +43,7 @@ def evaluate(resolved: ResolvedRun, windows: Windows, task: Task) -> dict[str, A
     try:
         # a mean over micro-batches of the sum over each one's tokens
         mean = run.evaluate(Samples(windows, config), batches=task.batches, told=told)
-        total = mean * task.batches * resolved.layout.dp * resolved.layout.num_microbatches
+        total = mean * task.batches * resolved.layout.copies * resolved.layout.num_microbatches
         return {"loss": total / tokens, "tokens": tokens, "seconds": time.perf_counter() - started}
     finally:
         run.close()

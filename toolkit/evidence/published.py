@@ -258,7 +258,7 @@ def _features(row: Mapping[str, Any], *, kind: str) -> dict[str, Any]:
     features: dict[str, Any] = {
         "kernel": _kernel(printed),
         "overlap": "overlap disabled" not in flags,
-        "cp_exchange": "all-to-all" in flags,
+        "cp_exchange": "ulysses" if "all-to-all" in flags else "ring",
         "split_checkpoints": "zero-r" in flags,
         "deterministic": "deterministic" in flags,
         "fused_accumulation": "no grad-accum fusion" not in flags,

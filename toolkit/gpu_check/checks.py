@@ -59,6 +59,7 @@ CHECKS = (
     Check(
         name="attention", title="The kernel that attention runs in", function="kernels:attention", seconds=90, runs="kernels:attention_runs"
     ),
+    Check(name="spans", title="Attention over documents and parts of a sequence", function="spans:spans", seconds=60),
     Check(name="rehearsal", title="Rehearsal of what is measured", function="measure:rehearsal", seconds=150, on_cpu=True, alone=True),
     Check(name="waits", title="Waits of the host within a step", function="measure:waits", seconds=60, runs="measure:sync_runs"),
     Check(

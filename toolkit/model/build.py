@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
@@ -16,8 +17,11 @@ from torch.overrides import TorchFunctionMode
 
 from toolkit.arch.spec import WeightSpec
 from toolkit.config.schema import ModelSection, RopeScaling, RunConfig
+from toolkit.model.head import Head
 from toolkit.model.init import materialise
 from toolkit.model.layers import TIED_COPY, local_spec, mark_tensor_parallel, mask_padding, te_spec
+from toolkit.model.on_host import keep_on_host
+from toolkit.parallel.exchange import chosen_exchange
 from toolkit.parallel.layout import Layout, split_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,6 +61,7 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
         activation_func={"swiglu": F.silu, "gelu": F.gelu}.get(str(m.activation), gelu_tanh),
         add_bias_linear=spec.proj_bias,
         add_qkv_bias=spec.qkv_bias,
+        softmax_scale=softmax_scale(m),
         init_method_std=m.init_std,
         perform_initialization=True,  # on the meta device: only for the attributes it sets
         use_cpu_initialization=False,
@@ -87,11 +92,46 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
     )
     # switches that megatron-core does not have, for the layers of toolkit.model.layers
     settings.mlp_bias, settings.norm_bias = spec.mlp_bias, spec.norm_bias
+    if layout.cp > 1:
+        settings.cp_exchange = chosen_exchange(config).name
+        settings.cp_comm_type = {"allgather": "all_gather", "ulysses": "a2a", "ring": "p2p"}[settings.cp_exchange]  # Transformer Engine's
     return settings
 
 
+class Rotary(RotaryEmbedding):
+    """Rotary angles at given positions, [1 or b, s]; at 0, 1, 2 … where none are given."""
+
+    positions: Tensor | None = None
+
+    def forward(self, max_seq_len: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Angles [s, 1 or b, 1, d] in fp32."""
+        if self.positions is None:
+            return super().forward(max_seq_len, *args, **kwargs)  # type: ignore[no-any-return]
+        angles = self.positions.t().to(self.inv_freq).unsqueeze(-1) * self.inv_freq  # [s, b, d / 2]
+        return torch.cat((angles, angles), dim=-1).unsqueeze(2)
+
+
 class StageModel(GPTModel):
-    """GPTModel whose tied copies are made equal by drawing both from the same name, not by a message."""
+    """GPTModel whose tied copies are made equal by drawing both from the same name, not by a message.
+
+    Where documents are kept apart (an attention_mask is given, see SdpaAttention) or ranks share a sequence, rotary positions are
+    those that are given too.
+    """
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(rotary := getattr(self, "rotary_pos_emb", None), Rotary):
+            shared = self.config.context_parallel_size > 1  # a part of the sequence, in an order of its own
+            rotary.positions = position_ids if attention_mask is not None else position_ids[:1] if shared else None
+        labels, head = kwargs.get("labels"), getattr(self, "output_layer", None)
+        if labels is not None and isinstance(head, Head) and head.in_chunks(labels):
+            head.labels = labels
+        return super().forward(input_ids, position_ids, attention_mask, *args, **kwargs)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Per-token losses [b, s] in fp32. logits: [s, b, v/tp], or the losses [s, b] of a Head that computed them in chunks."""
+        if logits.dim() == 2:
+            return logits.t().contiguous()
+        return super().compute_language_model_loss(labels, logits)  # type: ignore[no-any-return]
 
     def setup_embeddings_and_output_layer(self) -> None:
         if self.share_embeddings_and_output_weights and self.post_process and not self.pre_process:
@@ -149,6 +189,7 @@ def build_chunks(
                 vp_stage=chunk if layout.vpp > 1 else None,
             )
         if weights.rotary:
+            model.rotary_pos_emb = Rotary(weights.head_dim, 1.0)
             model.rotary_pos_emb.inv_freq = rope_frequencies(m, device=device)
         materialise(
             model,
@@ -166,8 +207,12 @@ def build_chunks(
         )
         if last:
             mask_padding(model.output_layer, vocab_size=weights.vocab, rows=weights.rows)
+            model.output_layer.__class__ = Head  # megatron-core has no place to name another class
+            model.output_layer.prepare(mode=config.train.chunked_loss, vocab_size=weights.vocab)
         mark_tensor_parallel(model, weights, sequence_parallel=layout.sequence_parallel)
         model.train()
+        if config.train.offload_activations:
+            keep_on_host(model.decoder)
         if m.compile:
             for layer in model.decoder.layers:
                 layer.compile(dynamic=False)
@@ -175,10 +220,20 @@ def build_chunks(
     return chunks
 
 
-def rope_frequencies(model: ModelSection, *, device: torch.device) -> Tensor:
-    """Inverse wavelengths of RoPE, [head_dim / 2] in fp32, scaled as Hugging Face's `linear` or `llama3`.
+def softmax_scale(model: ModelSection) -> float | None:
+    """What attention multiplies scores by; None: the usual 1 / sqrt(head_dim). Yarn scales queries and keys, so scores twice."""
+    scaling = model.rope_scaling
+    if scaling is None or scaling.type != "yarn":
+        return None
+    assert model.head_dim is not None
+    factor = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+    return float(factor**2 / model.head_dim**0.5)
 
-    Source of llama3: the Llama 3.1 reference implementation's apply_scaling.
+
+def rope_frequencies(model: ModelSection, *, device: torch.device) -> Tensor:
+    """Inverse wavelengths of RoPE, [head_dim / 2] in fp32, scaled as Hugging Face's `linear`, `llama3` or `yarn`.
+
+    Sources: of llama3 the Llama 3.1 reference implementation's apply_scaling; of yarn arXiv 2309.00071, section 3.2.
     """
     assert model.head_dim is not None
     exponent = torch.arange(0, model.head_dim, 2, dtype=torch.float32, device=device) / model.head_dim
@@ -189,6 +244,16 @@ def rope_frequencies(model: ModelSection, *, device: torch.device) -> Tensor:
     if scaling.type == "linear":
         return inverse / scaling.factor
     context = scaling.original_max_position_embeddings
+    if scaling.type == "yarn":
+        # the dimension whose angle turns so many times within the context, in pairs and whole ones
+        fast, slow = (
+            model.head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(model.rope_theta))
+            for turns in (scaling.beta_fast, scaling.beta_slow)
+        )
+        low, high = max(math.floor(fast), 0), min(math.ceil(slow), model.head_dim - 1)
+        place = torch.arange(model.head_dim // 2, dtype=torch.float32, device=device)
+        stretch = ((place - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
+        return (1 - stretch) * inverse + stretch * inverse / scaling.factor
     wavelength = 2 * math.pi / inverse
     # 1 where wavelengths are short and stay, 0 where they are long and stretch by the factor
     keep = (context / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)

@@ -88,6 +88,7 @@ class Layer:
         self.groups: int = attention.num_query_groups_per_partition
         self.heads: int = attention.num_attention_heads_per_partition
         self.head_dim: int = attention.hidden_size_per_attention_head
+        self.scale: float | None = attention.core_attention.scale  # None: the usual one
         self.input_norm, self.mlp_norm = norm_of(layer.input_layernorm), norm_of(layer.pre_mlp_layernorm)
         self.q_norm, self.k_norm = norm_of(attention.q_layernorm), norm_of(attention.k_layernorm)
         self.qkv, self.proj = attention.linear_qkv, attention.linear_proj
@@ -120,11 +121,13 @@ class Layer:
         query = turned[:, :, :, :per_group]
         if s == 1:
             # query heads of a group are queries at the same place: as rows of one matrix they need no copies of keys
-            out = F.scaled_dot_product_attention(query[:, 0], keys, values, attn_mask=cache.mask).view(b, 1, -1)
+            out = F.scaled_dot_product_attention(query[:, 0], keys, values, attn_mask=cache.mask, scale=self.scale).view(b, 1, -1)
         else:
             query = query.reshape(b, s, self.heads, d).transpose(1, 2)
             causal = cache.mask is None
-            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=cache.mask, is_causal=causal, enable_gqa=per_group > 1)
+            out = F.scaled_dot_product_attention(
+                query, keys, values, attn_mask=cache.mask, is_causal=causal, scale=self.scale, enable_gqa=per_group > 1
+            )
             out = out.transpose(1, 2).reshape(b, s, -1)
         return self._sum(out, self.proj)
 

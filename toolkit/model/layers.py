@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from toolkit.arch.spec import ModelSpec
+from toolkit.model.attention import attend as attend_spans
+from toolkit.model.attention import document_spans
+from toolkit.model.context import EXCHANGES
 from toolkit.model.init import named_weights
 
 SUM_OVER_TP = "sum_grad_over_tp"
@@ -55,7 +59,9 @@ class BiasedMLP(MLP):
 class SdpaAttention(torch.nn.Module):
     """Causal attention through PyTorch's scaled_dot_product_attention; memory does not grow with s².
 
-    query [s, b, heads, d]; key, value [s, b, groups, d]; result [s, b, heads * d].
+    query [s, b, heads, d]; key, value [s, b, groups, d]; result [s, b, heads * d]. With context parallelism s is this rank's part of
+    the sequence. attention_mask is no mask: None, or
+    toolkit.engine.batch's "bounds" of the documents, which attend to themselves alone.
     """
 
     def __init__(
@@ -71,6 +77,8 @@ class SdpaAttention(torch.nn.Module):
         super().__init__()
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale
+        self.context = parallel_state.get_context_parallel_group() if config.context_parallel_size > 1 else None
+        self.exchange = EXCHANGES.get(getattr(config, "cp_exchange", ""))
 
     def forward(
         self,
@@ -83,6 +91,10 @@ class SdpaAttention(torch.nn.Module):
         packed_seq_params: Any = None,
     ) -> Tensor:
         s, b, heads, d = query.shape
+        if self.context is not None:
+            return self._over_ranks(query, key, value, None if attention_mask is None else attention_mask.tolist())
+        if attention_mask is not None:
+            return self._within_documents(query, key, value, attention_mask)
         # one query against a cache of keys attends to all of them; equal lengths are causal
         causal = s == key.shape[0]
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, d]
@@ -95,12 +107,26 @@ class SdpaAttention(torch.nn.Module):
         def attend(dropout: float) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, scale=self.scale, enable_gqa=grouped)
 
+        return self._with_dropout(attend).permute(2, 0, 1, 3).reshape(s, b, heads * d)
+
+    def _with_dropout(self, attend: Callable[[float], Tensor]) -> Tensor:
         if self.training and self.dropout > 0.0:
             # heads differ between TP ranks, so their masks must: draw from the TP rank's own generator
             with tensor_parallel.get_cuda_rng_tracker().fork():
-                out = attend(self.dropout)
-        else:
-            out = attend(0.0)
+                return attend(self.dropout)
+        return attend(0.0)
+
+    def _over_ranks(self, query: Tensor, key: Tensor, value: Tensor, bounds: list[int] | None) -> Tensor:
+        assert self.exchange is not None and self.context is not None
+        exchange, group = self.exchange, self.context
+        out = self._with_dropout(lambda dropout: exchange(query, key, value, bounds, group=group, dropout=dropout, scale=self.scale))
+        return out.reshape(*out.shape[:2], -1)
+
+    def _within_documents(self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor) -> Tensor:
+        s, b, heads, d = query.shape
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, d]
+        spans = document_spans(bounds.tolist(), s)
+        out = self._with_dropout(lambda dropout: attend_spans(q, k, v, spans, dropout=dropout, scale=self.scale))
         return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
 
 
@@ -125,6 +151,8 @@ def mask_padding(output_layer: torch.nn.Module, *, vocab_size: int, rows: int) -
 
     def hook(_module: torch.nn.Module, _inputs: Any, outputs: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
         logits, bias = outputs  # [s, b, rows of this rank, or of all where they are gathered]
+        if logits.dim() == 2:
+            return outputs  # losses [s, b] of a Head, which has masked them
         here = logits.shape[-1]
         first = vocab_size - (0 if here == rows else here * parallel_state.get_tensor_model_parallel_rank())
         return (_WithoutPadding.apply(logits, max(0, first)) if first < here else logits), bias

@@ -50,6 +50,11 @@ class Case:
     rope_scaling: bool
     compile: bool
     recompute: str
+    act_offload: bool
+    documents: bool  # kept apart
+    exchange: str  # parallel.cp_exchange
+    dropout: bool
+    fp32: bool
     optimizer: str
     stage: int
     opt_offload: str
@@ -102,6 +107,11 @@ class Case:
             rope_scaling=m.rope_scaling is not None,
             compile=m.compile,
             recompute=t.recompute,
+            act_offload=t.offload_activations,
+            documents=config.data.document_mask,
+            exchange=p.cp_exchange,
+            dropout=m.dropout > 0,
+            fp32=t.precision == "fp32",
             optimizer=o.name,
             stage=z.stage,
             opt_offload=z.offload_optimizer,
@@ -134,7 +144,7 @@ class Case:
     @property
     def largest_partition(self) -> int:
         """Elements of the largest weight that one rank keeps under ZeRO-3."""
-        return partition(*self.widest, tp=self.tp, dp=self.dp)
+        return partition(*self.widest, tp=self.tp, dp=self.dp * self.cp)
 
     def decay_overlaps(self) -> bool:
         """Whether warm-up leaves the decay no room (a warm-up longer than the run has its own rule)."""
@@ -165,6 +175,7 @@ _ATTRIBUTES: Mapping[str, Any] = {
     "parallel.pp": _plain("pp"),
     "parallel.vpp": _plain("vpp"),
     "parallel.cp": _plain("cp"),
+    "parallel.cp_exchange": _plain("exchange"),
     "parallel.sequence_parallel": _plain("sp"),
     "train.micro_batch_size": _plain("micro"),
     "train.global_batch_size": _plain("batch"),
@@ -176,7 +187,10 @@ _ATTRIBUTES: Mapping[str, Any] = {
     "model.num_query_groups": _plain("groups"),
     "model.head_dim": _plain("head_dim"),
     "model.compile": _plain("compile"),
+    "model.dropout": lambda value: ("dropout", value > 0),
     "train.recompute": _plain("recompute"),
+    "train.offload_activations": _plain("act_offload"),
+    "train.precision": lambda value: ("fp32", value == "fp32"),
     "model.family": lambda value: ("rotary", FAMILIES[value].positions == "rotary"),
     "model.sliding_window": lambda value: ("window", value or 0),
     "model.impl": lambda value: ("te", value == "te"),
@@ -193,5 +207,6 @@ _ATTRIBUTES: Mapping[str, Any] = {
     "zero.deepspeed.gradient_accumulation_steps": lambda value: ("accumulation", 0 if value == "auto" else value),
     "optimizer.warmup_steps": _plain("warmup"),
     "optimizer.decay_steps": lambda value: ("decay", value or 0),
+    "data.document_mask": _plain("documents"),
     "data.split": lambda value: ("has_valid", value[1] > 0),
 }

@@ -17,7 +17,7 @@ def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
     """The whole configuration DeepSpeed gets, with no "auto" left.
 
     DeepSpeed sees one micro-batch per step: megatron-core's schedule accumulates, and divides by the number of micro-batches. So
-    train_batch_size is micro_batch_size x dp, in sequences. Raises ConfigError where the user's JSON asks for another accumulation.
+    train_batch_size is micro_batch_size x dp x cp. Raises ConfigError where the user's JSON asks for another accumulation.
     """
     config = merge_deepspeed_json(config)
     rest: dict[str, Any] = copied(config.zero.deepspeed or {}, source="zero.deepspeed")
@@ -32,7 +32,7 @@ def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
     zero = _zero_section(config, layout, rest.pop("zero_optimization", {}))
     result: dict[str, Any] = {
         **rest,
-        "train_batch_size": layout.micro_batch_size * layout.dp,
+        "train_batch_size": layout.micro_batch_size * layout.copies,  # DeepSpeed takes context-parallel ranks for data-parallel ones
         "train_micro_batch_size_per_gpu": layout.micro_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.train.grad_clip,  # always: DeepSpeed's default is 1.0, not off
@@ -60,7 +60,7 @@ def _zero_section(config: RunConfig, layout: Layout, rest: dict[str, Any]) -> di
         options: dict[str, Any] = section.pop(name, {})
         if name == "offload_param" and device == "nvme" and options.get("buffer_size") in ("auto", None):
             # DeepSpeed's 1e8 elements are too few for a large model on few ranks, and waste memory otherwise
-            options["buffer_size"] = partition(*config.model.spec.largest_weights(), tp=layout.tp, dp=layout.dp)
+            options["buffer_size"] = partition(*config.model.spec.largest_weights(), tp=layout.tp, dp=layout.copies)
         if device != "none":
             section[name] = {**options, "device": device, **({"nvme_path": str(zero.nvme_path)} if device == "nvme" else {})}
     return section

@@ -26,8 +26,8 @@ def initialise(layout: Layout) -> None:
 
 
 def seed_generators(at: Coordinates, *, seed: int) -> None:
-    """Seed what dropout draws from: stages and data-parallel ranks draw differently, and megatron-core separates TP ranks."""
-    rank_seed = seed + 1000 * at.pp + 100_003 * at.dp
+    """Seed what dropout draws from: stages, data- and context-parallel ranks draw differently, and megatron-core separates TP ranks."""
+    rank_seed = seed + 1000 * at.pp + 100_003 * at.dp + 10_000_019 * at.cp
     tensor_parallel.model_parallel_cuda_manual_seed(rank_seed)
     torch.manual_seed(rank_seed)
 

@@ -67,6 +67,15 @@ class Layout:
     def world_size(self) -> int:
         return self.tp * self.pp * self.cp * self.dp
 
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same weights, over which gradients are averaged and ZeRO cuts states: data x context parallel."""
+        return self.dp * self.cp
+
+    def copy_of(self, at: Coordinates) -> int:
+        """Which of the copies a rank is."""
+        return at.dp * self.cp + at.cp
+
     def coordinates(self, rank: int) -> Coordinates:
         """Place of a global rank."""
         rest, tp = divmod(rank, self.tp)

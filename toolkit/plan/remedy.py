@@ -83,8 +83,11 @@ def options(config: RunConfig) -> Iterator[Option]:
     stages = [None, *range(z.stage + 1, 4)]
     optimizer = [None] + (["cpu"] if z.offload_optimizer == "none" else [])
     parameters = [None] + (["cpu"] if z.offload_param == "none" else [])
-    keys = ("train.recompute", "train.micro_batch_size", "zero.stage", "zero.offload_optimizer", "zero.offload_param")
-    for values in product(recompute, micro, stages, optimizer, parameters):
+    inputs = [None] + ([True] if not t.offload_activations else [])
+    keys = (
+        "train.recompute", "train.micro_batch_size", "zero.stage", "zero.offload_optimizer", "zero.offload_param", "train.offload_activations"
+    )  # fmt: skip
+    for values in product(recompute, micro, stages, optimizer, parameters, inputs):
         option = {key: value for key, value in zip(keys, values, strict=True) if value is not None}
         if option:
             yield option
@@ -98,6 +101,7 @@ def _cost(option: Option) -> tuple[int, float]:
         "zero.stage": 1.1,
         "zero.offload_optimizer": 3.0,
         "zero.offload_param": 5.0,
+        "train.offload_activations": 2.0,
     }
     extra = 0.5 if option.get("train.recompute") == "full" else 0.0
     extra += 0.1 * option.get("zero.stage", 0) - 0.01 * option.get("train.micro_batch_size", 0)

@@ -13,6 +13,7 @@ from toolkit.cost.workload import Workload
 from toolkit.hardware import calibration
 from toolkit.hardware.catalogue import Hardware
 from toolkit.parallel import rules
+from toolkit.parallel.exchange import chosen_exchange
 from toolkit.plan.reasons import duration
 from toolkit.plan.remedy import nearest_fit
 
@@ -22,7 +23,7 @@ def estimate_json(config: RunConfig, hardware: Hardware, *, calibrated: Path | N
 
     calibrated: a file of `toolkit calibrate`. Raises LayoutError for a layout that `toolkit train` would refuse there.
     """
-    remark = _check(config, hardware)
+    remark = _checked(config, hardware)
     workload = Workload.of(config, hardware.count)
     scale = calibration.scale_for(hardware.gpu, workload.precision, users_file=calibrated)
     memory, time = estimate(workload, hardware), step_time(workload, hardware, scale=scale)
@@ -70,7 +71,7 @@ def estimate_text(config: RunConfig, hardware: Hardware, *, calibrated: Path | N
     """The same as two tables and a verdict, for a terminal."""
     from rich.console import Console
 
-    remark = _check(config, hardware)
+    remark = _checked(config, hardware)
     workload = Workload.of(config, hardware.count)
     scale = calibration.scale_for(hardware.gpu, workload.precision, users_file=calibrated)
     memory, time = estimate(workload, hardware), step_time(workload, hardware, scale=scale)
@@ -126,11 +127,13 @@ def fits(config: RunConfig, hardware: Hardware) -> bool:
     return memory.fits and memory.host_fits
 
 
-def _check(config: RunConfig, hardware: Hardware) -> str:
-    """Refuse what `toolkit train` refuses; context parallelism, which it does not run yet, is estimated and remarked on."""
-    broken = rules.violations(config, hardware.count, machine=hardware.machine)
-    rules.refuse([v for v in broken if v.rule != "cp"])
-    return f"toolkit train refuses this layout: {broken[0]}" if broken else ""
+def _checked(config: RunConfig, hardware: Hardware) -> str:
+    """Refuse what `toolkit train` refuses; a remark on the layout, "" where there is nothing to say."""
+    rules.refuse(rules.violations(config, hardware.count, machine=hardware.machine))
+    if config.parallel.cp == 1:
+        return ""
+    exchange = chosen_exchange(config)
+    return f"context parallel by {exchange.name}: {exchange.reason}"
 
 
 def _remedy(config: RunConfig, memory: MemoryEstimate, hardware: Hardware) -> str:

@@ -32,6 +32,9 @@ AXES: Mapping[str, tuple[str | None, tuple[Any, ...] | None]] = {
 }
 _BY_KEY = {key: axis for axis, (key, _) in AXES.items() if key} | {axis: axis for axis in AXES}
 
+LEAST_TOKENS = (
+    4096  # of a context-parallel rank: with fewer, copies or tensor parallel ranks are the better use of GPUs, and the search takes longer
+)
 Sharding = tuple[int, str, str]  # ZeRO stage, optimizer offload, parameter offload
 
 
@@ -138,7 +141,7 @@ class Space:
         whole = Structure(tp=1, pp=1, vpp=1, cp=1, sp=False)
         shardings = self._legal(whole, self.shardings())
         for tp in self._degrees("tp", self.case.heads):
-            for cp in self._degrees("cp", self.case.seq) if self._legal(replace(whole, tp=tp), shardings) else ():
+            for cp in self._contexts() if self._legal(replace(whole, tp=tp), shardings) else ():
                 for pp in self._pipelines() if self._legal(replace(whole, tp=tp, cp=cp), shardings) else ():
                     for vpp in self._interleaves(pp) if tp * cp * pp <= self.max_gpus else ():
                         for sp in (False, True) if tp > 1 else (False,):
@@ -184,6 +187,10 @@ class Space:
             offload_optimizer=optimizer,  # type: ignore[arg-type]
             offload_param=param,  # type: ignore[arg-type]
         )
+
+    def _contexts(self) -> list[int]:
+        """Context-parallel degrees that leave each rank a part worth sharing out, or those that were asked for."""
+        return [cp for cp in self._degrees("cp", self.case.seq) if cp == 1 or "cp" in self.fixed or self.case.seq // cp >= LEAST_TOKENS]
 
     def _pipelines(self) -> list[int]:
         return sorted({pp for count in chunk_counts(self.case.layers) for pp in self._degrees("pp", count)})

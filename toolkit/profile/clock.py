@@ -36,6 +36,7 @@ COLLECTIVES = {
     "scatter": 0,
     "alltoall": 1,
     "alltoall_base": 1,
+    "all_to_all_single": 1,  # what torch 2.13 calls the same
     "send": 0,
     "recv": 0,
     "barrier": 0,
@@ -221,7 +222,13 @@ class Wire:
 
 def plain_name(operation: str) -> str:
     """One name for an operation whose method in torch's ProcessGroup is called differently by its versions and forms."""
-    return operation.strip("_").replace("_base", "").replace("_single", "").replace("all_gather", "allgather")
+    return (
+        operation.strip("_")
+        .replace("_base", "")
+        .replace("_single", "")
+        .replace("all_gather", "allgather")
+        .replace("all_to_all", "alltoall")
+    )
 
 
 def _bytes(value: Any) -> int:

@@ -180,7 +180,7 @@ class Session:
     def _predicted(self) -> dict[str, int]:
         w = Workload.of(self.run.config, self.world.size)
         hardware = predict.hardware_here(gpu=gpu_name(self.world.device), ranks=self.world.size)
-        return {k: round(v) for k, v in predict.memory(w, hardware, self.at.pp, dp_rank=self.at.dp).items()}
+        return {k: round(v) for k, v in predict.memory(w, hardware, self.at.pp, dp_rank=self.layout.copy_of(self.at)).items()}
 
     def _trace(self) -> str:
         from torch.profiler import ProfilerActivity, record_function

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from toolkit.checkpoint.save import Saver, SaveSettings
@@ -32,14 +33,23 @@ from toolkit.train.world import World
 class Zeros:
     """Samples that are as long as the run's, and all the same."""
 
-    def __init__(self, *, samples: int, seq_length: int) -> None:
+    def __init__(self, *, samples: int, seq_length: int, apart: bool) -> None:
+        self.apart = apart
         self.samples, self.text = samples, np.zeros(seq_length + 1, dtype=np.int32)
+        self.positions = np.arange(seq_length, dtype=np.int32)  # where documents are kept apart: one in each sample
 
     def __len__(self) -> int:
         return self.samples
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {"text": self.text}
+        return {"text": self.text, **({"positions": self.positions} if self.apart else {})}
+
+
+def known_values(config: RunConfig) -> dict[tuple[Any, tuple[int, ...]], list[int]]:
+    """Values in host memory that the program reads, by dtype and shape: where the documents of a micro-batch of Zeros begin."""
+    t = config.train
+    bounds = list(range(0, (t.micro_batch_size + 1) * t.seq_length, t.seq_length))
+    return {(torch.int32, (len(bounds),)): bounds} if config.data.document_mask else {}
 
 
 class PlayedRun(Run):
@@ -87,11 +97,11 @@ class Play:
     def build(self) -> None:
         """Readers, model, engine and schedule."""
         t = self.config.train
-        zeros = Zeros(samples=(t.steps + 1) * t.global_batch_size, seq_length=t.seq_length)
+        zeros = Zeros(samples=(t.steps + 1) * t.global_batch_size, seq_length=t.seq_length, apart=self.config.data.document_mask)
         resolved = ResolvedRun(
             config=self.config,
             layout=self.layout,
-            data=GivenData(train=zeros, valid=zeros, shuffle=False),
+            data=GivenData(train=zeros, valid=zeros, shuffle=False, masked=self.config.data.document_mask),
             ds_config=deepspeed_config(self.config, self.layout),
             weights=None,
         )

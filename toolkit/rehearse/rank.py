@@ -21,7 +21,7 @@ from toolkit.parallel.layout import Layout
 from toolkit.profile.live_tensors import STATIC
 from toolkit.rehearse import device as stand_ins
 from toolkit.rehearse.price import Price
-from toolkit.rehearse.program import Play
+from toolkit.rehearse.program import Play, known_values
 from toolkit.rehearse.record import Recorder
 from toolkit.train.world import World, connect
 
@@ -52,6 +52,7 @@ def rehearse(
     capacity = int(hardware.gpu.memory_gib * 2**30) if hardware is not None and device.kind == "cuda" else None
     recorder = Recorder(device.kind, price=price, capacity=capacity, rank=rank)
     recorder.device = device
+    device.known = known_values(config)
     told.recorder = recorder
     stand_ins.install_optimizer(zero.deepspeed)
     progress("process groups", 0.0)

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from toolkit.checkpoint.claim import checkpoint_folder
@@ -24,7 +25,8 @@ from toolkit.cluster.locks import check_extension_locks
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import build_datasets
 from toolkit.data.given import GivenData
-from toolkit.data.loader import batches
+from toolkit.data.loader import ON_HOST, batches
+from toolkit.engine.batch import weigh, with_documents
 from toolkit.errors import DataError, Stopped, ToolkitError, TrainingError
 from toolkit.hardware.catalogue import peak_flops
 from toolkit.parallel.agree import everywhere
@@ -109,7 +111,9 @@ class Run:
         if console is not None:
             console.open(config.run.dir, step=self.checkpoints.step, processes=world.size)
         train_set, self.valid_set, _ = build_datasets(config, resolved.data)
-        self.reads_data = self.at.pp in (0, layout.pp - 1)
+        # where documents lie matters to every stage, tokens and labels to the ends of the pipeline
+        self.reads_data = config.data.document_mask or self.at.pp in (0, layout.pp - 1)
+        self.may_leave_out = config.data.document_mask or (isinstance(resolved.data, GivenData) and resolved.data.masked)
         # readers fork before the model exists: a child then shares little memory that would be copied
         self.train_batches = self._reader(train_set, workers=config.data.workers, consumed=self.checkpoints.consumed_samples)
         blank = self.checkpoints.weights is not None
@@ -247,6 +251,7 @@ class Run:
         t, started = self.config.train, time.perf_counter()
         micro, error = self.ahead or self._fetch()
         self.ahead, self.data_error = None, self.data_error or error
+        self._weigh(micro)
         waited = time.perf_counter() - started
         lr = learning_rate(self.config.optimizer, step=step - 1, total_steps=t.steps)
         self.engine.set_lr(lr)
@@ -297,7 +302,7 @@ class Run:
         device = self.world.device
         used = torch.cuda.max_memory_allocated() if device.type == "cuda" else self.process.memory_info().rss
         mine = loss if loss is not None and self.at.tp == 0 else torch.zeros((), device=device)
-        total = mine.detach().reshape(1) / self.layout.dp
+        total = mine.detach().reshape(1) / self.layout.copies
         dist.all_reduce(total)
         asks = BY_SIGNAL if self.stop else BY_HOOK if self.hooks.stop_asked is not None else 0
         failed = self.checkpoints.failed or self.error is not None
@@ -368,6 +373,7 @@ class Run:
             for batch in range(1, batches + 1):
                 micro, error = self._fetch(reader)
                 self.data_error = self.data_error or error
+                self._weigh(micro)
                 loss = self.schedule(lambda: iter(micro), num_microbatches=len(micro), forward_only=True)  # noqa: B023
                 if loss is not None and self.at.tp == 0:
                     total[0] += loss
@@ -381,7 +387,7 @@ class Run:
         losses, errors = total.tolist()
         if errors:
             self._end_together()
-        return float(losses / (batches * self.layout.dp))
+        return float(losses / (batches * self.layout.copies))
 
     def _reader(self, dataset: Any, *, workers: int, consumed: int = 0) -> Any:
         """Micro-batches for this data-parallel rank; None on stages that neither embed nor compute
@@ -397,7 +403,14 @@ class Run:
             consumed_samples=consumed,
             workers=workers,
             seed=self.config.run.seed,
+            apart=self.config.data.document_mask,
         )
+
+    def _weigh(self, micro: list[Batch]) -> None:
+        """Let every token that counts weigh the same, where some may not."""
+        if self.may_leave_out and self.reads_data:
+            some = self.config.data.document_mask  # known without a look at the masks
+            weigh(micro, self.layout, group=parallel_state.get_data_parallel_group(), known=some)
 
     def _fetch(self, reader: Iterator[Batch] | None = None) -> Fetched:
         """The micro-batches of a global batch on the device, and what went wrong reading them: the step
@@ -413,12 +426,14 @@ class Run:
         except ToolkitError as error:
             errors.append(error)
             batch = None
+        t, device = self.config.train, self.world.device
         if batch is None:
-            shape = (self.config.train.micro_batch_size, self.config.train.seq_length)
-            nothing = torch.zeros(shape, dtype=torch.int64, device=self.world.device)
-            return {"tokens": nothing, "labels": nothing}
-        if self.world.device.type == "cuda":
-            batch = {k: v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
+            nothing = torch.zeros((t.micro_batch_size, t.seq_length), dtype=torch.int64, device=device)
+            batch = {"tokens": nothing, "labels": nothing}
+            if self.config.data.document_mask:  # this rank met an error, and others wait for it
+                batch = with_documents(batch | {"positions": torch.arange(t.seq_length).expand_as(nothing)})
+        if device.type == "cuda":
+            batch = {k: v if k in ON_HOST else v.to(device, non_blocking=True) for k, v in batch.items()}
         return batch
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.config.schema import RunConfig
+from toolkit.parallel.exchange import chosen_exchange
 from toolkit.runfolder.files import CONFIG
 from toolkit.runfolder.metrics import StepRecord, thousands
 from toolkit.runfolder.pace import hours
@@ -100,11 +101,14 @@ def opening_lines(resolved: ResolvedRun, *, device: str, seconds: float) -> list
     config, layout = resolved.config, resolved.layout
     m, z, t = config.model, config.zero, config.train
     places = (("optimizer", z.offload_optimizer), ("parameters", z.offload_param))
-    degrees = f"tp {layout.tp} pp {layout.pp} vpp {layout.vpp} dp {layout.dp}" + (" sp" if layout.sequence_parallel else "")
+    shared = f" cp {layout.cp}" if layout.cp > 1 else ""
+    degrees = f"tp {layout.tp} pp {layout.pp} vpp {layout.vpp}{shared} dp {layout.dp}" + (" sp" if layout.sequence_parallel else "")
+    exchange = chosen_exchange(config) if layout.cp > 1 else None
     return [
         f"{m.preset or m.family}, {m.spec.unpadded_parameters:,} parameters | {degrees}"
         f" | ZeRO-{z.stage}{''.join(f', {what} on {where}' for what, where in places if where != 'none')} | {t.precision}"
         f" | {t.global_batch_size} sequences of {t.seq_length} tokens a step,"
         f" {layout.num_microbatches} micro-batches of {t.micro_batch_size} | {device}",
+        *([f"context parallel by {exchange.name}: {exchange.reason}"] if exchange is not None else []),
         f"data: {resolved.data.summary} | ready in {seconds:.1f} s",
     ]
