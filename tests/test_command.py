@@ -15,6 +15,7 @@ import tomllib
 from toolkit import __version__, errors
 from toolkit.cluster.launch import _exit_code
 from toolkit.cluster.launch import main as check_hostfile
+from toolkit.cluster.stalls import REQUEUE
 from toolkit.convert.source import GGUF_PACKAGES
 
 ROOT = Path(__file__).parents[1]
@@ -107,4 +108,4 @@ def test_the_exit_codes_of_the_docs_are_the_errors_own() -> None:
     page = (ROOT / "docs/exit-codes.md").read_text()
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", page, flags=re.M)}
     own = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.ToolkitError)}
-    assert codes == own | {0, 1, 130, 137, 143}
+    assert codes == own | {0, 1, REQUEUE, 130, 137, 143}
