@@ -133,8 +133,8 @@ class Session:
         engine: Any = self.run.engine
         run: Any = self.run
         finish = clock.timed("optimizer", engine.finish)
-        load = clock.timed("data wait", run._fetch)
-        with observed(clock.part), wire.counting(), replaced(run, "_fetch", load), replaced(engine, "finish", finish):
+        load = clock.timed("data wait", run.feed.fetch)
+        with observed(clock.part), wire.counting(), replaced(run.feed, "fetch", load), replaced(engine, "finish", finish):
             dist.barrier()
             clock.take()
             wire.forget()

@@ -7,14 +7,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from toolkit.checkpoint.claim import checkpoint_folder
@@ -25,8 +24,6 @@ from toolkit.cluster.locks import check_extension_locks
 from toolkit.config.schema import RunConfig
 from toolkit.data.dataset import build_datasets
 from toolkit.data.given import GivenData
-from toolkit.data.loader import ON_HOST, batches
-from toolkit.engine.batch import weigh, with_documents
 from toolkit.errors import DataError, Stopped, ToolkitError, TrainingError
 from toolkit.hardware.catalogue import peak_flops
 from toolkit.parallel.agree import everywhere
@@ -34,6 +31,7 @@ from toolkit.runfolder.files import write_machine, write_ranks, write_run
 from toolkit.runfolder.metrics import Metrics, StepRecord
 from toolkit.train.bar import Bar
 from toolkit.train.console import ConsoleLog
+from toolkit.train.feed import Feed, Fetched
 from toolkit.train.hooks import Extensions, Hooks
 from toolkit.train.lr import learning_rate
 from toolkit.train.resolve import ResolvedRun
@@ -44,9 +42,6 @@ from toolkit.train.words import Outcome, closing_lines, opening_lines
 from toolkit.train.world import World, connect
 
 log = logging.getLogger("toolkit.train")
-
-Batch = dict[str, Tensor]
-Fetched = tuple[list[Batch], ToolkitError | None]
 
 NOTHING = Extensions()  # added by the user
 MOST_QUIET = 20  # steps that are too few to tell which rank is slow
@@ -111,11 +106,9 @@ class Run:
         if console is not None:
             console.open(config.run.dir, step=self.checkpoints.step, processes=world.size)
         train_set, self.valid_set, _ = build_datasets(config, resolved.data)
-        # where documents lie matters to every stage, tokens and labels to the ends of the pipeline
-        self.reads_data = config.data.document_mask or self.at.pp in (0, layout.pp - 1)
-        self.may_leave_out = config.data.document_mask or (isinstance(resolved.data, GivenData) and resolved.data.masked)
+        self.feed = Feed(resolved, rank=world.rank, device=world.device)
         # readers fork before the model exists: a child then shares little memory that would be copied
-        self.train_batches = self._reader(train_set, workers=config.data.workers, consumed=self.checkpoints.consumed_samples)
+        self.train_batches = self.feed.reader(train_set, workers=config.data.workers, consumed=self.checkpoints.consumed_samples)
         blank = self.checkpoints.weights is not None
         chunks = build_chunks(config, layout, device=world.device, partition=partitioner(config, ds_config), blank=blank)
         self.engine = Engine(chunks, config, layout, ds_config, optimizer=extensions.optimizer)
@@ -249,9 +242,9 @@ class Run:
 
     def _step(self, step: int) -> tuple[StepRecord, int]:
         t, started = self.config.train, time.perf_counter()
-        micro, error = self.ahead or self._fetch()
+        micro, error = self.ahead or self.feed.fetch(self.train_batches)
         self.ahead, self.data_error = None, self.data_error or error
-        self._weigh(micro)
+        self.feed.weigh(micro)
         waited = time.perf_counter() - started
         lr = learning_rate(self.config.optimizer, step=step - 1, total_steps=t.steps)
         self.engine.set_lr(lr)
@@ -260,7 +253,7 @@ class Run:
         if step < t.steps:
             # a GPU is still busy with this step, and the host has not asked for its results yet
             before = time.perf_counter()
-            self.ahead = self._fetch()
+            self.ahead = self.feed.fetch(self.train_batches)
             waited += time.perf_counter() - before
         if t.check_replicas_every and step % t.check_replicas_every == 0:
             # before the update, in which ZeRO sends all weights anew
@@ -365,15 +358,15 @@ class Run:
         """Mean loss over the first global batches of a data set; all ranks call it. told: called with
         the number of each batch that has been given to the device.
         """
-        reader = self._reader(dataset, workers=0)
+        reader = self.feed.reader(dataset, workers=0)
         self.engine.evaluation(True)
         # losses, and how many ranks have met an error; fp64 for sums over many batches
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         with torch.no_grad():
             for batch in range(1, batches + 1):
-                micro, error = self._fetch(reader)
+                micro, error = self.feed.fetch(reader)
                 self.data_error = self.data_error or error
-                self._weigh(micro)
+                self.feed.weigh(micro)
                 loss = self.schedule(lambda: iter(micro), num_microbatches=len(micro), forward_only=True)  # noqa: B023
                 if loss is not None and self.at.tp == 0:
                     total[0] += loss
@@ -388,53 +381,6 @@ class Run:
         if errors:
             self._end_together()
         return float(losses / (batches * self.layout.copies))
-
-    def _reader(self, dataset: Any, *, workers: int, consumed: int = 0) -> Any:
-        """Micro-batches for this data-parallel rank; None on stages that neither embed nor compute
-        a loss.
-        """
-        if not self.reads_data:
-            return None
-        return batches(
-            dataset,
-            layout=self.layout,
-            dp_rank=self.at.dp,
-            global_batch_size=self.config.train.global_batch_size,
-            consumed_samples=consumed,
-            workers=workers,
-            seed=self.config.run.seed,
-            apart=self.config.data.document_mask,
-        )
-
-    def _weigh(self, micro: list[Batch]) -> None:
-        """Let every token that counts weigh the same, where some may not."""
-        if self.may_leave_out and self.reads_data:
-            some = self.config.data.document_mask  # known without a look at the masks
-            weigh(micro, self.layout, group=parallel_state.get_data_parallel_group(), known=some)
-
-    def _fetch(self, reader: Iterator[Batch] | None = None) -> Fetched:
-        """The micro-batches of a global batch on the device, and what went wrong reading them: the step
-        is then taken with others waiting for it, and ends the run.
-        """
-        errors: list[ToolkitError] = []
-        micro = [self._next(reader or self.train_batches, errors) for _ in range(self.layout.num_microbatches)]
-        return micro, errors[0] if errors else None
-
-    def _next(self, reader: Iterator[Batch] | None, errors: list[ToolkitError]) -> Batch:
-        try:
-            batch = next(reader) if reader is not None else None
-        except ToolkitError as error:
-            errors.append(error)
-            batch = None
-        t, device = self.config.train, self.world.device
-        if batch is None:
-            nothing = torch.zeros((t.micro_batch_size, t.seq_length), dtype=torch.int64, device=device)
-            batch = {"tokens": nothing, "labels": nothing}
-            if self.config.data.document_mask:  # this rank met an error, and others wait for it
-                batch = with_documents(batch | {"positions": torch.arange(t.seq_length).expand_as(nothing)})
-        if device.type == "cuda":
-            batch = {k: v if k in ON_HOST else v.to(device, non_blocking=True) for k, v in batch.items()}
-        return batch
 
 
 def check_together(data: GivenData, config: RunConfig) -> None:

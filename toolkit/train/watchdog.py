@@ -218,7 +218,7 @@ def _group(entry: dict[str, Any], *, rank: int, layout: Layout) -> str:
 def _meaning(room: tuple[str, str]) -> tuple[bool, str, str]:
     """Whether a frame of ours tells what its rank is at; the words for it, and what kind it is."""
     file, name = room
-    if file.startswith("data/") or (file == "train/loop.py" and name in ("_fetch", "_next")):
+    if file.startswith("data/") or (file == "train/feed.py" and name in ("fetch", "_next")):
         return True, "its data loader", "data"
     if file.startswith("checkpoint/"):
         return True, "its checkpoint", "checkpoint"
