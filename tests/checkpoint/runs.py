@@ -47,7 +47,7 @@ class Run:
             process.start()
             self.processes.append(process)
 
-    def wait(self, *, deadline_s: float = 240.0) -> int:
+    def wait(self, *, deadline_s: float = 600.0) -> int:
         """The first exit code that is not 0, or 0; once a rank is gone that way the others are killed, as a launcher does."""
         end = time.monotonic() + deadline_s
         while time.monotonic() < end:

@@ -55,7 +55,7 @@ class TwoHosts:
     environment: dict[str, str]
     pids: dict[str, int]
 
-    def run(self, module: str, args: Sequence[str], *, timeout: float = 300, environ: Mapping[str, str] | None = None) -> tuple[int, str]:
+    def run(self, module: str, args: Sequence[str], *, timeout: float = 900, environ: Mapping[str, str] | None = None) -> tuple[int, str]:
         """Run a module's ranks, one on each host, by the `deepspeed` launcher given on host-a; returns exit code and output."""
         return self._finish(self.launch(module, args, environ=environ), timeout=timeout)
 
@@ -68,7 +68,7 @@ class TwoHosts:
         return self.start(command, environ={**env, "DS_ENV_FILE": str(variables)})
 
     def shell(
-        self, command: Sequence[str], *, host: str = "host-a", timeout: float = 60, environ: Mapping[str, str] | None = None
+        self, command: Sequence[str], *, host: str = "host-a", timeout: float = 300, environ: Mapping[str, str] | None = None
     ) -> tuple[int, str]:
         """Run any command on one host, in the repository's root; exit code (124 after the timeout) and stdout with stderr."""
         return self._finish(self.start(command, host=host, environ=environ), timeout=timeout)
