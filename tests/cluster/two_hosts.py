@@ -163,7 +163,7 @@ def _first_process(running: list[subprocess.Popen[str]], setup: str, last: str, 
             [*UNSHARE, "sh", "-c", f"{setup} && touch {log}.ready && exec {last}"], stdout=out, stderr=out, text=True
         )
     running.append(process)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not Path(f"{log}.ready").exists():
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"a host did not come up: {log.read_text()}")
