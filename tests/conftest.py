@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import examples
 from tests.builds import end_build, start_build
 from tests.pool import Pool
 from tests.shares import scheduler, turn
@@ -78,6 +79,10 @@ class Extensions:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-cells", action="store_true", help="also the long ones (make parity)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    examples.ALL = config.option.all_cells
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

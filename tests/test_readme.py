@@ -38,7 +38,7 @@ def test_readme_command(command: str, checkout: Path, text: Path) -> None:
     if words[1] == "train":
         words += ["train.steps=2", "optimizer.warmup_steps=0", "train.eval_every=0", "log.every=1"]
     started = Started(checkout, checkout / "none")
-    done = started.run([sys.executable, "-m", "toolkit.cli", *words[1:]], timeout_s=300)
+    done = started.run([sys.executable, "-m", "toolkit.cli", *words[1:]], timeout_s=900)
     assert done.code == 0, done.output
     if words[1] == "train" and "--dry-run" not in words:
         assert "step 2/2" in done.output
@@ -76,11 +76,11 @@ def test_recipe_is_legal_and_says_what_to_expect(name: Path) -> None:
         assert expected(path)["fits"] and written(path) == path.read_text()
 
 
-@pytest.mark.parametrize(("steps", "below"), [(60, 0.5), pytest.param(200, 0.7, marks=pytest.mark.all_cells)])
+@pytest.mark.parametrize(("steps", "below"), [(60, 0.4), pytest.param(200, 0.7, marks=pytest.mark.all_cells)])
 def test_quickstart_learns(steps: int, below: float, checkout: Path) -> None:
     """below: by how much, in nats, it must beat a model that only knows how often each byte comes."""
     started = Started(checkout, checkout / "launch" / "recipes" / "quickstart.yaml")
-    done = started.train(*([] if steps == 200 else [f"train.steps={steps}"]), procs=2, timeout_s=600)
+    done = started.train(*([] if steps == 200 else [f"train.steps={steps}"]), procs=2, timeout_s=900)
     assert done.code == 0, done.output
     match = re.search(r"unigram entropy ([0-9.]+) nats", done.output)
     records = [json.loads(line) for line in (checkout / "runs" / "quickstart" / "metrics.jsonl").read_text().splitlines()]

@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from toolkit.cluster.launch import free_port
@@ -26,7 +27,8 @@ CONTEXT.set_forkserver_preload(PRELOADED)
 class Run:
     """`python -m toolkit.train CONFIG` on each rank.
 
-    killer: (rank, n) kills that rank, and then all, before its n-th change to the checkpoints. limits: of the last rank (resource.setrlimit).
+    killer: (rank, n) kills that rank, and then all, before its n-th change to the checkpoints. limits: of the last rank (resource.setrlimit); that of
+    its data is what it may take beyond what it holds at its start.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class Run:
             process.start()
             self.processes.append(process)
 
-    def wait(self, *, deadline_s: float = 240.0) -> int:
+    def wait(self, *, deadline_s: float = 600.0) -> int:
         """The first exit code that is not 0, or 0; once a rank is gone that way the others are killed, as a launcher does."""
         end = time.monotonic() + deadline_s
         while time.monotonic() < end:
@@ -91,8 +93,9 @@ def _rank(env: dict[str, Any], arguments: list[str], output: str, kill_at: int |
     if limits:
         import resource
 
+        held = {resource.RLIMIT_DATA: psutil.Process().memory_info().data}
         for kind, value in limits.items():
-            resource.setrlimit(kind, (value, value))
+            resource.setrlimit(kind, (held.get(kind, 0) + value,) * 2)
     import torch
 
     torch.set_num_threads(1)

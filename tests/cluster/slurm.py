@@ -31,11 +31,11 @@ class Slurm:
     folder: Path
     environment: dict[str, str]
 
-    def call(self, *command: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def call(self, *command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Run a command that finds this Slurm."""
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout)
 
-    def wait(self, job: str, *, timeout: float = 240) -> tuple[str, str]:
+    def wait(self, job: str, *, timeout: float = 900) -> tuple[str, str]:
         """Wait for a job to end; its state and exit code as Slurm gives them, such as COMPLETED and 0:0."""
         deadline = time.monotonic() + timeout
         while True:
@@ -88,7 +88,7 @@ def slurm(folder: Path) -> Iterator[Slurm]:
                 process.kill()
 
 
-def _until(ready: object, folder: Path, *, timeout: float = 60) -> None:
+def _until(ready: object, folder: Path, *, timeout: float = 300) -> None:
     deadline = time.monotonic() + timeout
     while not ready():  # type: ignore[operator]
         if time.monotonic() > deadline:

@@ -176,7 +176,7 @@ def test_the_shipped_hostfile_and_variables_are_readable() -> None:
 
 def test_the_ranks_message_and_exit_code_are_all_the_user_gets() -> None:
     process = start("2", "exit=2")
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=900)
     lines = output.splitlines()
     assert process.returncode == 2, output
     assert sorted(line.split(" host=")[0] for line in lines[:2]) == ["rank 0 of 2", "rank 1 of 2"]
@@ -186,7 +186,7 @@ def test_the_ranks_message_and_exit_code_are_all_the_user_gets() -> None:
 
 def test_a_killed_rank_is_said_to_be_killed() -> None:
     process = start("1", "kill=0")
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 128 + signal.SIGKILL and "toolkit: the run was ended by SIGKILL" in output
 
 
@@ -197,7 +197,7 @@ def test_a_signal_lets_every_rank_finish_its_step(tmp_path: Path, signum: signal
     process.send_signal(signum)
     time.sleep(0.1)
     process.send_signal(signum)  # as `timeout` does: to the process, then to its group
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0 and (tmp_path / "stopped-0").exists() and (tmp_path / "stopped-1").exists(), output
     assert not ranks_left(str(tmp_path))
 
@@ -211,7 +211,7 @@ def test_a_second_signal_kills(tmp_path: Path) -> None:
     time.sleep(1.1 * launch.SECOND_SIGNAL_S)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 128 + signal.SIGKILL, output
     assert not (tmp_path / "stopped-0").exists() and not ranks_left(str(tmp_path))
 
@@ -221,7 +221,7 @@ def test_ranks_do_not_outlive_a_killed_toolkit(tmp_path: Path) -> None:
     wait_for(tmp_path, "ready-0")
     process.kill()
     wait_for(tmp_path, "stopped-0")
-    process.communicate(timeout=240)  # ends when the last rank has closed its output
+    process.communicate(timeout=900)  # ends when the last rank has closed its output
     assert not ranks_left(str(tmp_path))
 
 

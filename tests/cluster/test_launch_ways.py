@@ -53,7 +53,7 @@ def test_torchrun_on_two_nodes(config: Path, reference: list[dict[str, float]], 
     words = [*LAUNCH, str(config), "parallel.pp=2", f"run.dir={run}", "--torchrun", "--nodes", "2", "--ranks-per-node", "1"]
     words += ["--master-addr", ADDRESSES["host-a"]]
     started = [two_hosts.start(words, host=host) for host in ("host-b", "host-a")]  # in any order
-    outputs = [process.communicate(timeout=300)[0] for process in started]
+    outputs = [process.communicate(timeout=900)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n---\n".join(outputs)
     assert_same(metrics(run), reference)
 
@@ -63,7 +63,7 @@ def test_deepspeed_without_ssh(config: Path, reference: list[dict[str, float]], 
     words = [*LAUNCH, str(config), "parallel.pp=2", f"run.dir={run}", "--hostfile", str(two_hosts.hostfile)]
     words += ["--master-addr", ADDRESSES["host-a"], "--node-rank"]
     started = [two_hosts.start([*words, str(rank)], host=host) for rank, host in enumerate(("host-a", "host-b"))]
-    outputs = [process.communicate(timeout=300)[0] for process in started]
+    outputs = [process.communicate(timeout=900)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n---\n".join(outputs)
     assert_same(metrics(run), reference)
 
@@ -74,7 +74,7 @@ def test_mpirun(config: Path, reference: list[dict[str, float]], two_hosts: TwoH
     run = config.parent / "mpirun"
     words = [*LAUNCH, str(config), "parallel.pp=2", f"run.dir={run}", "--hostfile", str(two_hosts.hostfile), "--runner", "openmpi"]
     code, output = two_hosts.shell(
-        [*words, "--master-addr", ADDRESSES["host-a"]], timeout=300, environ={"HOME": os.environ.get("HOME", "/")}
+        [*words, "--master-addr", ADDRESSES["host-a"]], timeout=900, environ={"HOME": os.environ.get("HOME", "/")}
     )
     assert code == 0, output
     assert_same(metrics(run), reference)

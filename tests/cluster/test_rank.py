@@ -34,11 +34,11 @@ run_as_rank(main, sys.argv[1])
 
 @pytest.mark.parametrize(("how", "code"), [("return", 5), ("refuse", 2), ("fail", 1)])
 def test_the_process_ends_with_its_code_and_what_was_to_be_done(how: str, code: int) -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (code, "tidied up\n"), done.stderr
     assert ("RuntimeError: the reason" in done.stderr) is (how == "fail")
 
 
 def test_a_signal_that_ends_it_writes_the_stack() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, "abort"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, "abort"], capture_output=True, text=True, timeout=600)
     assert done.returncode < 0 and "Fatal Python error: Aborted" in done.stderr and "in main" in done.stderr

@@ -31,14 +31,14 @@ def test_without_the_exported_interface_the_ranks_do_not_meet(two_hosts: TwoHost
 
 def test_a_signal_to_the_launcher_reaches_the_ranks_of_both_hosts(two_hosts: TwoHosts, tmp_path: Path) -> None:
     process = two_hosts.launch(SMOKE, ["c.yaml", f"wait={tmp_path}"])
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 900
     while len(list(tmp_path.glob("ready-*"))) < 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     launcher = [p for p in two_hosts.processes("host-a") if len(p.cmdline()) > 1 and p.cmdline()[1].endswith("/deepspeed")]
     assert len(launcher) == 1
     launcher[0].terminate()
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     while two_hosts.processes("host-b") and time.monotonic() < deadline:
         time.sleep(0.1)
     assert sorted(p.name for p in tmp_path.glob("stopped-*")) == ["stopped-0", "stopped-1"], output

@@ -31,7 +31,7 @@ def test_the_shipped_script_starts_a_pipeline_across_hosts(
         "XDG_CACHE_HOME": str(tmp_path),
     }
     command = [str(REPOSITORY / "launch" / "multi-node.sh"), str(config), "parallel.pp=2", f"run.dir={run}"]
-    code, output = two_hosts.shell(command, timeout=300, environ=environ)
+    code, output = two_hosts.shell(command, timeout=900, environ=environ)
     assert code == 0, output
     assert_same(metrics(run), reference)
 

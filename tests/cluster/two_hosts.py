@@ -56,7 +56,7 @@ class TwoHosts:
     environment: dict[str, str]
     pids: dict[str, int]
 
-    def run(self, module: str, args: Sequence[str], *, timeout: float = 300, environ: Mapping[str, str] | None = None) -> tuple[int, str]:
+    def run(self, module: str, args: Sequence[str], *, timeout: float = 900, environ: Mapping[str, str] | None = None) -> tuple[int, str]:
         """Run a module's ranks, one on each host, by the `deepspeed` launcher given on host-a; returns exit code and output."""
         return self._finish(self.launch(module, args, environ=environ), timeout=timeout)
 
@@ -69,7 +69,7 @@ class TwoHosts:
         return self.start(command, environ={**env, "DS_ENV_FILE": str(variables)})
 
     def shell(
-        self, command: Sequence[str], *, host: str = "host-a", timeout: float = 60, environ: Mapping[str, str] | None = None
+        self, command: Sequence[str], *, host: str = "host-a", timeout: float = 300, environ: Mapping[str, str] | None = None
     ) -> tuple[int, str]:
         """Run any command on one host, in the repository's root; exit code (124 after the timeout) and stdout with stderr."""
         return self._finish(self.start(command, host=host, environ=environ), timeout=timeout)
@@ -164,7 +164,7 @@ def _first_process(running: list[subprocess.Popen[str]], setup: str, last: str, 
             [*UNSHARE, "sh", "-c", f"{setup} && touch {log}.ready && exec {last}"], stdout=out, stderr=out, text=True
         )
     running.append(process)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not Path(f"{log}.ready").exists():
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"a host did not come up: {log.read_text()}")

@@ -13,6 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from toolkit.config.describe import keys
 from toolkit.config.load import dump_config, load_config, parse_config
 from toolkit.config.yaml_text import read_yaml
@@ -187,13 +188,13 @@ def test_the_undamaged_configs_are_legal() -> None:
     assert outcome(lambda: parse_config(with_json), 8) is not None
 
 
-@settings(many, max_examples=3000)
+@settings(many, max_examples=examples(3000))
 @given(mutations, worlds)
 def test_damaged_mappings(mutated: list[tuple[int, int, int]], world_size: int) -> None:
     outcome(lambda: parse_config(damaged(BASE, mutated)), world_size)
 
 
-@settings(many, max_examples=2000)
+@settings(many, max_examples=examples(2000))
 @given(mutations, worlds)
 def test_damaged_deepspeed_jsons(mutated: list[tuple[int, int, int]], world_size: int) -> None:
     raw = {"model": BASE["model"], "train": {"global_batch_size": 64}, "zero": {"deepspeed": damaged(JSON, mutated)}}
@@ -245,7 +246,7 @@ PIECES += [
 ]
 
 
-@settings(many, max_examples=1500)
+@settings(many, max_examples=examples(1500))
 @given(
     cuts=st.lists(st.tuples(st.integers(0, len(TEXT)), st.integers(0, 12), st.sampled_from(["", *PIECES])), min_size=1, max_size=3),
     world_size=worlds,
@@ -294,7 +295,7 @@ VALUES = [
 ]
 
 
-@settings(many, max_examples=1500)
+@settings(many, max_examples=examples(1500))
 @given(
     picked=st.lists(
         st.tuples(st.sampled_from(DOTTED), st.sampled_from(["=", "=", "=", ""]), st.sampled_from(VALUES)), min_size=1, max_size=4

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from toolkit.config.load import dump_config, load_config, parse_config
 from toolkit.config.schema import RunConfig
 from toolkit.errors import LayoutError
@@ -274,7 +275,7 @@ def mutated(picked: list[tuple[str, int]]) -> RunConfig:
     return config_of({"model.head_dim": 16, **{key: POOL[key][index % len(POOL[key])] for key, index in picked}})
 
 
-@settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(3000), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(picks, worlds, machines)
 @example([("parallel.tp", 20), ("model.num_attention_heads", 20)], 4096, GPU)
 @example([("parallel.cp", 1), ("parallel.pp", 1), ("train.global_batch_size", 4388)], 1, Machine())  # as large as a batch may be

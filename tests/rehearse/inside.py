@@ -20,7 +20,7 @@ from typing import Any
 ANSWER = "the answer: "
 
 
-def run_inside(function: str, argument: Any = None, *, timeout_s: float = 240.0) -> Any:
+def run_inside(function: str, argument: Any = None, *, timeout_s: float = 900.0) -> Any:
     """What a function returns where torch.cuda answers and tensors of a GPU hold no data."""
     command = [sys.executable, "-m", "tests.rehearse.inside", function]
     done = subprocess.run(command, input=json.dumps(argument), capture_output=True, text=True, timeout=timeout_s, check=False)

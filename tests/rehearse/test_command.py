@@ -30,7 +30,7 @@ def rehearse(folder: Path, *arguments: str, **environ: str) -> subprocess.Comple
     """The command in that folder."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2])]), "COLUMNS": "200", **environ}
     command = [sys.executable, "-m", "toolkit.cli", "rehearse", "run.yaml", *arguments]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900, check=False)
 
 
 def files(folder: Path) -> dict[str, int]:

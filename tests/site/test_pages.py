@@ -41,7 +41,7 @@ class Reader:
         scripts = [b.text for b in found if b.language == "python" and b.kind != "not run"]
         if scripts:
             argument = {"folder": str(self.folder), "blocks": scripts}
-            self.pool.run("tests.trainer.run:code", 2, argument, deadline_s=120)
+            self.pool.run("tests.trainer.run:code", 2, argument, deadline_s=600)
         for block in found:
             if block.language != "sh" or block.kind == "not run" or (block.kind == "all cells" and not all_cells):
                 continue
@@ -59,7 +59,7 @@ class Reader:
         if not command.startswith("toolkit ") or any(sign in command for sign in "|;&$<>"):
             path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
             env = {**os.environ, "PYTHONPATH": path, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-            done = subprocess.run(["bash", "-c", command], cwd=self.folder, env=env, capture_output=True, text=True, timeout=180)
+            done = subprocess.run(["bash", "-c", command], cwd=self.folder, env=env, capture_output=True, text=True, timeout=600)
             return Done(done.returncode, done.stdout + done.stderr)
         words = shlex.split(command.replace("\\\n", " "))[1:]
         words = [str(self.folder / "their-model") if word == "PATH" else word for word in words]
@@ -75,7 +75,7 @@ class Reader:
         if dry.code:
             return dry
         argument = {"folder": str(self.folder), "config": words[0], "overrides": [*words[1:], "data.workers=0"]}
-        said = self.pool.run("tests.site.ranks:train", processes, argument, deadline_s=300)
+        said = self.pool.run("tests.site.ranks:train", processes, argument, deadline_s=600)
         return Done(0, "\n".join(said))
 
 

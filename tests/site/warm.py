@@ -17,12 +17,12 @@ from typing import Any, NoReturn
 from tests.train.conftest import Done
 
 
-def run_toolkit(words: list[str], folder: Path, *, timeout_s: float = 120.0) -> Done:
+def run_toolkit(words: list[str], folder: Path, *, timeout_s: float = 600.0) -> Done:
     """`toolkit WORDS` in a folder."""
     return _forked(_toolkit, words, folder, timeout_s)
 
 
-def run_python(code: str, folder: Path, *, timeout_s: float = 120.0) -> Done:
+def run_python(code: str, folder: Path, *, timeout_s: float = 600.0) -> Done:
     """`python -` with code on its standard input, in a folder."""
     return _forked(_python, code, folder, timeout_s)
 

@@ -55,7 +55,7 @@ class Started:
     def command(self, *arguments: str, procs: int = 1) -> list[str]:
         return [sys.executable, "-m", "toolkit.cli", "train", str(self.config), *arguments, "--num-procs", str(procs)]
 
-    def train(self, *arguments: str, procs: int = 1, timeout_s: float = 240.0) -> Done:
+    def train(self, *arguments: str, procs: int = 1, timeout_s: float = 900.0) -> Done:
         return self.run(self.command(*arguments, procs=procs), timeout_s=timeout_s)
 
     def ranks(self, *arguments: str, ranks: int = 1) -> Done:
@@ -65,7 +65,7 @@ class Started:
         run = Run(self.config, *arguments, "data.workers=0", ranks=ranks)  # a daemon may have no readers of its own
         return Done(run.wait(), run.text())
 
-    def run(self, command: list[str], *, timeout_s: float = 240.0, cwd: Path | None = None) -> Done:
+    def run(self, command: list[str], *, timeout_s: float = 900.0, cwd: Path | None = None) -> Done:
         """Run to the end; a program that does not end in time fails the test with its output."""
         process = self.start(command, cwd=cwd)
         try:

@@ -42,7 +42,7 @@ def test_one_message(shared: Started, overrides: list[str], procs: int, named: s
 def test_a_process_of_its_own_says_the_same(shared: Started) -> None:
     overrides, procs, _ = CASES["query groups"]
     forked = run_toolkit(["train", str(shared.config), *overrides, "--num-procs", str(procs)], shared.folder)
-    assert shared.train(*overrides, procs=procs, timeout_s=120) == forked
+    assert shared.train(*overrides, procs=procs) == forked
 
 
 def _ranks_without_the_command(shared: Started, *overrides: str, procs: int = 2) -> list[str]:
@@ -50,7 +50,7 @@ def _ranks_without_the_command(shared: Started, *overrides: str, procs: int = 2)
 
 
 def test_ranks_started_by_the_bare_launcher_refuse_alike(shared: Started) -> None:
-    done = shared.run(_ranks_without_the_command(shared, "parallel.tp=4"), timeout_s=120)
+    done = shared.run(_ranks_without_the_command(shared, "parallel.tp=4"))
     assert done.code != 0 and done.output.count("does not divide") == 1, done.output
     assert "error: " in done.output and "toolkit/train" not in done.output.replace("toolkit.train", "")
 

@@ -29,7 +29,7 @@ def shown(shared: Started) -> tuple[list[str], str, Path]:
     """A run of 4 steps on 2 ranks that a person watches: the screen at its end, all that was written, its folder."""
     folder = shared.folder / "runs" / "watched"
     keys = [f"run.dir={folder}", "parallel.tp=2", "checkpoint.every=2", "train.eval_every=4", "train.eval_steps=1"]
-    code, written = on_terminal(shared.command(*keys, procs=2), cwd=shared.folder, timeout_s=240)
+    code, written = on_terminal(shared.command(*keys, procs=2), cwd=shared.folder, timeout_s=900)
     assert code == 0, written
     return screen(written), written, folder
 
@@ -57,7 +57,7 @@ def test_console_log_is_what_was_seen(shown: tuple[list[str], str, Path]) -> Non
 def test_a_second_start_says_so_in_the_same_console_log(shown: tuple[list[str], str, Path], shared: Started) -> None:
     _, _, folder = shown
     before = (folder / "console.log").read_text()
-    again = Started(shared.folder, folder / "config.yaml").train(procs=1, timeout_s=240)
+    again = Started(shared.folder, folder / "config.yaml").train(procs=1, timeout_s=900)
     assert again.code == 2 and "parallel.tp=2" in again.output  # refused before it has the folder
     assert (folder / "console.log").read_text() == before
     again = Started(shared.folder, folder / "config.yaml").train("parallel.tp=1", procs=1)
