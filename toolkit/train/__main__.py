@@ -42,6 +42,7 @@ def main(arguments: list[str]) -> int:
         return error.exit_code
     except Exception as error:
         say_failure(error, rank=rank)
+        sys.last_value = error  # as where nobody catches it: disconnect() must not wait for the other ranks
         return 1
     return 0
 
