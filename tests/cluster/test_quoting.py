@@ -26,7 +26,7 @@ from toolkit.doctor import hosts
 from toolkit.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-EXAMPLES = settings(max_examples=40)
+EXAMPLES = settings(max_examples=25)
 # what a process can be given at all; with a taste for what shells act on
 CHARACTERS = st.one_of(st.sampled_from(list(" '\"`$\\;&|<>(){}[]*?~#!%=,\n\t-")), st.characters(exclude_characters="\x00", codec="utf-8"))
 HOSTILE = [
@@ -80,6 +80,7 @@ def pdsh_line(command: list[str], place: Path) -> str:
     return " ".join(words[words.index("node-1,node-2") + 1 :])
 
 
+@EXAMPLES
 @given(word=WORDS)
 def test_a_packed_word_is_plain_and_comes_back(word: str) -> None:
     there = packed(word)

@@ -90,9 +90,9 @@ def connect(world: World, layout: Layout, *, seed: int, timeout_s: float = 1800.
 
 
 def _store(world: World, timeout: timedelta) -> dist.Store | None:
-    """Where the ranks meet, listening on one address alone where it is known which; None: as torch does it by itself.
+    """Where the ranks meet, listening on one address alone where it is known which; None: torchrun's own, which torch finds.
 
-    torch's own store listens on every interface of the first host. A world of one needs no port, and torchrun brings its own store.
+    Left to itself, torch's store listens on every interface of the first host. A world of one needs no port.
     """
     if world.size == 1:
         return dist.HashStore()
@@ -102,8 +102,6 @@ def _store(world: World, timeout: timedelta) -> dist.Store | None:
     listening = None
     if world.rank == 0:
         listening = listen(host, port, interface=os.environ.get("GLOO_SOCKET_IFNAME") or os.environ.get("NCCL_SOCKET_IFNAME"))
-        if listening is None:
-            return None
     descriptor = listening.detach() if listening is not None else None
     return dist.TCPStore(host, port, world.size, world.rank == 0, timeout, multi_tenant=True, master_listen_fd=descriptor)
 
