@@ -119,6 +119,7 @@ def test_no_production_code_knows_the_stand_ins() -> None:
         if "rehearse.device" in p.read_text() or "rehearse import device" in p.read_text()
     }
     assert users == {"rehearse/__main__.py", "rehearse/rank.py", "rehearse/record.py"}
+    assert {str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py") if "import disk" in p.read_text()} == {"rehearse/rank.py"}
 
 
 @pytest.mark.parametrize("module", PURE)

@@ -21,10 +21,12 @@ def within(row: dict[str, Any]) -> bool:
     return abs(row["off"]["peak"]) <= PEAK and all(abs(row["off"][p]) <= PARTS for p in STATES)
 
 
-def why(name: str) -> str:
-    """What is known to be missing from the estimate of a row that is not within the bounds."""
+def why(name: str, phase: str) -> str:
+    """What is known to be missing from the estimate of a row that is not within the bounds. phase: where its peak is."""
+    if "ZeRO-3" in name and phase.startswith("forward"):
+        return "how far DeepSpeed's prefetch of weights has come is followed by model chunk, not by module"
     if "ZeRO-3" in name:
-        return "how far DeepSpeed's prefetch has come, and what a reduction copies, is followed by model chunk, not by module"
+        return "which weights are whole when DeepSpeed sends gradients is followed by layer, and not what it fetches ahead then"
     if "ZeRO-2" in name:
         return "what a recomputed layer still holds when DeepSpeed sends a bucket is bounded, not followed"
     return "not found yet"
@@ -46,7 +48,7 @@ def table(rows: list[dict[str, Any]], broken: list[str]) -> str:
     lines += ["", "Not within them:", "", "| Configuration | peak | where it is likely lost |", "|---|---:|---|"]
     ordered = sorted(rows, key=lambda r: (-abs(r["off"]["peak"]), r["name"]))
     lines += [
-        f"| {r['name']}{', held out' if r['held out'] else ''} | {r['off']['peak']:+.1%} | {why(r['name'])} |"
+        f"| {r['name']}{', held out' if r['held out'] else ''} | {r['off']['peak']:+.1%} | {why(r['name'], r['moment'][0])} |"
         for r in ordered
         if not within(r)
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from toolkit.cost.rank_weights import edge_weights, layer_weights
 from toolkit.cost.workload import Workload
 from toolkit.parallel.order import order
@@ -9,6 +11,7 @@ from toolkit.parallel.order import order
 MAX_LIVE = 1e9  # DeepSpeed's default stage3_max_live_parameters
 
 
+@lru_cache(maxsize=64)
 def gathered(w: Workload, stage: int) -> float:
     """Bytes of weights that ZeRO-3 holds whole at the end of a forward, and the gradient of the largest one.
 
@@ -27,6 +30,18 @@ def gathered(w: Workload, stage: int) -> float:
     return w.width * max(2.0 * largest, near + largest)
 
 
+def freed_behind(w: Workload, stage: int, chunk: int, layer: int) -> float:
+    """Bytes of gathered() that are not there when a chunk's backward is at a layer: weights behind it, and a larger one's gradient."""
+    if not gathers(w) or gathered(w, stage) <= 2.0 * w.width * largest_cut(w, stage):
+        return 0.0
+    before, after = edge_weights(w, stage)
+    inside = layer < w.layers_in(stage, chunk)
+    ahead = layer_weights(w) * (layer + inside) + (before if chunk == 0 else []) + ([] if inside else after)
+    gradient = max(x.count for x in (layer_weights(w) if inside else after))
+    wait = min(MAX_LIVE, sum(x.count for x in ahead if x.count > w.persist)) + gradient
+    return max(0.0, gathered(w, stage) - w.width * wait)
+
+
 def prefetched(w: Workload, stage: int) -> dict[int, float]:
     """Bytes of weights beyond gathered() that ZeRO-3 holds early in a forward whose modules it foresees, by model chunk.
 
@@ -40,6 +55,7 @@ def prefetched(w: Workload, stage: int) -> dict[int, float]:
     return {f: nbytes - there for f, nbytes in live.items() if nbytes > there}
 
 
+@lru_cache(maxsize=64)
 def foreseen(w: Workload, stage: int) -> list[tuple[int, int]]:
     """Forwards whose order of modules DeepSpeed knows when they begin: their chunk, and that of the backward it expects next (-1: none).
 

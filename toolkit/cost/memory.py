@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import inf
 
 from toolkit.cost import activations
+from toolkit.cost import host as own_host
 from toolkit.cost import own_engine as own
 from toolkit.cost.constants import VALUES
 from toolkit.cost.gathers import MAX_LIVE, gathered
@@ -169,6 +170,8 @@ def zero_buffers(w: Workload, params: float) -> float:
 def host_bytes(w: Workload, hardware: Hardware) -> tuple[float, float]:
     """CPU RAM and NVMe bytes of one node for offloaded states: 12 bytes a weight of optimizer states and 4 of gradients, 2 of
     parameters; and for activations that wait there, the first stage having most of them.
+
+    Our own engine's RAM is counted tensor by tensor, with the buffers through which it reads and writes files.
     """
     ranks = min(hardware.gpus_per_node, w.world)
     each = max(w.parameters_on(s) for s in (0, w.pp - 1)) / (w.shards if w.zero else 1) * ranks
@@ -176,6 +179,8 @@ def host_bytes(w: Workload, hardware: Hardware) -> tuple[float, float]:
     for place, nbytes in ((w.offload_optimizer, 16.0 * each), (w.offload_param, w.width * each)):
         host += nbytes if place == "cpu" else 0.0
         nvme += nbytes if place == "nvme" else 0.0
+    if w.stack.sharding == "toolkit" and hardware.gpu.accelerator:
+        host = ranks * max(own_host.rank_bytes(w, stage) for stage in {0, w.pp // 2, w.pp - 1})
     return host + own.host_saved(w, 0) * ranks, nvme
 
 

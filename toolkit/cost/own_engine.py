@@ -12,6 +12,7 @@ from math import ceil, log2
 
 from toolkit.cost.gathers import gathered, gathers, largest_cut, prefetched
 from toolkit.cost.rank_weights import RankWeight, edge_weights, layer_weights
+from toolkit.cost.reductions import LAST_BUCKET, reductions
 from toolkit.cost.workload import Workload
 from toolkit.parallel.exchange import sent_heads
 from toolkit.parallel.order import order, warmup
@@ -33,32 +34,35 @@ def states(w: Workload, stage: int, *, dp_rank: int = 0) -> dict[str, float]:
         return _sharded(w, [(x, layers) for x in each] + [(x, 1) for x in edges])
     buckets = w.bucket * w.width * (2 if w.zero == 2 and w.overlap_comm else 1)
     b, cut, offloaded = w.width, w.shards if w.zero else 1, w.offload_optimizer != "none"
-    sizes = [
-        layers * sum(x.count for x in each if x.group == g) + sum(x.count for x in edges if x.group == g)
-        for g in range(len(w.optimizer.groups))
-    ]
-    padded = [ceil(n / (ALIGN * cut)) * ALIGN * cut for n in sizes]
-    flat = sum(padded)
+    parts_of = shares(w, stage)
+    flat = cut * sum(parts_of)
     cloned = b < 4 or w.zero == 2 or offloaded
-    shares = [n // cut for n in padded]
     parts = {
         "parameters": b * flat,
         "gradients": 4 * flat if w.zero < 2 else 4 * flat / cut,
-        "optimizer": _kept(w, [n / cut for n in padded], master=4 if cloned else 0),
+        "optimizer": kept(w, parts_of, master=4 if cloned else 0),
         "zero buffers": buckets if w.zero == 2 else 0.0,
     }
     if offloaded:  # the optimizer's own gradients, beside those that backwards add to
-        added = b * flat if w.zero < 2 else 4 * (flat / cut if b < 4 else sum(_touched(w, stage, shares, dp_rank)))
+        added = b * flat if w.zero < 2 else 4 * (flat / cut if b < 4 else sum(touched(w, stage, parts_of, dp_rank)))
         parts["gradients"] = 4 * flat / cut + added
         parts["zero buffers"] = buckets + 2 * b * max(x.count for x in each + edges) + b * flat / cut
     elif w.zero == 2 and b == 4:
-        touched = _touched(w, stage, shares, dp_rank)
+        by_chunk = _touched(w, stage, parts_of, dp_rank)
         # with VPP the last chunk allocates gradient buffers for all chunks, plus zeros for the others
-        parts["gradients"] = 4 * (sum(touched) + (sum(touched[:-1]) if touched[-1] else 0))
+        parts["gradients"] = 4 * (sum(by_chunk) + (sum(by_chunk[:-1]) if by_chunk[-1] else 0))
     return {name: float(value) for name, value in parts.items()}
 
 
-def _kept(w: Workload, sizes: Sequence[float], *, master: int) -> float:
+def shares(w: Workload, stage: int) -> list[int]:
+    """Elements that one data-parallel rank has of each optimizer group, below ZeRO-3: equal parts of the padded whole."""
+    every = [(x, w.layers_on(stage)) for x in layer_weights(w)] + [(x, 1) for side in edge_weights(w, stage) for x in side]
+    cut = w.shards if w.zero else 1
+    sizes = [sum(x.count * copies for x, copies in every if x.group == g) for g in range(len(w.optimizer.groups))]
+    return [ceil(n / (ALIGN * cut)) * ALIGN for n in sizes]
+
+
+def kept(w: Workload, sizes: Sequence[float], *, master: int) -> float:
     """Bytes of what the optimizer keeps for so many elements of each of its groups; master: of an fp32 copy of the weights, each.
 
     DeepSpeed's Adam for the CPU counts its steps in Python, torch's in a tensor for each group.
@@ -105,21 +109,30 @@ def _kept_whole(w: Workload, stage: int) -> int:
     return sum(x.count * layers for x in layer_weights(w) if x.count <= w.persist) + sum(x.count for x in every if x.count <= w.persist)
 
 
-def _touched(w: Workload, stage: int, sizes: list[int], dp_rank: int) -> list[int]:
-    """Elements, by model chunk, of the weights that reach into a rank's partitions: DeepSpeed's ZeRO-2 keeps their gradients whole in fp32.
+def touched(w: Workload, stage: int, sizes: list[int], dp_rank: int) -> list[int]:
+    """Elements of each weight that reaches into a rank's partitions: DeepSpeed's ZeRO-2 keeps their gradients whole in fp32.
 
     sizes: elements of a partition, by optimizer group.
     """
+    return [count for chunk in _touched_weights(w, stage, sizes, dp_rank) for count in chunk]
+
+
+def _touched(w: Workload, stage: int, sizes: list[int], dp_rank: int) -> list[int]:
+    """The same, summed by model chunk."""
+    return [sum(chunk) for chunk in _touched_weights(w, stage, sizes, dp_rank)]
+
+
+def _touched_weights(w: Workload, stage: int, sizes: list[int], dp_rank: int) -> list[list[int]]:
     first, last = edge_weights(w, stage)
     ordered = [(x, 0) for x in first]
     ordered += [(x, chunk) for chunk in range(w.vpp) for _ in range(w.layers_in(stage, chunk)) for x in layer_weights(w)]
     ordered += [(x, w.vpp - 1) for x in last]
     at = [0] * len(w.optimizer.groups)
-    by_chunk = [0] * w.vpp
+    by_chunk: list[list[int]] = [[] for _ in range(w.vpp)]
     for weight, chunk in ordered:
         start, size = at[weight.group], sizes[weight.group]
         if start < (dp_rank + 1) * size and start + weight.count > dp_rank * size:
-            by_chunk[chunk] += weight.count
+            by_chunk[chunk].append(weight.count)
         at[weight.group] += weight.count
     return by_chunk
 
@@ -128,12 +141,12 @@ def _sharded(w: Workload, counted: list[tuple[RankWeight, int]]) -> dict[str, fl
     b, dp = w.width, w.shards
     by_group = [sum(ceil(x.count / dp) * copies for x, copies in counted if x.group == g) for g in range(len(w.optimizer.groups))]
     part = sum(by_group)
-    kept = sum(x.count * copies for x, copies in counted if x.count <= w.persist) if dp > 1 else 0
+    whole = sum(x.count * copies for x, copies in counted if x.count <= w.persist) if dp > 1 else 0
     second = ceil(sum(x.count * copies for x, copies in counted if x.count > w.persist) / w.hpz) if w.hpz > 1 else 0
     parts = {
-        "parameters": b * (part + kept + second),
+        "parameters": b * (part + whole + second),
         "gradients": (8 if w.offload_optimizer != "none" else 4) * part,
-        "optimizer": _kept(w, by_group, master=4),
+        "optimizer": kept(w, by_group, master=4),
         "zero buffers": w.bucket * b,
     }
     return {name: float(value) for name, value in parts.items()}
@@ -316,11 +329,11 @@ def moments(w: Workload, stage: int, *, cpu: bool) -> dict[str, dict[str, float]
         running = _saved_by_chunk(w, stage, cpu=cpu)[chunk]
         found[f"forward of chunk {chunk}"] = {"activations": max(0.0, held - running), "working set": more + widest / 2 + 4 * stream}
     buckets = w.zero == 2 and w.offload_optimizer == "none"
-    if w.zero == 2 and w.shards > 1:
-        found |= _reductions(w, stage, held, redone=redone)
+    if w.zero == 3 or (w.zero == 2 and w.shards > 1):
+        found |= reductions(w, stage, held, redone=redone)
     if s.tied and w.pp == 1 and not (b == 4 and w.zero < 2):
         # a tied weight's gradient from the output layer waits for the embedding's, which comes last
-        for moment in found.keys() - {"optimizer step"}:
+        for moment in found.keys() - ({"optimizer step", f"{LAST_BUCKET} 0"} if w.zero == 3 else {"optimizer step"}):
             found[moment]["working set"] += b * s.rows * s.hidden / w.tp
     if stage == w.pp - 1:
         # the loss overwrites its fp32 logits with the softmax and that with the gradient; in 16 bits the logits as multiplied stay too
@@ -374,49 +387,6 @@ def _grow(w: Workload, stage: int, found: dict[str, dict[str, float]], *, cpu: b
         found[name]["gradients"] = -best[1]
     if "embedding" in found:
         found["embedding"] |= {"activations": first[0], "gradients": -first[1]}
-
-
-def _reductions(w: Workload, stage: int, held: float, *, redone: float) -> dict[str, dict[str, float]]:
-    """Moments at which DeepSpeed's ZeRO-2 sends a bucket: it flattens what lies in it once more.
-
-    Gradients come from the last weight to the first. A weight that does not fit any more sends the bucket first, one that is larger than
-    the bucket is sent by itself. The last bucket goes at the end of a backward; in 16 bits a weight's part for this rank is then copied
-    to fp32 before it is added. held: bytes of activations before the backward; redone: of what a layer's
-    backward computes again.
-    """
-    ahead = min(warmup(stage=stage, pp=w.pp, vpp=w.vpp, microbatches=w.microbatches) + 1, w.microbatches * w.vpp)
-    running, part = held / ahead, ceil(w.parameters_on(stage) / w.shards)
-    # gradients are whole from the first backward's end on, when a batch that is all in flight has one micro-batch less
-    first = running if 1 < ahead == w.microbatches * w.vpp else 0.0
-    before, after = edge_weights(w, stage)
-    found: dict[str, dict[str, float]] = {}
-    for chunk in range(w.vpp):
-        count = w.layers_in(stage, chunk)
-        ordered = [(x, 0) for x in before if chunk == 0]
-        ordered += [(x, layer) for layer in range(count) for x in layer_weights(w)]
-        ordered += [(x, count) for x in after if chunk == w.vpp - 1]
-        filled, inside = 0, 0.0
-        for weight, layer in reversed(ordered):
-            left = held - running * (1 - layer / max(1, count)) - first
-            if weight.count > w.bucket:
-                found[f"gradient of {weight.count} elements at layer {layer}"] = {
-                    "activations": left,
-                    "working set": 2.0 * w.width * weight.count + _upcast(w, weight, part),
-                }
-            elif filled + weight.count > w.bucket:
-                sent = w.width * filled + max(redone, inside)
-                found[f"bucket of chunk {chunk} at layer {layer}"] = {"activations": left, "working set": sent}
-                filled, inside = 0, 0.0
-            if weight.count <= w.bucket:
-                filled += weight.count
-                inside = max(inside, _upcast(w, weight, part))
-        found[f"last bucket of chunk {chunk}"] = {"activations": held - running, "working set": w.width * filled + inside}
-    return found
-
-
-def _upcast(w: Workload, weight: RankWeight, part: int) -> float:
-    """Bytes of a weight's gradient as it is added to this rank's share: in 16 bits its part of the share, copied to fp32."""
-    return 4.0 * (min(weight.count, part) if weight.group != 2 else ceil(weight.count / w.shards)) if w.width < 4 else 0.0
 
 
 def _step_copies(w: Workload, stage: int) -> float:

@@ -271,9 +271,11 @@ def _fused_rms_norm() -> None:
 def _cuda(device: Device, *, gpu: str, memory: int, gpus: int) -> None:
     """Everything of torch.cuda that the program, megatron-core and DeepSpeed ask for."""
     import torch
+    from torch._subclasses import fake_tensor
 
     for library in LOADED:
         library.toolkit_guard()  # a CUDA build of torch has put its own in the place of ours
+    fake_tensor.init_gpu_context = lambda *_: None  # type: ignore[assignment]  # a first tensor, which would ask for real memory
     listener = device.listener
     here = torch.device("cuda", 0)
 
@@ -353,6 +355,7 @@ def _cuda(device: Device, *, gpu: str, memory: int, gpus: int) -> None:
     c.device_count = lambda: gpus
     c.current_device = lambda: 0
     c.is_initialized = lambda: True
+    c.is_current_stream_capturing = lambda: False
     c.set_device = lambda *_: None
     c._lazy_init = lambda: None
     c.init = lambda: None

@@ -51,6 +51,10 @@ class HostMemory:
             self.pinned += block
             self._change(block - nbytes)
 
+    def lock(self, tensor: Tensor) -> None:
+        """A tensor that has been counted is page-locked as it is."""
+        self.pinned += self.sizes.get(tensor.untyped_storage()._cdata, 0)
+
     def _end(self, address: int) -> None:
         self._change(-self.sizes.pop(address, 0))
         block = self._locked.pop(address, None)

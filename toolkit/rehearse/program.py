@@ -90,6 +90,7 @@ class Play:
     def __init__(self, config: RunConfig, layout: Layout, rank: int, recorder: Recorder, *, folder: Path, steps: int = 2) -> None:
         self.config, self.layout, self.rank, self.recorder = config.model_copy(deep=True), layout, rank, recorder
         self.config.run.dir, self.config.checkpoint.dir = folder, None
+        self.config.zero.nvme_path = folder / "nvme" if self.config.zero.nvme_path else None
         # a last step would read no batch ahead, and the step that is described must be one of many
         self.config.train.steps, self.config.train.eval_steps = steps + 1, 1
         self.taken = 0

@@ -20,6 +20,7 @@ from toolkit.hardware.catalogue import Hardware
 from toolkit.parallel.layout import Layout
 from toolkit.profile.live_tensors import STATIC
 from toolkit.rehearse import device as stand_ins
+from toolkit.rehearse import disk
 from toolkit.rehearse.price import Price
 from toolkit.rehearse.program import Play, known_values
 from toolkit.rehearse.record import Recorder
@@ -55,6 +56,7 @@ def rehearse(
     device.known = known_values(config)
     told.recorder = recorder
     stand_ins.install_optimizer(zero.deepspeed)
+    disk.install(zero.deepspeed, lambda: recorder)
     progress("process groups", 0.0)
     stand_ins.open_world(rank, world)
     connect(World(rank, world, 0), layout, seed=config.run.seed)

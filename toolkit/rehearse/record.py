@@ -172,6 +172,14 @@ class Recorder(TorchDispatchMode):
     def pinned(self, tensor: Any) -> None:
         self.host.pin(tensor)
 
+    def locked(self, tensor: Any) -> None:
+        """A buffer of the swapping to files: page-locked by the system itself, without the allocator's rounding."""
+        self.host.lock(tensor)
+
+    def disk(self, way: str, nbytes: int) -> None:
+        """Bytes have been read from files or written to them."""
+        self.step.disk[way] += nbytes
+
     def used_elsewhere(self, tensor: Any, stream: int) -> None:
         """The model frees such blocks at once; the real allocator waits for the other stream."""
 

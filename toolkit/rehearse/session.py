@@ -61,10 +61,6 @@ def prepare(config: RunConfig, hardware: Hardware) -> tuple[RunConfig, Layout]:
         raise LayoutError(
             "model.impl=te cannot be rehearsed", why="Transformer Engine's kernels exist only on a GPU", fix="Set model.impl=local."
         )
-    if "nvme" in (changed.zero.offload_optimizer, changed.zero.offload_param):
-        raise LayoutError(
-            "offloading to NVMe cannot be rehearsed", why="DeepSpeed swaps through files", fix="Set it to cpu for the rehearsal."
-        )
     if changed.model.vocab_size is None:
         changed.model.vocab_size = changed.model.spec.rows  # only the tokenizer knows it: the multiple it is padded to
     changed.model.compile = False

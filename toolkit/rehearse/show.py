@@ -80,6 +80,7 @@ def text(hardware: Hardware, answers: Sequence[dict[str, Any]], played: Played, 
         idle = f"{played.idle_s.get(a['rank'], 0):.3f}"
         table.add_row(str(a["rank"]), peak["phase"], peak["module"], f"{passes(a):.0f}", str(len(step["messages"])), str(waits), idle)
     console.print(table)
+    _host(console, answers)
     console.print(f"A step takes {played.step_s:.3f} s if kernels and messages take what the cost model says.")
     _wire(console, answers[0])
     _places(console, answers)
@@ -94,6 +95,19 @@ def text(hardware: Hardware, answers: Sequence[dict[str, Any]], played: Played, 
     else:
         console.print("All messages of these ranks have their partners, in the same order, of the same size and type.")
     return console.export_text()
+
+
+def _host(console: Console, answers: Sequence[dict[str, Any]]) -> None:
+    """What offloading takes: memory of the host, and what a step reads and writes."""
+    most = max(answers, key=lambda a: a["host"]["peak"])
+    if most["host"]["pinned"]:
+        locked = f"{most['host']['pinned'] / GIB:.2f} of it page-locked"
+        console.print(f"Host memory of rank {most['rank']}: {most['host']['peak'] / GIB:.2f} GiB, {locked}.")
+    disk = most["step"]["disk"]
+    if disk:
+        console.print(
+            f"In a step it reads {disk.get('read', 0) / GIB:.2f} GiB from files and writes {disk.get('written', 0) / GIB:.2f} GiB."
+        )
 
 
 def _wire(console: Console, answer: dict[str, Any]) -> None:

@@ -39,7 +39,10 @@ class Peak:
 
 @dataclass
 class Step:
-    """What one optimizer step did. program: kernels by stream, messages, waits and synchronisations in the order issued."""
+    """What one optimizer step did. program: kernels by stream, messages, waits and synchronisations in the order issued.
+
+    disk: bytes read from and written to files that states are offloaded to.
+    """
 
     peak: Peak = field(default_factory=Peak)
     reserved: int = 0
@@ -49,6 +52,7 @@ class Step:
     elsewhere: Counter[tuple[str, str]] = field(default_factory=Counter)
     kernels: Counter[str] = field(default_factory=Counter)
     over_time: list[tuple[int, int]] = field(default_factory=list)
+    disk: Counter[str] = field(default_factory=Counter)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; counters become rows of [what, place, count]."""
@@ -61,6 +65,7 @@ class Step:
             "elsewhere": [[*key, n] for key, n in self.elsewhere.most_common()],
             "kernels": dict(self.kernels),
             "over_time": thin(self.over_time),
+            "disk": dict(self.disk),
         }
 
 
