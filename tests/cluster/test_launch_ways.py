@@ -56,7 +56,7 @@ def test_torchrun_on_two_nodes(config: Path, reference: list[dict[str, float]], 
     words += ["--master-addr", ADDRESSES["host-a"]]
     started = [two_hosts.start(words, host=host) for host in ("host-b", "host-a")]  # in any order
     outputs = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], outputs
+    assert [process.returncode for process in started] == [0, 0], "\n---\n".join(outputs)
     assert_same(metrics(run), reference)
 
 
@@ -66,7 +66,7 @@ def test_deepspeed_without_ssh(config: Path, reference: list[dict[str, float]], 
     words += ["--master-addr", ADDRESSES["host-a"], "--node-rank"]
     started = [two_hosts.start([*words, str(rank)], host=host) for rank, host in enumerate(("host-a", "host-b"))]
     outputs = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], outputs
+    assert [process.returncode for process in started] == [0, 0], "\n---\n".join(outputs)
     assert_same(metrics(run), reference)
 
 

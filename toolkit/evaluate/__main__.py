@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from toolkit.cluster.rank import run_as_rank
 from toolkit.data.given import GivenData
 from toolkit.errors import ToolkitError
 from toolkit.evaluate.resolve import RESULT, read
@@ -50,6 +51,4 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.exit(code)
+    run_as_rank(main, sys.argv[1:])

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from toolkit.cluster.rank import run_as_rank
 from toolkit.errors import MachineError, ToolkitError
 from toolkit.inference.request import Request
 from toolkit.train.program import quiet, say
@@ -52,9 +53,12 @@ def _lost_a_rank(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(sign in text for sign in ("connection closed", "connection reset", "gloo"))
 
 
-if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    if code:
+def _main_or_leave_at_once(arguments: list[str]) -> int:
+    if code := main(arguments):
+        sys.stdout.flush()
         os._exit(code)  # leaving the world in good order would wait for a rank that may be gone
-    sys.exit(code)
+    return 0
+
+
+if __name__ == "__main__":
+    run_as_rank(_main_or_leave_at_once, sys.argv[1:])

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from toolkit.cluster.rank import run_as_rank
 from toolkit.errors import OutOfMemory, ToolkitError
 from toolkit.train.program import mute_if_already_reported, quiet, say, set_cuda_defaults
 
@@ -55,6 +56,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.exit(code)
+    run_as_rank(main, sys.argv[1:])

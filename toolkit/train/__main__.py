@@ -9,6 +9,7 @@ from pathlib import Path
 
 from toolkit.cluster.environment import take_place_from_mpi
 from toolkit.cluster.launch import clear_line
+from toolkit.cluster.rank import run_as_rank
 from toolkit.errors import Stopped, ToolkitError
 from toolkit.train.program import quiet, say
 
@@ -42,6 +43,4 @@ def _on_a_line_of_its_own(record: logging.LogRecord) -> bool:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.exit(code)
+    run_as_rank(main, sys.argv[1:])
