@@ -7,12 +7,14 @@ turns; each ratio is the median of the pairs' ratios, so that a machine that is 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -99,8 +101,20 @@ def row(what: str, ours: list[float], theirs: list[float], *, scale: float, unit
 def savings(folder: Path) -> str:
     """The table of `toolkit bench-inference`, in bf16."""
     command = [sys.executable, "-m", "toolkit", "bench-inference", str(folder), "--dtype", "bf16", "--tokens", "512"]
-    rows, _, ranks = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().partition("\n\n")
-    return f"{rows}\n\n```\n{ranks}\n```"
+    rows, ranks, analysis = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().split("\n\n")
+    return f"{rows}\n\n```\n{ranks}\n```\n\n" + textwrap.fill(analysis.replace("\n", " "), 100)
+
+
+def larger_than_memory(folder: Path) -> str:
+    """A token and a start with layers from disk, beside the plain model, and what each had in memory."""
+    lines = ["| | in memory of the model | peak of the process | a token |", "|---|---|---|---|"]
+    for name, options in (("plain", []), ("`--offload disk`", ["--offload", "disk"])):
+        command = [sys.executable, "-m", "toolkit", "generate", str(folder), "--prompt", PROMPT, "--max-new-tokens", str(TOKENS)]
+        found = json.loads(subprocess.run([*command, "--json", *options], check=True, capture_output=True, text=True).stdout)
+        memory, seconds = found["rank_0"]["memory"], found["seconds"]["decode"] / found["rank_0"]["decoded_tokens"]
+        share = f"{memory['held'] / 1e6:.0f} of {memory['model'] / 1e6:.0f} MB"
+        lines.append(f"| {name} | {share} | {memory['peak'] / 1e6:.0f} MB | {1e3 * seconds:.0f} ms |")
+    return "\n".join(lines)
 
 
 def measure() -> dict[str, str]:
@@ -122,7 +136,7 @@ def measure() -> dict[str, str]:
             lines.append(row(f"a token, {dtype}{'' if same else ' (other tokens)'}", ours, theirs, scale=1000 / TOKENS, unit="ms"))
         for dtype, path in folders.items():
             lines.append(row(f"command to first token, {dtype}", *start(path), scale=1.0, unit="s"))
-        return {"inference": "\n".join(lines), "savings": savings(folders["bf16"])}
+        return {"inference": "\n".join(lines), "savings": savings(folders["bf16"]), "larger": larger_than_memory(folders["bf16"])}
 
 
 def main() -> None:

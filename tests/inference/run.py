@@ -68,3 +68,13 @@ def _expected(asked: dict[str, Any], session: Any) -> tuple[float, float]:
     way = Generation(model=session.config.model.spec, batch=2, context=40, prompt=12, **cut, **savings)
     stage = generation_memory(way, parse_hardware("cpu:1")).stages[0]
     return stage.weights, stage.cache
+
+
+def bench(asked: dict[str, Any]) -> dict[str, Any] | None:
+    """bench-inference with three of its variants, over whatever text comes with Python."""
+    from toolkit.inference import bench as module
+    from toolkit.inference.request import Request
+
+    module.VARIANTS = ({}, {"kv": "int8"}, {"offload": "disk"})
+    module.WINDOW = 32
+    return module.measure(Request(prompts=[], tokenizer="bytes", bench="", **asked))

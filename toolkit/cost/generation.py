@@ -17,7 +17,7 @@ from toolkit.hardware.catalogue import GB, Hardware
 from toolkit.parallel.generation import int4_group, linear_columns
 from toolkit.parallel.layout import Layout
 
-OPERATORS = 22  # that toolkit/model/forward.py starts for one layer of Llama and one new token, as PyTorch's profiler counts them
+OPERATORS = 26  # that PyTorch dispatches for one layer of Llama and one new token in toolkit/model/forward.py, views left out
 LIBRARIES = 0.3 * GIB  # resident memory of a CPU rank that has imported PyTorch and megatron-core, before its model
 SLOTS = 2  # layers that a streaming rank holds: the one it computes, and the one that is coming
 

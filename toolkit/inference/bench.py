@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,12 +20,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from toolkit.errors import ConfigError, DataError, ToolkitError
-from toolkit.inference.memory import forget_peak, peak
+from toolkit.inference.bottleneck import analyse, rank_line
+from toolkit.inference.memory import forget_peak, fragmented, free, peak
 from toolkit.inference.request import Request, Sampling
 from toolkit.inference.run import Session
+from toolkit.model.init import named_weights
+from toolkit.model.messages import Kind
 from toolkit.model.savings import weight_bytes
 
 WINDOW = 256
+KINDS: tuple[Kind, ...] = ("tensor", "pipeline", "waiting")
 DECODED = 16
 VARIANTS: tuple[dict[str, Any], ...] = (
     {},
@@ -35,13 +40,15 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"weights": "int8"},
     {"weights": "int4"},
     {"weights": "int8", "kv": "int8"},
+    {"offload": "disk"},
 )
+ON_A_GPU: tuple[dict[str, Any], ...] = ({"kv": "cpu"}, {"offload": "cpu"})
 
 
 @dataclass(frozen=True)
 class Measured:
     """One variant. Bytes: the largest of all ranks; saved: against the plain model's, in percent; agreement: share of places whose
-    most probable token is the plain model's. refused: why it could not be measured here.
+    most probable token is the plain model's; first_token_ms: of a prompt of 8 tokens. refused: why it could not be measured here.
     """
 
     name: str
@@ -52,6 +59,8 @@ class Measured:
     prefill: float = 0.0
     decode: float = 0.0
     time_saved: float = 0.0
+    first_token_ms: float = 0.0
+    token_ms: float = 0.0
     perplexity: float = math.nan
     agreement: float = math.nan
     refused: str = ""
@@ -59,19 +68,23 @@ class Measured:
 
 def run(request: Request, *, out: TextIO | None = None) -> None:
     """Measure all variants and show them on rank 0."""
-    found, ranks = measure(request)
+    found = measure(request)
     if found is None:
         return
     out = out or sys.stdout
     if request.as_json:
-        out.write(json.dumps({"variants": [asdict(m) for m in found], "ranks": ranks}, indent=1) + "\n")
+        out.write(json.dumps(found, indent=1) + "\n")
     else:
-        out.write("\n".join(table(found)) + "\n\n" + "\n".join(rank_lines(ranks)) + "\n")
+        out.write(
+            "\n".join(table(found["variants"])) + "\n\n" + "\n".join([*map(rank_line, found["ranks"]), "", *found["analysis"]]) + "\n"
+        )
     out.flush()
 
 
-def measure(request: Request) -> tuple[list[Measured] | None, list[dict[str, Any]]]:
-    """Every variant, and where each rank's memory is in the plain model; on rank 0, (None, []) elsewhere. All ranks call it."""
+def measure(request: Request) -> dict[str, Any] | None:
+    """Every variant, where each rank's memory and time are in the plain model, and what that means; on rank 0, None elsewhere. All ranks
+    call it.
+    """
     session = Session(request)
     if session.layout.dp > 1:
         raise ConfigError(f"{session.layout.dp} copies of the model", why="one is measured", fix="Start tp x pp processes.")
@@ -79,7 +92,8 @@ def measure(request: Request) -> tuple[list[Measured] | None, list[dict[str, Any
     plain: Tensor | None = None
     found: list[Measured] = []
     ranks: list[dict[str, Any]] = []
-    for number, variant in enumerate(VARIANTS):
+    variants = VARIANTS + (ON_A_GPU if session.world.device.type == "cuda" else ())
+    for number, variant in enumerate(variants):
         asked = replace(request, **variant)
         if number:
             del session.stage
@@ -101,7 +115,20 @@ def measure(request: Request) -> tuple[list[Measured] | None, list[dict[str, Any
         )
         if number == 0:
             ranks = _ranks(session, one)
-    return (found, ranks) if session.world.rank == 0 else (None, [])
+    memory = session.memory()
+    session.close()
+    if session.world.rank != 0:
+        return None
+    listed = [asdict(m) for m in found]
+    return {
+        "model": str(session.model.path),
+        "layout": {"processes": session.world.size, "tp": session.layout.tp, "pp": session.layout.pp},
+        "dtype": session.config.train.precision,
+        "device": "cpu" if session.world.device.type == "cpu" else torch.cuda.get_device_name(),
+        "variants": listed,
+        "ranks": ranks,
+        "analysis": analyse(ranks, listed, model=memory["model"]),
+    }
 
 
 def _name(variant: dict[str, Any]) -> str:
@@ -135,7 +162,7 @@ def _one(session: Session, windows: Tensor, name: str, plain: Tensor | None) -> 
     times = session.times
     session.text.stop = stop
     decode = times.decoded / times.decode if times.decode else (time.perf_counter() - before)
-    sizes = _largest([weight_bytes(stage.model), cache_bytes, peak(stage.device)], device=stage.device)
+    sizes = _largest([session.memory()["held"], cache_bytes, peak(stage.device)], device=stage.device)
     return (
         Measured(
             name=name,
@@ -144,6 +171,8 @@ def _one(session: Session, windows: Tensor, name: str, plain: Tensor | None) -> 
             peak=sizes[2],
             prefill=prefill,
             decode=decode,
+            first_token_ms=1e3 * times.prefill,
+            token_ms=1e3 / decode,
             perplexity=math.exp(min(700.0, float(sums[0]) / places)),
             agreement=float(sums[1]) / places,
         ),
@@ -180,22 +209,34 @@ def _largest(values: list[int], *, device: torch.device) -> list[int]:
 
 
 def _ranks(session: Session, one: Measured) -> list[dict[str, Any]]:
-    """Where each rank's memory is, and what several ranks hold alike."""
+    """Where each rank's memory and a token's time are, and what several ranks hold alike."""
     stage, layout = session.stage, session.layout
     twice = 0
-    from toolkit.model.init import named_weights
-
     spec = session.config.model.spec
     for weight, parameter in named_weights(stage.model, spec):
         whole_on_all = weight.cut.dim is None and layout.tp > 1 and stage.at.tp > 0
         second_end = layout.pp > 1 and stage.last and weight.name == spec.before[0].name and spec.tied
         twice += parameter.nbytes if whole_on_all or second_end else 0
+    with stage.messages.measured() as seconds:
+        session.generate([list(range(8))])
+    times = session.times
+    passes, total = 1 + times.decoded, times.prefill + times.decode
+    token: dict[str, float] = {kind: 1e3 * seconds.get(kind, 0.0) / passes for kind in KINDS}
+    cache = stage.cache(batch=1, length=8 + DECODED)
+    with torch.no_grad():
+        stage.forward(torch.zeros((1, 8), dtype=torch.int64, device=stage.device), cache)
     mine = {
         "rank": session.world.rank,
         "stage": stage.at.pp,
         "weights": weight_bytes(stage.model),
         "held_by_others_too": twice,
+        "kv": cache.nbytes,
+        "kv_unused": round(cache.nbytes * DECODED / (8 + DECODED)),
+        "fragmented": fragmented(stage.device),
+        "read": session.read_bytes,
         "peak": peak(stage.device),
+        "free": free(stage.device),
+        "token_ms": {"compute": 1e3 * total / passes - sum(token.values()), **token},
     }
     if session.world.size == 1:
         return [mine]
@@ -204,34 +245,18 @@ def _ranks(session: Session, one: Measured) -> list[dict[str, Any]]:
     return everyone
 
 
-def table(found: list[Measured]) -> list[str]:
+def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """As Markdown."""
     lines = [
         "| | weights MB | KV MB | memory saved | peak MB | prefill tok/s | decode tok/s | time saved | perplexity | agreement |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for m in found:
-        if m.refused:
-            lines.append(f"| {m.name} | refused: {m.refused} | | | | | | | | |")
+        if m["refused"]:
+            lines.append(f"| {m['name']} | refused: {m['refused']} | | | | | | | | |")
             continue
         lines.append(
-            f"| {m.name} | {m.weights / 1e6:.1f} | {m.cache / 1e6:.2f} | {m.memory_saved:.0f} % | {m.peak / 1e6:.0f} | {m.prefill:.0f} "
-            f"| {m.decode:.1f} | {m.time_saved:.0f} % | {m.perplexity:.3f} | {100 * m.agreement:.1f} % |"
-        )
-    return lines
-
-
-def rank_lines(ranks: list[dict[str, Any]]) -> list[str]:
-    """One line for each rank, and the change that would help most where one is fuller than others."""
-    lines = [
-        f"rank {r['rank']} (stage {r['stage']}): weights {r['weights'] / 1e6:.1f} MB, of which other ranks hold "
-        f"{r['held_by_others_too'] / 1e6:.1f} MB too; peak {r['peak'] / 1e6:.0f} MB"
-        for r in ranks
-    ]
-    fullest, emptiest = max(ranks, key=lambda r: r["weights"]), min(ranks, key=lambda r: r["weights"])
-    if fullest["weights"] > 1.1 * emptiest["weights"]:
-        lines.append(
-            f"rank {fullest['rank']} holds {fullest['weights'] / max(1, emptiest['weights']):.2f} times the weights of rank "
-            f"{emptiest['rank']}: the embedding is on the end stages; parallel.tp shares it out"
+            f"| {m['name']} | {m['weights'] / 1e6:.1f} | {m['cache'] / 1e6:.2f} | {m['memory_saved']:.0f} % | {m['peak'] / 1e6:.0f} "
+            f"| {m['prefill']:.0f} | {m['decode']:.1f} | {m['time_saved']:.0f} % | {m['perplexity']:.3f} | {100 * m['agreement']:.1f} % |"
         )
     return lines

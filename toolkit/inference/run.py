@@ -9,13 +9,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from toolkit.inference.plan import plan
 from toolkit.inference.request import Request
 from toolkit.inference.source import Model, open_model
 from toolkit.inference.text import Text, TextStream
 from toolkit.parallel.rules import GenerationCase, generation_violations, refuse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from toolkit.arch.spec import WeightSpec
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +57,7 @@ class Session:
         from toolkit.parallel.agree import everywhere
 
         stages: list[Stage] = []
+        self.read_bytes = 0
         names = ("weights", "kv", "grow", "prune", "offload")
         savings = Savings(**{name: getattr(request, name) for name in names})
         files = ExitStack()
@@ -59,6 +65,12 @@ class Session:
         def load() -> None:
             read = files.enter_context(self.model.weights(self.config.model.spec))
             tp, rank = self.layout.tp, self.at.tp
+
+            def read_part(weight: WeightSpec) -> Tensor:
+                part = read(weight, tp=tp, rank=rank)
+                self.read_bytes += part.nbytes if self.model.cuts else weight.count * part.itemsize
+                return part
+
             with self._memory("its weights"):
                 stages.append(
                     Stage(
@@ -66,7 +78,7 @@ class Session:
                         self.layout,
                         rank=self.world.rank,
                         device=self.world.device,
-                        read=lambda weight: read(weight, tp=tp, rank=rank),
+                        read=read_part,
                         savings=savings,
                     )
                 )

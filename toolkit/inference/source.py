@@ -35,7 +35,8 @@ class Read(Protocol):
 class Model:
     """A model to generate with. precision: its weights are stored in it, or were trained in it; foreign: its tokenizer decides which
     special tokens a prompt starts with, as it does elsewhere; files: tokenizer and generation settings by name; tokenizer: what
-    data.tokenizer says in the config of the run that trained it; config: that run's, whole; by_part: weights can be read one by one.
+    data.tokenizer says in the config of the run that trained it; config: that run's, whole; by_part: weights can be read one by one;
+    cuts: a rank reads its own part of a weight alone, not the whole one.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class Model:
     weights: Callable[[ModelSpec], Any]
     config: Mapping[str, Any] | None = None
     by_part: bool = True
+    cuts: bool = True
 
 
 def open_model(path: Path) -> Model:
@@ -135,6 +137,7 @@ def _foreign(path: Path) -> Model:
         files=source.files,
         tokenizer=None,
         weights=lambda spec: _from_source(source, spec),
+        cuts=False,
         by_part=not isinstance(source.tensors, Held) or isinstance(source.tensors, Pickled),
     )
 

@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from toolkit.model.cache import KeyValueCache
+from toolkit.model.messages import Messages
 from toolkit.model.streaming import LayerStream
 
 Norm = Callable[[Tensor], Tensor]
@@ -28,11 +29,12 @@ class Decoder:
     vocab: ids that the model knows; logits of rows that only pad the vocabulary are left out.
     """
 
-    def __init__(self, modules: Any, *, vocab: int) -> None:
-        self.modules, self.vocab = modules, vocab
+    def __init__(self, modules: Any, *, vocab: int, messages: Messages) -> None:
+        self.modules, self.vocab, self.messages = modules, vocab, messages
         self.tp = parallel_state.get_tensor_model_parallel_world_size()
         self.group = parallel_state.get_tensor_model_parallel_group()
-        self.layers = [Layer(layer, group=self.group if self.tp > 1 else None) for layer in modules.decoder.layers]
+        group = self.group if self.tp > 1 else None
+        self.layers = [Layer(layer, group=group, messages=messages) for layer in modules.decoder.layers]
         self.norm = norm_of(modules.decoder.final_layernorm) if modules.post_process else None
         tied = modules.share_embeddings_and_output_weights and modules.pre_process
         self.output: Any = None
@@ -56,7 +58,7 @@ class Decoder:
         found = (table.qdata[local] * table.scale.reshape(rows, 1)[local]).to(table.dtype)
         if self.tp > 1:
             found = found * mine[..., None]
-            dist.all_reduce(found, group=self.group)
+            self.messages.run("tensor", lambda: dist.all_reduce(found, group=self.group))
         return found + embedding.position_embeddings(positions) if embedding.add_position_embedding else found
 
     def hidden(self, x: Tensor, cache: KeyValueCache) -> Tensor:
@@ -73,7 +75,7 @@ class Decoder:
         out = linear(self.norm(x), self.output.weight, None)
         if self.tp > 1:
             parts = [torch.empty_like(out) for _ in range(self.tp)]
-            dist.all_gather(parts, out, group=self.group)
+            self.messages.run("tensor", lambda: dist.all_gather(parts, out, group=self.group))
             out = torch.cat(parts, dim=-1)
         return out[..., : self.vocab].float()
 
@@ -81,8 +83,9 @@ class Decoder:
 class Layer:
     """One transformer layer. group: tensor-parallel ranks to sum over, None for one."""
 
-    def __init__(self, layer: Any, *, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, layer: Any, *, group: dist.ProcessGroup | None, messages: Messages) -> None:
         attention, mlp = layer.self_attention, layer.mlp
+        self.messages = messages
         self.number: int = layer.layer_number
         self.group = group
         self.groups: int = attention.num_query_groups_per_partition
@@ -136,7 +139,7 @@ class Layer:
         if self.group is None:
             return linear(x, layer.weight, layer.bias)
         out = linear(x, layer.weight, None)
-        dist.all_reduce(out, group=self.group)
+        self.messages.run("tensor", lambda: dist.all_reduce(out, group=self.group))
         return out if layer.bias is None else out + layer.bias
 
 

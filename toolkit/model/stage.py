@@ -17,6 +17,7 @@ from toolkit.model.build import DTYPES, build_chunks
 from toolkit.model.cache import KeyValueCache
 from toolkit.model.cache_offload import OffloadedCache
 from toolkit.model.forward import Decoder
+from toolkit.model.messages import Kind, Messages
 from toolkit.model.savings import NO_SAVINGS, Savings, apply_savings, weight_bytes
 from toolkit.model.streaming import LayerStream
 from toolkit.parallel.layout import Coordinates, Layout
@@ -46,7 +47,8 @@ class Stage:
         (chunk,) = build_chunks(config, layout, device=device, read=read, leave=(lambda w: w.number is not None) if streamed else None)
         self.model: Any = chunk.eval().requires_grad_(False)
         assert config.model.vocab_size is not None, "a model with weights has a vocabulary"
-        self.decoder = Decoder(self.model, vocab=config.model.vocab_size)
+        self.messages = Messages(device)
+        self.decoder = Decoder(self.model, vocab=config.model.vocab_size, messages=self.messages)
         self.resident = weight_bytes(self.model)
         """Bytes of the weights that stay in memory."""
         if savings.offload != "none":
@@ -104,15 +106,17 @@ class Stage:
             hidden = self.decoder.embed(tokens, positions)
         else:
             hidden = torch.empty((b, s, self.config.model.hidden_size), dtype=self.dtype, device=self.device)
-            dist.recv(hidden, src=self.before)
+            self.messages.run("waiting", lambda: dist.recv(hidden, src=self.before))
         hidden = self.decoder.hidden(hidden, cache)
         cache.advance(s)
         if not self.last:
-            dist.send(hidden.contiguous(), dst=self.behind)
+            self.messages.run("pipeline", lambda: dist.send(hidden.contiguous(), dst=self.behind))
             return None
         return self.decoder.logits(hidden) if everywhere else self.decoder.logits(hidden[:, -1:])[:, 0]
 
     def share(self, tokens: Tensor) -> None:
         """Give the tokens that the last stage's first rank chose to every rank of this copy of the model, in place."""
         if not self.alone:
-            dist.broadcast(tokens, src=self.head, group=parallel_state.get_model_parallel_group())
+            kind: Kind = "tensor" if self.layout.pp == 1 else "pipeline" if self.last else "waiting"
+            group = parallel_state.get_model_parallel_group()
+            self.messages.run(kind, lambda: dist.broadcast(tokens, src=self.head, group=group))

@@ -11,15 +11,19 @@ from toolkit.errors import DataError
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="run folders, folders that toolkit tune wrote, or tune.json files")],
+    runs: Annotated[list[Path] | None, typer.Argument(help="run folders, folders that toolkit tune wrote, or tune.json files")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="the HTML file to write")] = Path("report.html"),
+    inference: Annotated[Path | None, typer.Option(help="what toolkit bench-inference --json wrote: a section on generating")] = None,
 ) -> None:
     """Show runs, their profiles and rankings as one HTML file that opens offline."""
     from toolkit.files import write_durably
+    from toolkit.report.inference import read_bench
     from toolkit.report.page import page
     from toolkit.runfolder.read import read_runs
 
-    text = page(read_runs(runs))
+    if not runs and inference is None:
+        raise DataError("there is nothing to show", fix="Name a run folder, or --inference FILE.")
+    text = page(read_runs(runs) if runs else [], bench=read_bench(inference) if inference is not None else None)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_durably(out, text)

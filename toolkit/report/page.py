@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
+from typing import Any
 
-from toolkit.report import hosts, memory, runs, times
+from toolkit.report import hosts, inference, memory, runs, times
 from toolkit.report.headline import headline
 from toolkit.report.svg import tag
 from toolkit.runfolder.read import RunFolder
@@ -15,11 +16,11 @@ from toolkit.runfolder.read import RunFolder
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
-def page(folders: Sequence[RunFolder], *, title: str = "") -> str:
-    """The whole report as HTML."""
-    name = title or ", ".join(run.name for run in folders)
+def page(folders: Sequence[RunFolder], *, title: str = "", bench: Mapping[str, Any] | None = None) -> str:
+    """The whole report as HTML. bench: what toolkit bench-inference measured."""
+    name = title or ", ".join(run.name for run in folders) or "Generating"
     heads = "".join((tag("h3", escape(run.name)) if len(folders) > 1 else "") + text for run in folders if (text := headline(run)))
-    sections = [("overview", "Runs", heads + runs.side_by_side(folders) + _notes(folders))]
+    sections = [("overview", "Runs", heads + runs.side_by_side(folders) + _notes(folders))] if folders else []
     if any(run.metrics for run in folders):
         sections.append(("training", "Training", runs.curves(folders)))
     profiled = [run for run in folders if run.profile]
@@ -46,6 +47,8 @@ def page(folders: Sequence[RunFolder], *, title: str = "") -> str:
             sections.append(
                 (f"tune-{run.name}", f"Plans of toolkit tune in {run.name}", tag("div", runs.ranking(run.tune), class_="block"))
             )
+    if bench is not None:
+        sections.append(("inference", "Generating", inference.section(bench)))
     links = "".join(tag("a", escape(head), href=f"#{_anchor(anchor)}") for anchor, head, _ in sections)
     main = "".join(tag("section", tag("h2", escape(head)) + body, id=_anchor(anchor)) for anchor, head, body in sections)
     style, script = (files("toolkit.report").joinpath(part).read_text(encoding="utf-8") for part in ("page.css", "page.js"))
