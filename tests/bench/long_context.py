@@ -183,11 +183,11 @@ def logits() -> str:
         config, _ = prepare(parse_config({"model": model, "zero": {"stage": 1}, "train": train}), parse_hardware("h200-141gb:1"))
         jobs.append(Job(config=config, world=1, rank=0, steps=1, hardware="h200-141gb:1"))
     whole, pieces = run(jobs)
-    rows = ["| loss | GiB at the peak | of it logits and their input | at the peak runs |", "|---|---|---|---|"]
+    rows = ["| loss | GiB at the peak | which is in |", "|---|---|---|"]
     for name, answer in (("whole", whole), ("in pieces", pieces)):
-        peak = answer["step"]["peak"]
-        kept = peak["parts"].get("logits", 0) / GIB
-        rows.append(f"| {name} | {answer['allocated'] / GIB:.1f} | {kept:.1f} | `{peak['operator']}` |")
+        module = answer["step"]["peak"]["module"]
+        where = "the loss" if module in ("", "model") else f"`{module}`"
+        rows.append(f"| {name} | {answer['allocated'] / GIB:.1f} | {where} |")
     return "\n".join(rows)
 
 
