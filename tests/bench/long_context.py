@@ -156,7 +156,8 @@ def measured() -> str:
     cores = len(os.sched_getaffinity(0))
     return "\n".join(
         [
-            f"On {cores} cores with one thread a process, the fastest of {TRIES} tries; the last column is against the row above.",
+            f"On {cores} cores with one thread a process, the fastest of {TRIES} tries; the last column is against the row",
+            "above.",
             "",
             "| what | CPU time | against |",
             "|---|---|---|",
