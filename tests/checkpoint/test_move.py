@@ -52,14 +52,14 @@ CHAINS: dict[str, tuple[dict[str, Any], list[tuple[int, dict[str, Any]]]]] = {
             leg(2, 3),
             leg(2, 1, **TP, parallel__sequence_parallel=True),
             leg(4, 1, **PP, parallel__vpp=2),
-            leg(4, 2, **TP),
+            leg(4, 2, **TP, parallel__cp=2),
             leg(1, 0),
             leg(2, 3, **CPU, zero__offload_param="cpu"),
             leg(4, 3, **TP, **PP, zero__deepspeed={"zero_optimization": {"sub_group_size": 3000}}),
             leg(2, 0),
         ],
     ),
-    "tied": ({"model.tie_embeddings": True}, [leg(2, 2, **PP), leg(2, 3, **TP), leg(4, 1, **PP), leg(2, 1, **CPU)]),
+    "tied": ({"model.tie_embeddings": True}, [leg(2, 2, **PP), leg(2, 3, **TP), leg(4, 1, **PP, parallel__cp=2), leg(2, 1, **CPU)]),
     "gpt": (
         {"model.family": "gpt", "model.num_query_groups": 4, "model.qk_layernorm": True, "model.vocab_multiple": 6},
         [leg(2, 3), leg(4, 1, **TP, **PP), leg(2, 2)],
@@ -91,7 +91,7 @@ def run(pool: Pool, folder: Path, base: dict[str, Any], one: tuple[int, dict[str
     return pool.run(TRAIN, world, config_of(folder, keys, steps=steps, checkpoint={"every": LEG, "keep": 99}), deadline_s=300)[0]
 
 
-@pytest.mark.parametrize("chain", [pytest.param(c, marks=[pytest.mark.all_cells] if c == "nvme" else []) for c in CHAINS])
+@pytest.mark.parametrize("chain", [pytest.param(c, marks=[pytest.mark.all_cells] if c in ("nvme", "context") else []) for c in CHAINS])
 def test_a_run_that_moves(chain: str, pool: Pool, tmp_path: Path, compiled: Callable[[dict[str, Any]], None]) -> None:
     base, legs = CHAINS[chain]
     for _, keys in legs:

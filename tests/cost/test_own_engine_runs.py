@@ -32,7 +32,6 @@ ALWAYS = (
     "llama-muon-tp2-dp2-sp-zero1-qknorm",
     "llama-sgd-tp2-dp2-zero2",
     "llama-cp2-allgather-dp2-zero2-qknorm",
-    "llama-pp2-zero2-tied-pieces",
 )
 
 
@@ -52,7 +51,7 @@ def grid() -> list[Cell]:
 
     hpZ under a pipeline is left out too: its first stages hold the second partition of weights that are kept whole anyway.
     """
-    every = [*cells.llama(), *cells.cover(), *cells.extras(), *cells.context_cover()]
+    every = [*cells.llama(), *cells.cover(), *cells.extras(), *cells.context_cover(), *cells.long_context()]
     return [
         c
         for c in every

@@ -19,7 +19,7 @@ MESSAGES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("exchange", MESSAGES)
-@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("groups", [pytest.param(4, marks=pytest.mark.all_cells), 2])
 def test_a_step_moves_the_least(pool: Pool, exchange: str, groups: int) -> None:
     cp = 4
     raw = _context(cp, cp, exchange, 0, model__num_query_groups=groups).raw()

@@ -75,8 +75,20 @@ def alone(folder: Any, raw: dict[str, Any]) -> reference.Truth:
     return truth
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("model", "packing"), [("llama", "concat"), ("gpt2", "best_fit")])
+# each model on one process, and each layout of several with one of them
+SPARE = {("llama", "tp2-pp2-zero2"), ("gpt2", "dp2-zero3")}
+
+
+def _parameters() -> list[Any]:
+    models = (("llama", "concat"), ("gpt2", "best_fit"))
+    return [
+        pytest.param(m, packing, layout, id=f"{m}-{packing}-{layout}", marks=[pytest.mark.all_cells] if (m, layout) in SPARE else [])
+        for layout in LAYOUTS
+        for m, packing in models
+    ]
+
+
+@pytest.mark.parametrize(("model", "packing", "layout"), _parameters())
 def test_each_document_is_alone(
     model: str,
     packing: str,

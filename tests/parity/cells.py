@@ -205,13 +205,10 @@ def extras() -> list[Cell]:
         Cell(2, {"model.family": "qwen3", "model.head_dim": 16, "parallel.pp": 2, "zero.stage": 2}),
         Cell(4, sp | {"model.family": "qwen3", "model.head_dim": 16, "parallel.pp": 2, "zero.stage": 3}),
     ]
-    apart, pieces = {"data.document_mask": True}, {"train.chunked_loss": "always"}
+    apart = {"data.document_mask": True}
     documents = [
-        Cell(2, apart | {"zero.stage": 2, "model.family": "gpt"}),  # learned positions begin again
         # a stage in the middle, which reads no tokens, must know where documents end
-        Cell(3, apart | THREES | {"parallel.pp": 3, "zero.stage": 3, "train.recompute": "full"} | ON_HOST | batches(1, 3, 3)),
-        # the loss in pieces with a tied weight on two stages
-        Cell(2, pieces | {"parallel.pp": 2, "zero.stage": 2, "model.tie_embeddings": True} | batches(1, 2, 2)),
+        Cell(3, apart | THREES | ON_HOST | {"parallel.pp": 3, "zero.stage": 3, "train.recompute": "full"} | batches(1, 3, 3)),
     ]
     return [Cell(4, hpz), Cell(4, hpz | {"parallel.pp": 2}), *compiled, *biases, *overlapped, *uneven, *families, *optimizers(), *documents]
 
@@ -281,23 +278,24 @@ def context_cover() -> list[Cell]:
     apart = {"data__document_mask": True}
     return [
         _context(2, 2, "allgather", 1),
-        _context(2, 2, "ulysses", 3, **apart, model__family="gpt"),
         _context(3, 3, "ring", 2, **apart),
-        _context(4, 4, "ulysses", 1, model__num_query_groups=2, train__precision="bf16"),  # more ranks than key/value heads
-        _context(4, 2, "allgather", 3, **pp, **apart, model__tie_embeddings=True),
+        _context(4, 4, "ulysses", 1, model__num_query_groups=2),  # more ranks than key/value heads
+        _context(4, 2, "allgather", 3, **pp, parallel__vpp=2, **apart, model__tie_embeddings=True),
         _context(4, 2, "ring", 0, **sp, train__chunked_loss="always"),
-        _context(4, 2, "ring", 3, **pp, parallel__vpp=2, train__recompute="selective"),
         _context(4, 2, "allgather", 2, model__qk_layernorm=True),  # beside two data-parallel ranks
     ]
 
 
-@functools.cache
 def long_context() -> list[Cell]:
-    """What only `make parity` runs of context parallelism, documents kept apart and the loss in pieces: the grid, and each with more."""
+    """What only `make parity` runs of context parallelism, documents kept apart and the loss in pieces, beside the grid of context()."""
     sp = {"parallel.tp": 2, "parallel.sequence_parallel": True}
     apart, pieces = {"data.document_mask": True}, {"train.chunked_loss": "always"}
     return [
-        *context(),
+        Cell(2, apart | {"zero.stage": 2, "model.family": "gpt"}),  # learned positions begin again
+        Cell(2, pieces | {"parallel.pp": 2, "zero.stage": 2, "model.tie_embeddings": True} | batches(1, 2, 2)),
+        _context(2, 2, "ulysses", 3, **{"data__document_mask": True}, model__family="gpt"),
+        _context(4, 4, "ulysses", 1, model__num_query_groups=2, train__precision="bf16"),
+        _context(4, 2, "ring", 3, parallel__pp=2, parallel__vpp=2, train__recompute="selective"),
         _context(4, 4, "allgather", 2, train__recompute="full", train__precision="fp16"),
         _context(2, 2, "allgather", 2, zero__offload_optimizer="cpu"),
         _context(2, 2, "ulysses", 3, zero__offload_optimizer="cpu", zero__offload_param="cpu", train__precision="bf16"),

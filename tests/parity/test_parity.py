@@ -84,7 +84,7 @@ def _versions() -> dict[str, str]:
 def _parameters() -> list[Any]:
     """Each cell of the grid once; what is not among those of every test run is left to `make parity`."""
     default = {c.id for c in cells.always()}
-    every = {c.id: c for c in (*cells.llama(), *cells.extras(), *cells.long_context(), *cells.always())}
+    every = {c.id: c for c in (*cells.llama(), *cells.extras(), *cells.context(), *cells.long_context(), *cells.always())}
     return [pytest.param(c, id=c.id, marks=[] if c.id in default else [pytest.mark.all_cells]) for c in every.values()]
 
 

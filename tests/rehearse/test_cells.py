@@ -36,7 +36,7 @@ def features(cell: Cell) -> set[tuple[Any, ...]]:
     }
     cp = k.get("parallel.cp", 1)
     alone = {  # what no ZeRO stage does otherwise
-        "exchange": (k.get("parallel.cp_exchange"), cell.world // (tp * pp * cp) > 1, cell.precision == "fp32") if cp > 1 else None,
+        "exchange": (k.get("parallel.cp_exchange"), cell.world // (tp * pp * cp) > 1),
         "documents": (k.get("data.document_mask"), cp > 1),
         "pieces": k.get("train.chunked_loss"),
     }
