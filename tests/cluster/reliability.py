@@ -22,11 +22,13 @@ BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 HEAD = "| fault | what the user sees | exit code | detect, s | recover, s | of it start, s | steps lost |\n|---|---|---|---|---|---|---|\n"
 
 
-def outlive(fault: Fault, hosts: TwoHosts, config: Path, expected: Mapping[int, float], *, lost_after_s: float) -> str:
-    """Let a fault strike a run, hold the run to what the fault's data say, and return its row."""
+def outlive(
+    fault: Fault, hosts: TwoHosts, config: Path, expected: Mapping[int, float], *, lost_after_s: float, words: tuple[str, ...] = ()
+) -> str:
+    """Let a fault strike a run, hold the run to what the fault's data say, and return its row; words: more options of the run."""
     undo = fault.before(hosts) if fault.before else None
     try:
-        run = Elastic(hosts, config, fault.id, "--min-nodes", "1", *fault.words, lost_after_s=lost_after_s)
+        run = Elastic(hosts, config, fault.id, "--min-nodes", "1", *fault.words, *words, lost_after_s=lost_after_s)
         fault.strike(run)
         code = run.finish()
     finally:

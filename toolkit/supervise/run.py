@@ -96,6 +96,7 @@ class Supervisor:
         folders = claim(self.config, will_save=True)
         try:
             if last := self._last_step():
+                log.info("the supervisor was started again: going on from the newest checkpoint")
                 self.recovery = Recovery(at=_now(), reason="the supervisor was started again", hosts=0, layout="", last_step=last)
             self._look()
             return self._loop()
