@@ -168,9 +168,12 @@ def another_version(hosts: TwoHosts) -> Callable[[], None]:
 
 
 def fill_disk(run: Elastic) -> None:
-    """What host-b's rank writes fails after 4 KB, as it does where a disk or a quota is full."""
+    """What a rank other than 0 writes fails after 4 KB, as it does where a disk or a quota is full: its part of a checkpoint."""
     run.wait_for_step(AT)
-    run.ranks("host-b")[0].rlimit(psutil.RLIMIT_FSIZE, (4096, 4096))
+    (rank,) = [one for host in ("host-a", "host-b") for one in run.ranks(host) if one.environ().get("RANK") == "1"][:1] or run.ranks(
+        "host-c"
+    )
+    rank.rlimit(psutil.RLIMIT_FSIZE, (4096, 4096))
 
 
 PIPELINE = ("parallel.pp=3",)

@@ -50,7 +50,12 @@ def _row(fault: Fault, said: str, code: int, run: Elastic) -> str:
     worst = max(run.recoveries, key=lambda r: sum(r.seconds.values()), default=None)
     seconds = worst.seconds if worst else {}
     rest = sum(seconds.get(phase, 0.0) for phase in ("tear down", "plan", "start", "load", "first step"))
-    figures = [f"{seconds['detect']:.1f}", f"{rest:.1f}", f"{seconds.get('start', 0.0):.1f}"] if worst else ["", "", ""]
+    # nobody saw when a supervisor died
+    figures = (
+        [f"{seconds['detect']:.1f}" if "detect" in seconds else "", f"{rest:.1f}", f"{seconds.get('start', 0.0):.1f}"]
+        if worst
+        else ["", "", ""]
+    )
     lost = max((r.steps_lost for r in run.recoveries), default=0)
     said = said.replace(str(run.config.parent), "…").replace("|", "/")
     return f"| {fault.title} | `{said}` | {code} | {' | '.join(figures)} | {lost} |"
