@@ -104,13 +104,13 @@ class Elastic:
     def step(self) -> int:
         return max(losses(self.run), default=0)
 
-    def wait_for(self, happened: Callable[[], Any], what: str, *, deadline_s: float = 240) -> None:
+    def wait_for(self, happened: Callable[[], Any], what: str, *, deadline_s: float = 240, look_every_s: float = 0.02) -> None:
         """Return once something has happened; fail where the run ends before it, or the deadline passes."""
         end = time.monotonic() + deadline_s
         while not happened():
             assert self.process.poll() is None, f"the run ended before {what}:\n{self.output}"
             assert time.monotonic() < end, f"no {what} within {deadline_s} s:\n{self.output}"
-            time.sleep(0.02)
+            time.sleep(look_every_s)
 
     def wait_for_step(self, step: int) -> None:
         self.wait_for(lambda: self.step >= step, f"step {step}")
@@ -122,7 +122,7 @@ class Elastic:
         except subprocess.TimeoutExpired:
             self.hosts.kill_all()
             self.process.kill()
-            pytest.fail(f"the run did not end within {deadline_s} s:\n{self.output}")
+            raise AssertionError(f"the run did not end within {deadline_s} s:\n{self.output}") from None
 
     @property
     def recoveries(self) -> Sequence[Recovery]:

@@ -22,11 +22,13 @@ BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 HEAD = "| fault | what the user sees | exit code | detect, s | recover, s | of it start, s | steps lost |\n|---|---|---|---|---|---|---|\n"
 
 
-def outlive(fault: Fault, hosts: TwoHosts, config: Path, expected: Mapping[int, float], *, lost_after_s: float) -> str:
-    """Let a fault strike a run, hold the run to what the fault's data say, and return its row."""
+def outlive(
+    fault: Fault, hosts: TwoHosts, config: Path, expected: Mapping[int, float], *, lost_after_s: float, words: tuple[str, ...] = ()
+) -> str:
+    """Let a fault strike a run, hold the run to what the fault's data say, and return its row; words: more options of the run."""
     undo = fault.before(hosts) if fault.before else None
     try:
-        run = Elastic(hosts, config, fault.id, "--min-nodes", "1", *fault.words, lost_after_s=lost_after_s)
+        run = Elastic(hosts, config, fault.id, "--min-nodes", "1", *fault.words, *words, lost_after_s=lost_after_s)
         fault.strike(run)
         code = run.finish()
     finally:
@@ -48,7 +50,12 @@ def _row(fault: Fault, said: str, code: int, run: Elastic) -> str:
     worst = max(run.recoveries, key=lambda r: sum(r.seconds.values()), default=None)
     seconds = worst.seconds if worst else {}
     rest = sum(seconds.get(phase, 0.0) for phase in ("tear down", "plan", "start", "load", "first step"))
-    figures = [f"{seconds['detect']:.1f}", f"{rest:.1f}", f"{seconds.get('start', 0.0):.1f}"] if worst else ["", "", ""]
+    # nobody saw when a supervisor died
+    figures = (
+        [f"{seconds['detect']:.1f}" if "detect" in seconds else "", f"{rest:.1f}", f"{seconds.get('start', 0.0):.1f}"]
+        if worst
+        else ["", "", ""]
+    )
     lost = max((r.steps_lost for r in run.recoveries), default=0)
     said = said.replace(str(run.config.parent), "…").replace("|", "/")
     return f"| {fault.title} | `{said}` | {code} | {' | '.join(figures)} | {lost} |"

@@ -28,7 +28,7 @@ from toolkit.cluster.jobs import MASTER_PORT
 from toolkit.cluster.stalls import STALLED, SUMMARY
 from toolkit.config.schema import RunConfig
 from toolkit.errors import MachineError
-from toolkit.runfolder.files import CONFIG, MACHINE
+from toolkit.runfolder.files import CONFIG, MACHINE, METRICS
 from toolkit.runfolder.metrics import read_metrics
 from toolkit.runfolder.recoveries import Recovery, add_recovery
 from toolkit.supervise.host import facts
@@ -96,6 +96,7 @@ class Supervisor:
         folders = claim(self.config, will_save=True)
         try:
             if last := self._last_step():
+                log.info("the supervisor was started again: going on from the newest checkpoint")
                 self.recovery = Recovery(at=_now(), reason="the supervisor was started again", hosts=0, layout="", last_step=last)
             self._look()
             return self._loop()
@@ -179,19 +180,24 @@ class Supervisor:
         try:
             ended = self._watch(members, phases)
         finally:
-            torn = time.monotonic()
+            torn = time.time()
             for member in members:
                 member.tell({"do": "stop"})
             for member in members:
                 member.end(lost=member.host in ended.lost)
         self.recovery = None
         if ended.code and not ended.final:
-            self._note_loss(ended, torn, names)
+            self._note_loss(ended, names, began=began, torn=torn)
         return ended
 
-    def _note_loss(self, ended: Ended, torn: float, names: Sequence[str]) -> None:
+    def _note_loss(self, ended: Ended, names: Sequence[str], *, began: float, torn: float) -> None:
         for host in ended.lost:
             self.down.add(host)
+        detect = 0.0 if ended.joining else ended.silent_s
+        with suppress(OSError):
+            stepped = (self.run / METRICS).stat().st_mtime
+            if stepped > began and not ended.joining:
+                detect = torn - stepped  # a fault strikes after the last step that all have taken
         self.recovery = Recovery(
             at=_now(),
             reason=ended.reason,
@@ -200,7 +206,7 @@ class Supervisor:
             lost=ended.lost,
             joined=[host for host in self.hosts if ended.joining and host not in names and host not in self.down],
             last_step=self._last_step(),
-            seconds={"detect": ended.silent_s, "tear down": time.monotonic() - torn},
+            seconds={"detect": detect, "tear down": time.time() - torn},
         )
 
     def _spec(self, start: Start, names: Sequence[str]) -> dict[str, Any]:
@@ -357,10 +363,10 @@ class _Phases:
         run = self.supervisor.run
         self.opened = self.opened or self._written(run / CONFIG)
         self.loaded = self.loaded or (self._written(run / MACHINE) if self.opened else 0.0)
-        records = read_metrics(run) if self.loaded and self._written(run / "metrics.jsonl") else []
-        if not records or self._written(run / "metrics.jsonl") <= self.loaded:
+        records = read_metrics(run) if self.loaded and self._written(run / METRICS) else []
+        if not records or self._written(run / METRICS) <= self.loaded:
             return
-        self.stepped = self._written(run / "metrics.jsonl")
+        self.stepped = self._written(run / METRICS)
         if self.recovery is not None:
             self.recovery.seconds |= {
                 "start": self.opened - self.began,
