@@ -276,7 +276,7 @@ def _remedies(question: Question, least: float | None) -> Iterator[str]:
             yield f"Setting zero.nvme_path to a folder on local disks of {size(plan.memory.nvme)} a node makes it fit."
     hardware, nodes = question.hardware, question.hardware.nodes
     if hardware.gpu.accelerator and (plan := _tried(question.with_host_gib(MOST_RAM_GIB))):
-        yield f"{size(plan.memory.host / HOST_SHARE)} of RAM a node makes it fit, with {layout_words(plan.workload)} (--host-gib)."
+        yield f"{plan.memory.host / HOST_SHARE / GIB:.1f} GiB of RAM a node makes it fit, with {layout_words(plan.workload)} (--host-gib)."
     while nodes < MOST_NODES:
         nodes *= 2
         if plan := _tried(replace(question, hardware=replace(hardware, nodes=nodes), max_gpus=None)):
