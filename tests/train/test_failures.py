@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import resource
 import stat
 import subprocess
 import sys
@@ -13,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoint.runs import Run
+from tests.train.conftest import Started
 from toolkit.config.load import load_config, parse_config
+from toolkit.errors import MachineError
 from toolkit.redact import hide_secrets, is_secret, redact, redact_values
 from toolkit.runfolder.files import write_run
 from toolkit.train import console as console_module
@@ -138,3 +142,13 @@ def test_an_error_that_nobody_catches_is_shown_without_secrets(tmp_path: Path) -
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "HF_TOKEN": SECRET}, capture_output=True, text=True)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and SECRET not in done.stderr and done.stderr.count("<HF_TOKEN>")
     assert callable(hide_secrets)
+
+
+def test_a_disk_that_is_full_while_steps_are_recorded_is_a_message(shared: Started, tmp_path: Path) -> None:
+    """A limit on the size of a file stands for it: only the record of steps grows to that size."""
+    words = [f"run.dir={tmp_path / 'run'}", "train.steps=60", "log.every=100", "data.workers=0"]
+    assert Run(shared.config, *words, f"run.dir={tmp_path / 'first'}").wait() == 0  # prepares the data, and its order for so many steps
+    run = Run(shared.config, *words, limits={resource.RLIMIT_FSIZE: 8192})
+    assert run.wait() == MachineError.exit_code, run.text()
+    assert "Traceback" not in run.text() and re.search(r"error: \S+metrics.jsonl cannot be written: File too large", run.text())
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) > 10

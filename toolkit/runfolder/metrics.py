@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from toolkit.errors import MachineError, ToolkitError
 from toolkit.files import write_durably
 from toolkit.runfolder.files import METRICS
 from toolkit.runfolder.pace import Pace, hours
@@ -67,6 +68,7 @@ class Metrics:
         self.steps, self.every, self.monitor = steps, every, monitor
         self.pace = Pace()
         self.file: IO[str] | None = None
+        self.error: ToolkitError | None = None  # the disk's, for all ranks to end on
         if folder is not None:
             path = folder / METRICS
             _keep_up_to(path, resumed)
@@ -79,14 +81,26 @@ class Metrics:
         self.pace.add(step_s=record.step_s, tokens_per_s=record.tokens_per_s)
         values = {k: v for k, v in asdict(record).items() if v is not None or k in _ALWAYS}
         values |= values.pop("own")
-        self.file.write(json.dumps(values, allow_nan=False) + "\n")
-        if durable:
-            os.fsync(self.file.fileno())
+        self._store(json.dumps(values, allow_nan=False), durable=durable)
         if record.step % self.every == 0 or record.step == self.steps or record.eval_loss is not None:
             log.info(step_line(record, steps=self.steps, left_s=self.left_s(record)))
         if self.monitor is not None:
             events = [(f"Train/{k}", v, record.step) for k, v in values.items() if k not in ("step", "skipped") and v is not None]
             self.monitor(events)
+
+    def _store(self, line: str, *, durable: bool) -> None:
+        if self.file is None or self.error is not None:
+            return
+        try:
+            self.file.write(line + "\n")
+            if durable:
+                os.fsync(self.file.fileno())
+        except OSError as error:
+            self.error = MachineError(
+                f"{self.file.name} cannot be written: {error.strerror}",
+                why="a step that is not recorded is lost",
+                fix="Make room there and start the run again: it goes on from its newest checkpoint.",
+            )
 
     def left_s(self, record: StepRecord) -> float | None:
         """Seconds from this step, which has been written, to the end of the run; None where that is not known, or it is the last."""
@@ -94,7 +108,8 @@ class Metrics:
 
     def close(self) -> None:
         if self.file is not None:
-            self.file.close()
+            with suppress(OSError):  # what could not be written is tried once more
+                self.file.close()
 
 
 def _keep_up_to(path: Path, step: int) -> None:

@@ -309,8 +309,8 @@ class Run:
 
     @property
     def error(self) -> ToolkitError | None:
-        """What the user's data, loss or hooks have done wrong on this rank."""
-        return self.data_error or self.loss.error or self.hooks.error
+        """What the user's data, loss, hooks or disk have done wrong on this rank."""
+        return self.data_error or self.loss.error or self.hooks.error or self.metrics.error
 
     def _end_together(self) -> None:
         """Wait for the save in flight, then raise the first error that any rank has met; all ranks
