@@ -27,7 +27,7 @@ CASES = {
     "offload stage": (["zero.offload_param=cpu"], 1, "zero.stage=3"),
     "nvme without a place": (["zero.stage=3", "zero.offload_optimizer=nvme"], 1, "zero.nvme_path"),
     "gpu layout": (["model.impl=te"], 1, "model.impl=te"),
-    "context parallel": (["parallel.cp=2"], 2, "parallel.cp=2"),
+    "context parallel": (["parallel.cp=3"], 3, "parallel.cp=3"),
 }
 
 

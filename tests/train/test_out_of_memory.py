@@ -15,7 +15,7 @@ LIMIT = 600 << 20  # bytes that the last rank may take beyond what libraries hav
 def test_the_rank_says_what_it_holds_and_what_to_set(shared: Started, tmp_path: Path) -> None:
     """The last stage has logits of 1 GiB a micro-batch, and several of them at once."""
     keys = ["parallel.pp=2", "train.seq_length=2048", "train.micro_batch_size=4", "model.max_position_embeddings=2048"]
-    keys += ["model.vocab_size=32768", f"run.dir={tmp_path / 'run'}", "data.workers=0"]
+    keys += ["model.vocab_size=32768", "train.chunked_loss=never", f"run.dir={tmp_path / 'run'}", "data.workers=0"]
     run = Run(shared.config, *keys, ranks=2, limits={resource.RLIMIT_DATA: LIMIT})
     run.wait()
     text = run.text()
