@@ -101,7 +101,7 @@ def test_the_launchers_line_for_other_hosts(words: list[str], config: str, place
 @EXAMPLES
 @given(words=st.lists(WORDS, max_size=4), name=st.text(CHARACTERS, max_size=12))
 def test_slurm_torchrun_and_kubernetes(words: list[str], name: str, place: Path) -> None:
-    from toolkit.train.commands import _plain
+    from toolkit.supervise.commands import _plain
 
     job = Job(
         config="c d.yaml", overrides=tuple(words), name=_plain(name), nodes=1, ranks_per_node=1, gpus=False, python=str(place / "python")

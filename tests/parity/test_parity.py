@@ -74,6 +74,12 @@ def suite(pool: Pool, tmp_path_factory: pytest.TempPathFactory, pytestconfig: py
         RESULTS.write_text(json.dumps({"versions": _versions(), "cells": kept | s.worst}, indent=1))
 
 
+@pytest.fixture(scope="module")
+def long_suite(pool: Pool) -> Suite:
+    """For faults that take more steps to show."""
+    return Suite(pool, "", steps=cells.STEPS)
+
+
 def _versions() -> dict[str, str]:
     import platform
     from importlib.metadata import version
@@ -132,8 +138,8 @@ MUTATIONS = [
 
 
 @pytest.mark.parametrize(("mutation", "cell"), [pytest.param(m, c, id=f"{m}-{c.id}") for m, c in MUTATIONS])
-def test_a_fault_turns_it_red(mutation: str, cell: Cell, suite: Suite) -> None:
-    loss, norm = suite.difference(cell, ranks := suite.run(cell, mutation=mutation))
+def test_a_fault_turns_it_red(mutation: str, cell: Cell, long_suite: Suite) -> None:
+    loss, norm = long_suite.difference(cell, ranks := long_suite.run(cell, mutation=mutation))
     most_loss, most_norm = BOUNDS[cell.precision]
     assert loss > most_loss or norm > most_norm or differing_replicas(ranks)
 
