@@ -49,7 +49,9 @@ def run(*words: str) -> str:
 def test_what_init_writes_is_legal_and_fits(model: str, spec: str, gpus: int) -> None:
     said = run("init", "my.yaml", "--model", model, "--hardware", spec, "--data", "text")
     config, hardware = load_config(Path("my.yaml")), parse_hardware(spec)
-    assert f"of {hardware}" in said and said.rstrip().endswith("my.yaml" if gpus > 8 else f"--num-procs {said.split(': ')[1].split()[0]}")
+    assert f"of {hardware}" in said and said.rstrip().endswith(
+        "my.yaml --hostfile hostfile" if gpus > 8 else f"--num-procs {said.split(': ')[1].split()[0]}"
+    )
     used = int(said.split(": ")[1].split()[0])
     check(config, used, machine=hardware.machine)
     spare = 0.1 * hardware.gpu.memory_gib * GIB if hardware.gpu.accelerator else 0

@@ -171,7 +171,7 @@ def test_the_written_plan_is_a_run(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan"
     code, text = _run(str(config), "parallel.tp=2", "--hardware", "h100:8x2", "--out", str(out), "--price", "2.5", "--no-what-if")
     assert code == 0, text
-    assert "cost" in text and "what if" not in text and f"--module toolkit.train {out}/run.yaml" in text
+    assert "cost" in text and "what if" not in text and f"toolkit train {out}/run.yaml --hostfile" in text
     written = load_config(out / "run.yaml")
     ranking = json.loads((out / "tune.json").read_text())
     assert written.parallel.tp == 2 and {plan["layout"]["tp"] for plan in ranking["plans"]} == {2}
