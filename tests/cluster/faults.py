@@ -162,7 +162,8 @@ def another_version(hosts: TwoHosts) -> Callable[[], None]:
     """On host-c the toolkit says that it is another one."""
     place, other = REPOSITORY / "toolkit" / "__init__.py", hosts.folder / "other.py"
     other.write_text(place.read_text() + '\n__version__ = "0.0.1"\n')
-    inside = ["nsenter", "--target", str(hosts.pids["host-c"]), "--mount"]
+    # umount reads /proc/self, which in that host names the host's own processes
+    inside = ["nsenter", "--target", str(hosts.pids["host-c"]), "--mount", "--pid"]
     subprocess.run([*inside, "mount", "--bind", str(other), str(place)], check=True)
     return lambda: subprocess.run([*inside, "umount", str(place)], check=True) and None
 
@@ -202,6 +203,8 @@ FAULTS = (
         strike=nothing,
         before=another_version,
         says=r"host host-c is left out: it has toolkit 0.0.1 instead of",
+        recoveries=0,
+        lost_steps=0,
     ),
     Fault(id="disk", title="full disk on one host", strike=fill_disk, says=r"error.*", code=2, recoveries=0),
     Fault(
