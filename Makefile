@@ -134,7 +134,7 @@ reliability: $(VENV)/.dev  ## docs/reliability.md: what an elastic run over thre
 	$(BIN)/python -m tests.cluster.reliability --write docs/reliability.md
 
 soak: $(VENV)/.dev  ## MINUTES of random faults on an elastic run over three hosts, every step compared
-	$(BIN)/python -m tests.cluster.soak --minutes $(or $(MINUTES),10)
+	$(BIN)/python -m tests.cluster.soak --minutes $(or $(MINUTES),10) --write docs/reliability.md
 
 recipes: $(VENV)/.run  ## what the estimate expects of each recipe, written into it
 	$(BIN)/python -m launch.expected

@@ -36,7 +36,7 @@ from toolkit.train import guard
 log = logging.getLogger("toolkit.train")
 
 FIRST_STEP = 3  # times longer that the first step may take: kernels compile, files are read
-ANSWER_S = 10.0  # for ranks to notice the call and write their stacks
+ANSWER_S = 10.0  # for ranks to notice the call and write their stacks; less where the user wants to know sooner
 SAMPLE_S = 0.05  # between two looks at what the rank does
 DISTRIBUTED = ("torch/distributed/distributed_c10d.py", "pipeline_parallel/p2p_communication.py")
 ROOM = f"{os.sep}toolkit{os.sep}"
@@ -75,11 +75,12 @@ class Watchdog:
 
     def __init__(self, progress: Progress, party: Party, *, seconds: float, rank: int, layout: Layout) -> None:
         self.progress, self.party, self.seconds, self.rank, self.layout = progress, party, seconds, rank, layout
+        self.answer_s = min(ANSWER_S, seconds)
         self.watched = threading.get_ident()
         self.ended = threading.Event()
         self.end: Callable[[int], None] = os._exit  # the main thread may never return to Python
         # alone, nobody waits for this rank
-        self.guard = guard.start(limit_s=2 * seconds + ANSWER_S) if len(party.hosts) > 1 else None
+        self.guard = guard.start(limit_s=2 * seconds + self.answer_s) if len(party.hosts) > 1 else None
         self.busy_s, self.waiting_s = 0.0, 0.0
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.thread.start()
@@ -157,7 +158,7 @@ class Watchdog:
         return read_reports(self.party.folder)
 
     def _until(self, done: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + ANSWER_S
+        deadline = time.monotonic() + self.answer_s
         while time.monotonic() < deadline and not done():
             guard.touch(self.guard)
             time.sleep(0.05)
