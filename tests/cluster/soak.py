@@ -26,11 +26,11 @@ from tests.cluster.elastic import EVERY, Elastic, Taken, uncut, write_config
 from tests.cluster.two_hosts import MORE_ADDRESSES, missing, two_hosts
 from toolkit.runfolder.recoveries import Recovery
 
-STEPS_A_MINUTE = 150  # more than a run takes that is struck again and again
+STEPS_A_MINUTE = 100  # more than a run takes that is struck again and again
 LOST_AFTER_S = 5.0
 WATCHDOG = "train.watchdog_s=3"
 # at the learning rate of the other tests, sums in another order grow to more than the comparison allows within a thousand steps
-LEARNING_RATE = 1.0e-4
+LEARNING_RATE = 3.0e-5
 BEYOND_START = ("detect", "tear down", "plan", "load", "first step")
 BEGIN, END = "<!-- soak: begin -->", "<!-- soak: end -->"
 HEAD = "| fault | times | detect, s | until the next step, without starting processes, s | steps lost, most |\n|---|---|---|---|---|\n"
