@@ -17,7 +17,7 @@ from typing import Any
 
 from toolkit import __version__
 from toolkit.cluster.environment import exported_variables
-from toolkit.cluster.launch import SSH_OPTIONS
+from toolkit.cluster.hosts import ssh
 from toolkit.cluster.words import NAME
 from toolkit.doctor.probe import PROTOCOL
 
@@ -48,7 +48,7 @@ class Host:
         self.lines: queue.Queue[str | None] = queue.Queue()
         self.errors = ""
         self.asked = 0
-        command = probe_words() if local else ["ssh", *SSH_OPTIONS, "-o", f"ConnectTimeout={CONNECT_S}", name, probe_line()]
+        command = probe_words() if local else [*ssh(timeout_s=CONNECT_S), name, probe_line()]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, **pipes, errors="replace")
         self.readers = [threading.Thread(target=read, daemon=True) for read in (self._read_answers, self._read_errors)]

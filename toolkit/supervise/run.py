@@ -24,6 +24,7 @@ from typing import Any
 from toolkit.checkpoint.claim import checkpoint_folder, claim
 from toolkit.checkpoint.manifest import discover
 from toolkit.cluster.environment import PLANNED, SUPERVISED, deepspeed_env_lines
+from toolkit.cluster.hosts import unreachable
 from toolkit.cluster.jobs import MASTER_PORT
 from toolkit.cluster.stalls import STALLED, SUMMARY
 from toolkit.config.schema import RunConfig
@@ -33,7 +34,7 @@ from toolkit.runfolder.metrics import read_metrics
 from toolkit.runfolder.recoveries import Recovery, add_recovery
 from toolkit.supervise.host import facts
 from toolkit.supervise.layouts import Layouts, Start
-from toolkit.supervise.member import Event, Member, Prober, reachable
+from toolkit.supervise.member import Event, Member, Prober
 
 log = logging.getLogger("toolkit.supervise")
 
@@ -131,7 +132,7 @@ class Supervisor:
 
     def _look(self) -> None:
         """Find out which hosts answer, before the first start."""
-        failed = reachable(self.hosts)
+        failed = unreachable(self.hosts)
         for host, why in failed.items():
             log.warning("host %s is left out: ssh does not reach it (%s)", host, why)
             self.down.add(host)
@@ -141,7 +142,7 @@ class Supervisor:
         began = time.monotonic()
         if len(self._there()) < self.min_nodes and self.down:
             # before giving up: some may only have been cut off for a moment
-            failed = reachable(sorted(self.down))
+            failed = unreachable(sorted(self.down))
             for host in self.down - failed.keys():
                 self._restore(host)
         there = self._there()
@@ -301,7 +302,7 @@ class Supervisor:
             time.sleep(POLL_S)
 
     def _unreachable(self, hosts: Sequence[str]) -> list[str]:
-        failed = reachable(hosts)
+        failed = unreachable(hosts)
         return [host for host in hosts if host in failed]
 
     def _other_version(self, member: Member) -> Ended | None:
