@@ -26,9 +26,11 @@ from tests.cluster.elastic import EVERY, Elastic, Taken, uncut, write_config
 from tests.cluster.two_hosts import MORE_ADDRESSES, missing, two_hosts
 from toolkit.runfolder.recoveries import Recovery
 
-STEPS_A_MINUTE = 100  # more than a run takes that is struck again and again
+STEPS_A_MINUTE = 90  # about as many as a run takes that is struck again and again
 LOST_AFTER_S = 5.0
 WATCHDOG = "train.watchdog_s=3"
+# most steps taken again, by how checkpoints are saved: beside a save that has not ended, steps go on until the next one is due
+SAVES = {"checkpoint.async_save=false": EVERY, "checkpoint.async_save=true": 2 * EVERY - 1}
 # at the learning rate of the other tests, sums in another order grow to more than the comparison allows within a thousand steps
 LEARNING_RATE = 3.0e-5
 BEYOND_START = ("detect", "tear down", "plan", "load", "first step")
@@ -64,8 +66,10 @@ def power_off(run: Elastic, host: str) -> None:
 
 
 def kill_supervisor(run: Elastic, host: str) -> None:
+    """The next one saves in the other way."""
     run.processes("host-a", "launch")[0].kill()
     run.process.wait(60)
+    run.words = (next(way for way in SAVES if way not in run.words), *run.words[1:])
     run.start()
 
 
@@ -94,9 +98,9 @@ class Outlived:
     def table(self, *, minutes: float, seed: int) -> str:
         """Markdown."""
         rows = [self._row(kind.replace("_", " "), found) for kind, found in sorted(self.recoveries.items())]
-        said = f"{self.faults} faults in {minutes:.0f} minutes (seed {seed}), {self.starts} recoveries, {self.steps} steps compared"
+        said = f"{self.faults} faults (seed {seed}, {minutes:.0f} minutes), {self.starts} recoveries, {self.steps} steps compared"
         every = self._row("**all**", [r for found in self.recoveries.values() for r in found])
-        return f"{said}: no wrong step, no hang, none lost beyond the promise of {EVERY}.\n\n{HEAD}" + "\n".join([*rows, every])
+        return f"{said}: no wrong step, no hang, and none lost beyond the promise.\n\n{HEAD}" + "\n".join([*rows, every])
 
     @staticmethod
     def _row(name: str, found: list[Recovery]) -> str:
@@ -112,21 +116,21 @@ def _spread(seconds: list[float]) -> str:
 
 
 def soak(run: Elastic, expected: dict[int, Taken], *, minutes: float, draw: random.Random) -> Outlived:
-    """Strike the run again and again for so many minutes, and compare all its steps after every recovery."""
+    """Strike the run again and again for so many minutes, or until it is almost done, and compare all its steps after every recovery."""
     outlived = Outlived()
     end = time.monotonic() + 60 * minutes
-    while time.monotonic() < end:
+    while time.monotonic() < end and run.step < len(expected) - 6 * EVERY:
         run.wait_for_step(run.step + draw.randint(1, 2 * EVERY))
         host = draw.choice([host for host in MORE_ADDRESSES if run.ranks(host)] or ["host-a"])
         kind = draw.choice(ON_FIRST_HOST if host == "host-a" else KINDS)
-        seen = len(run.recoveries)
+        seen, most = len(run.recoveries), SAVES[run.words[0]]
         _say(f"step {run.step}: {kind.__name__} on {host}")
         with suppress(psutil.NoSuchProcess):
             kind(run, host)
         run.wait_for(lambda: len(run.recoveries) > seen, f"recovery from {kind.__name__}")  # noqa: B023
         mend(run, host)
         for recovery in run.recoveries[seen:]:
-            assert recovery.steps_lost <= EVERY, f"{recovery}\n{run.output}"
+            assert recovery.steps_lost <= most, f"{recovery}\n{run.output}"
             _say(f"  {recovery.line()}")
         outlived.recoveries[kind.__name__].append(run.recoveries[seen])
         outlived.starts, outlived.steps = len(run.recoveries), run.step
@@ -154,7 +158,7 @@ def main() -> int:
         expected = uncut(config)
         (Path(folder) / "hosts").mkdir()
         with two_hosts(Path(folder) / "hosts", MORE_ADDRESSES) as hosts:
-            run = Elastic(hosts, config, "soak", WATCHDOG, "--min-nodes", "1", lost_after_s=LOST_AFTER_S)
+            run = Elastic(hosts, config, "soak", next(iter(SAVES)), WATCHDOG, "--min-nodes", "1", lost_after_s=LOST_AFTER_S)
             outlived = soak(run, expected, minutes=args.minutes, draw=random.Random(args.seed))
             hosts.kill_all()
             run.process.wait(60)
