@@ -57,6 +57,29 @@ def logits(asked: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def choices(asked: dict[str, Any]) -> list[list[float]]:
+    """Log-probability of each text that may follow a question. asked: the request's values, and "asked": (question, texts) by turns."""
+    import torch
+
+    from toolkit.inference.request import Request
+    from toolkit.inference.run import Session
+
+    asked = dict(asked)
+    questions = asked.pop("asked")
+    session = Session(Request(prompts=[], **asked))
+
+    def log_probability(question: str, answer: str) -> float:
+        before = len(session.text.encode(question, name="a question"))
+        ids = torch.tensor([session.text.encode(question + answer, name="a question with its answer")])
+        logits = session.stage.forward(ids[:, :-1], session.stage.cache(batch=1, length=ids.shape[1]), everywhere=True)
+        assert logits is not None
+        found = logits.log_softmax(-1)[0].gather(1, ids[0, 1:, None])
+        return float(found[before - 1 :].sum())
+
+    with torch.no_grad():
+        return [[log_probability(question, answer) for answer in answers] for question, answers in questions]
+
+
 def _expected(asked: dict[str, Any], session: Any) -> tuple[float, float]:
     """Bytes of weights and of keys and values of a first stage's rank, as `toolkit estimate --inference` has them."""
     from toolkit.cost.generation import Generation, generation_memory
