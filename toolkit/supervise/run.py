@@ -292,7 +292,7 @@ class Supervisor:
         ranks = ", ".join(f"rank {rank} ended with {_code(int(c))}" for rank, c in message.get("failures", {}).items())
         suspects = self._silent(members)  # the first host to report may only have noticed that another one is gone
         stalled = self._stalled_hosts()
-        reason = f"lost {_list(suspects)}" if suspects else f"on {member.host} {ranks or 'the agent failed'}"
+        reason = f"lost {_list(suspects)}" if suspects else f"on {member.host} {ranks or message.get('why') or 'the agent failed'}"
         return Ended(code, reason + (f" ({stalled})" if stalled else ""), suspects, silent_s=time.monotonic() - began)
 
     def _settle(self, members: Sequence[Member], seconds: float = 60.0) -> None:
