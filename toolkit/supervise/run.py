@@ -23,7 +23,7 @@ from typing import Any
 
 from toolkit.checkpoint.claim import checkpoint_folder, claim
 from toolkit.checkpoint.manifest import discover
-from toolkit.cluster.environment import PLANNED, SUPERVISED, deepspeed_env_lines
+from toolkit.cluster.environment import PLANNED, SUPERVISED, deepspeed_env_lines, users_variables
 from toolkit.cluster.hosts import unreachable
 from toolkit.cluster.jobs import MASTER_PORT
 from toolkit.cluster.stalls import STALLED, SUMMARY
@@ -212,7 +212,7 @@ class Supervisor:
         )
 
     def _spec(self, start: Start, names: Sequence[str]) -> dict[str, Any]:
-        environment = dict(line.split("=", 1) for line in deepspeed_env_lines())
+        environment = users_variables() or dict(line.split("=", 1) for line in deepspeed_env_lines())
         self.port = MASTER_PORT + (self.port - MASTER_PORT + 1) % 100  # the last start's may not be free again yet
         return {
             "id": secrets.token_hex(4),
