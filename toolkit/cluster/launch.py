@@ -25,7 +25,7 @@ from types import FrameType
 
 import psutil
 
-from toolkit.cluster.environment import deepspeed_env_lines, device_ids, export_environment, rank_environment
+from toolkit.cluster.environment import deepspeed_env_lines, device_ids, export_environment, rank_environment, users_variables
 from toolkit.cluster.hosts import check_reachable, read_hostfile
 from toolkit.cluster.stalls import REQUEUE, SUMMARY
 from toolkit.cluster.words import check_exports, check_host, check_place, exported_by_deepspeed, packed
@@ -200,7 +200,7 @@ def run_on_hosts(
     command = cluster_command(config_path, overrides, hostfile=hostfile, master_addr=master_addr, master_port=master_port, runner=runner)
     command.insert(1, "--no_ssh_check")
     env = launcher_environment()
-    if "DS_ENV_FILE" not in env and not any(Path(place, ".deepspeed_env").exists() for place in (".", Path.home())):
+    if "DS_ENV_FILE" not in env and not users_variables(env):
         variables = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "toolkit" / "deepspeed_env"
         export_environment(variables)
         env["DS_ENV_FILE"] = str(variables)

@@ -23,7 +23,7 @@ from typing import Any
 
 from toolkit.checkpoint.claim import checkpoint_folder, claim
 from toolkit.checkpoint.manifest import discover
-from toolkit.cluster.environment import PLANNED, SUPERVISED, deepspeed_env_lines
+from toolkit.cluster.environment import PLANNED, SUPERVISED, deepspeed_env_lines, users_variables
 from toolkit.cluster.hosts import unreachable
 from toolkit.cluster.jobs import MASTER_PORT
 from toolkit.cluster.stalls import STALLED, SUMMARY
@@ -212,7 +212,7 @@ class Supervisor:
         )
 
     def _spec(self, start: Start, names: Sequence[str]) -> dict[str, Any]:
-        environment = dict(line.split("=", 1) for line in deepspeed_env_lines())
+        environment = users_variables() or dict(line.split("=", 1) for line in deepspeed_env_lines())
         self.port = MASTER_PORT + (self.port - MASTER_PORT + 1) % 100  # the last start's may not be free again yet
         return {
             "id": secrets.token_hex(4),
@@ -292,7 +292,7 @@ class Supervisor:
         ranks = ", ".join(f"rank {rank} ended with {_code(int(c))}" for rank, c in message.get("failures", {}).items())
         suspects = self._silent(members)  # the first host to report may only have noticed that another one is gone
         stalled = self._stalled_hosts()
-        reason = f"lost {_list(suspects)}" if suspects else f"on {member.host} {ranks or 'the agent failed'}"
+        reason = f"lost {_list(suspects)}" if suspects else f"on {member.host} {ranks or message.get('why') or 'the agent failed'}"
         return Ended(code, reason + (f" ({stalled})" if stalled else ""), suspects, silent_s=time.monotonic() - began)
 
     def _settle(self, members: Sequence[Member], seconds: float = 60.0) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from toolkit.cluster.environment import SUPERVISED
 from toolkit.cluster.stalls import REQUEUE, STALLED, SUMMARY, Wait, call_all, is_called, read_reports, summary, write_report
 from toolkit.parallel.agree import everywhere
 from toolkit.parallel.group_names import group_names
@@ -79,8 +80,9 @@ class Watchdog:
         self.watched = threading.get_ident()
         self.ended = threading.Event()
         self.end: Callable[[int], None] = os._exit  # the main thread may never return to Python
-        # alone, nobody waits for this rank
-        self.guard = guard.start(limit_s=2 * seconds + self.answer_s) if len(party.hosts) > 1 else None
+        # a rank that is alone keeps nobody waiting, unless it is the last one of an elastic run
+        waited_for = len(party.hosts) > 1 or SUPERVISED in os.environ
+        self.guard = guard.start(limit_s=2 * seconds + self.answer_s) if waited_for else None
         self.busy_s, self.waiting_s = 0.0, 0.0
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.thread.start()
