@@ -6,7 +6,7 @@ COMPAT_PYTHON ?= $(firstword $(shell for p in python3.12 python3.13 "$$HOME"/.py
 	"$$p" -c 'import ensurepip' >/dev/null 2>&1 && echo "$$p"; done))
 COMPAT_VENV ?= .venv-compat
 
-.PHONY: help quickstart test test-all test-lm-eval mutants test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert score-planner rehearsal report-example reliability soak recipes site bench-inference bench-long-context gpu-wheels gpu-check clean
+.PHONY: help quickstart test test-all test-lm-eval test-llama-cpp mutants test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert score-planner rehearsal report-example reliability soak recipes site bench-inference bench-long-context gpu-wheels gpu-check clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -46,6 +46,10 @@ test-all: $(VENV)/.dev  ## all tests, with the long ones: the whole grid of layo
 test-lm-eval: $(VENV)/.dev  ## an exported folder in lm-evaluation-harness, which scores as the toolkit does (36 more packages)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[lm-eval]'
 	$(BIN)/python -m pytest tests/convert/test_lm_eval.py
+
+test-llama-cpp: $(VENV)/.dev  ## an exported GGUF file in llama.cpp, built from source (7 minutes of a CPU; needs cmake and a compiler)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[llama-cpp]'
+	$(BIN)/python -m pytest tests/convert/test_llama_cpp.py
 
 mutants: $(VENV)/.dev  ## break the project in a hundred places, each must turn a test red; the table of docs/tests.md
 	$(BIN)/python -m tests.mutants.run --write docs/tests.md

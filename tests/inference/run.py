@@ -11,6 +11,11 @@ def tokens(asked: dict[str, Any]) -> list[tuple[list[int], str]] | None:
 
     asked: the request's values, and "ids", the prompts.
     """
+    return tokens_and_memory(asked)[0]
+
+
+def tokens_and_memory(asked: dict[str, Any]) -> tuple[list[tuple[list[int], str]] | None, dict[str, int]]:
+    """The same, and what this rank says of its memory."""
     from toolkit.inference.request import Request, Sampling
     from toolkit.inference.run import Session
 
@@ -19,8 +24,9 @@ def tokens(asked: dict[str, Any]) -> list[tuple[list[int], str]] | None:
     sampling = Sampling(**asked.pop("sampling", {}))
     session = Session(Request(prompts=[], sampling=sampling, **{"tokenizer": "bytes", **asked}))
     answers = session.generate(ids)
+    memory = session.memory()
     session.close()
-    return None if answers is None else [(a.tokens, a.finish) for a in answers]
+    return None if answers is None else [(a.tokens, a.finish) for a in answers], memory
 
 
 def logits(asked: dict[str, Any]) -> dict[str, Any]:
