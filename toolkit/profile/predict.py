@@ -30,6 +30,7 @@ TIME_OF = {
     "zero gathers": "communication",
     "data parallel": "communication",
     "stragglers": "communication",
+    "shared cores": "communication",
 }
 
 
