@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 Place = Literal["first", "layer", "last"]
 Group = Literal["matrix", "vector", "embedding"]
@@ -22,6 +22,17 @@ Join = Literal["same", "padded", "stacked", "grouped"]
 LAYER = "decoder.layers.{i}."
 TIED_NAME = "embedding.word_embeddings.weight"
 _IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+
+
+_HASHES = hash(__name__)  # text hashes differently in each process, and a pickled value takes what it has kept with it
+
+
+def hash_once(value: Any) -> int:
+    """The hash of a frozen dataclass's fields, computed once and kept with it: for what caches look up very often."""
+    known: tuple[int, int] | None = value.__dict__.get("_hash")
+    if known is None or known[0] != _HASHES:
+        known = value.__dict__["_hash"] = _HASHES, hash(tuple(getattr(value, name) for name in value.__dataclass_fields__))
+    return known[1]
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,8 @@ class ModelSpec:
     qk_norm: bool = False
     dropout: bool = False
     fused_norms: bool = False
+
+    __hash__ = hash_once
 
     @property
     def rotary(self) -> bool:

@@ -33,10 +33,10 @@ class Constants:
     """Values by name; the source of each is its field's metadata. Seconds, bytes and shares."""
 
     # kernels
-    stream_share: float = _stated(0.82, "share of datasheet bandwidth of BabelStream's triad on A100 and H100, 0.80 to 0.90")
+    stream_share: float = _stated(0.82, "our reading: a triad reaches 0.80 to 0.90 of datasheet bandwidth on A100 and H100; not verified")
     kernel_launch: float = _stated(2e-6, "gap between queued kernels, as any Nsight Systems trace of a full queue shows, 1 to 3 µs")
     tile_prologue: float = _stated(
-        128.0, "NVIDIA, Matrix Multiplication Background User's Guide: three to four 32-wide stages to fill and drain"
+        128.0, "our reading of CUTLASS's multistage main loop: three to four 32-wide stages to fill and drain; not verified"
     )
     attention_half_forward: float = _stated(500.0, "arXiv 2307.08691 and 2407.08608, figures 4 to 6: rate by sequence length")
     attention_half_backward: float = _stated(900.0, "arXiv 2307.08691 and 2407.08608, figures 4 to 6: rate by sequence length")
@@ -71,13 +71,18 @@ class Constants:
     )
     # links
     fabric_share: float = _stated(
-        0.72, "nccl-tests bus bandwidth over line rate: 235 of 300 GB/s on A100, 365 of 450 on H100, 700 of 900 on B200"
+        0.72,
+        "our reading, amid what NCCL's issues report as bus bandwidth: 200 to 208 of 300 GB/s on A100 (nccl-tests 149, 178), 370 of 450 on H100 (nccl-tests 212)",
     )
-    network_share: float = _stated(0.90, "nccl-tests: 46 of 50 GB/s on NDR InfiniBand")
-    pcie_share: float = _stated(0.70, "CUDA's bandwidthTest with pinned memory: 22 to 24 of 32 GB/s on PCIe 4")
-    fabric_step: float = _stated(3.4e-6, "NCCL, src/graph/tuning.cc: latency of a ring step over NVLink, Simple protocol")
-    network_step: float = _stated(14e-6, "NCCL, src/graph/tuning.cc: latency of a ring step over the network, Simple protocol")
-    collective_start: float = _stated(20e-6, "nccl-tests: time of an 8-byte all-reduce on 8 GPUs")
+    network_share: float = _stated(
+        0.90, "our reading for InfiniBand with GPUDirect; not verified: NCCL's issue 495 reports 600 of 800 Gb/s over RoCE"
+    )
+    pcie_share: float = _stated(0.70, "our reading of copies of pinned memory, 22 to 24 of 32 GB/s on PCIe 4; not verified")
+    fabric_step: float = _stated(3.4e-6, "NCCL, src/graph/tuning.cc, hwLat: a ring step over NVLink, Simple protocol")
+    network_step: float = _stated(14e-6, "NCCL, src/graph/tuning.cc, hwLat: a ring step over the network, Simple protocol")
+    collective_start: float = _stated(
+        20e-6, "time of an 8-byte all-reduce: 20 µs on 2 GPUs in the log of nccl-tests' issue 293; for 8 our reading"
+    )
     contention: float = _fitted(
         "contention",
         prior=0.3,
@@ -113,23 +118,33 @@ class Constants:
     )
     # states and offload
     host_adam: float = _stated(
-        4.0e9, "weights a second of DeepSpeed's CPU Adam on a two-socket node: arXiv 2101.06840, table 4: about 0.25 s a billion"
+        4.0e9,
+        "weights a second of DeepSpeed's CPU Adam on a two-socket node, about 0.25 s a billion: arXiv 2101.06840, table 4, from memory, not verified",
     )
-    nvme: float = _stated(6.0 * GB, "bytes a second of two PCIe 4 drives' sequential rate, halved, one direction")
+    nvme: float = _stated(6.0 * GB, "our reading: bytes a second of two PCIe 4 drives' sequential rate, halved, one direction")
     copies_2: float = _stated(
         12.0,
-        "DeepSpeed, stage_1_and_2.py: a gradient is read, copied into the bucket, averaged and copied out, twice 2 bytes each and once 4",
+        "DeepSpeed, stage_1_and_2.py, average_tensor and copy_grads_in_partition: a 16-bit gradient is copied into the bucket, divided in place and copied out, each a read and a write of 2 bytes",
     )
-    copies_3: float = _stated(24.0, "DeepSpeed, stage3.py: the same, and each weight is copied out of its gathered buffer in both passes")
-    bucket: float = _stated(5e8, "DeepSpeed's default reduce and gather bucket, elements (its configuration reference)")
+    copies_3: float = _stated(
+        24.0,
+        "DeepSpeed, stage3.py: the same, and partition_parameters.py: torch.cat makes each weight of its gathered parts in both passes; 4 bytes more are our reading",
+    )
+    bucket: float = _stated(5e8, "DeepSpeed's default reduce and gather bucket, elements (runtime/zero/config.py, reduce_bucket_size)")
     # memory
-    workspace: float = _stated(64 * MIB, "PyTorch, CUDABlas.cpp: cuBLAS's workspaces by default")
+    workspace: float = _stated(
+        64 * MIB,
+        "PyTorch, CUDABlas' getChosenWorkspaceSize: 32 MiB a handle on Hopper and Blackwell, of which two are counted; 8 MiB on older GPUs",
+    )
     context: float = _stated(0.45 * GIB, "nvidia-smi for an idle process of PyTorch with lazily loaded kernels (CUDA 11.7 and later)")
     old_context: float = _stated(
         1.45 * GIB,
         "the same before lazy loading: above 1 GB for PyTorch alone (its issues 28394, 107667); the rest for Apex's and own kernels is our reading",
     )
-    communicator: float = _stated(0.06 * GIB, "NCCL's buffers of one communicator: 16 channels of 4 MiB and their protocol copies")
+    communicator: float = _stated(
+        0.06 * GIB,
+        "our reading of NCCL's buffers of one communicator: 16 channels of NCCL_BUFFSIZE, 4 MiB, less what lazily connected peers leave out",
+    )
     old_communicator: float = _fitted(
         "old_communicator",
         prior=0.3 * GIB,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 from math import ceil
 
 from toolkit.cost import own_engine as own
@@ -44,6 +45,11 @@ def rank_bytes(w: Workload, stage: int) -> float:
     """The most bytes that one rank of a stage holds in host memory beside a GPU; 0 where nothing is offloaded."""
     if "none" == w.offload_optimizer == w.offload_param:
         return 0.0
+    return _rank_bytes(w.laid_out(micro=1, batch=w.dp, recompute="none", sp=False), stage)  # states do not depend on these
+
+
+@lru_cache(maxsize=512)
+def _rank_bytes(w: Workload, stage: int) -> float:
     return _sharded(w, stage) if w.zero == 3 else _flat(w, stage)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from math import ceil, log2
 
 from toolkit.cost.gathers import gathered, gathers, largest_cut, prefetched
@@ -265,6 +266,12 @@ def stage_saved(w: Workload, stage: int, *, cpu: bool) -> dict[str, float]:
     return {"activations": held + once, "logits": logits}
 
 
+def kept_by_first(w: Workload, *, cpu: bool) -> float:
+    """Bytes of activations in the first stage's fullest backward."""
+    kept = stage_saved(w, 0, cpu=cpu)["activations"]
+    return kept - _final_norm(w, cpu=cpu) if w.pp == 1 else kept
+
+
 def _fullest(w: Workload, stage: int, each: list[float], logits: float) -> tuple[float, float]:
     """Activations and logits when their sum is largest; each: bytes a chunk keeps of one micro-batch."""
     if len({w.layers_in(stage, chunk) for chunk in range(w.vpp)}) == 1:
@@ -373,20 +380,27 @@ def _grow(w: Workload, stage: int, found: dict[str, dict[str, float]], *, cpu: b
     total, absent, now, best = sum(gradients), float(sum(gradients)), 0.0, (0.0, float(sum(gradients)))
     first = best  # of the first chunk's backwards, at their ends
     made: set[int] = set()
-    for work in order(stage=stage, pp=w.pp, vpp=w.vpp, microbatches=w.microbatches):
-        now += each[work.chunk] if work.kind == "forward" else 0.0
+    for forward, chunk in _turns(stage, w.pp, w.vpp, w.microbatches):
+        now += each[chunk] if forward else 0.0
         best = max(best, (now, absent), key=lambda moment: moment[0] - moment[1])
-        if work.kind == "backward":
-            now -= each[work.chunk]
-            made.add(work.chunk)
-            absent = float(total - sum(gradients[chunk] for chunk in made))
-            first = max(first, (now, absent), key=lambda moment: moment[0] - moment[1]) if work.chunk == 0 else first
+        if not forward:
+            now -= each[chunk]
+            if chunk not in made:
+                made.add(chunk)
+                absent = float(total - sum(gradients[other] for other in made))
+            first = max(first, (now, absent), key=lambda moment: moment[0] - moment[1]) if chunk == 0 else first
     fullest = stage_saved(w, stage, cpu=cpu)["activations"]
     for name in ("backward", "weight gradient"):
         found[name]["activations"] = max(0.0, found[name]["activations"] - max(0.0, fullest - best[0]))
         found[name]["gradients"] = -best[1]
     if "embedding" in found:
         found["embedding"] |= {"activations": first[0], "gradients": -first[1]}
+
+
+@lru_cache(maxsize=16)
+def _turns(stage: int, pp: int, vpp: int, microbatches: int) -> tuple[tuple[bool, int], ...]:
+    """Whether each pass of a step is a forward, and its chunk."""
+    return tuple((work.kind == "forward", work.chunk) for work in order(stage=stage, pp=pp, vpp=vpp, microbatches=microbatches))
 
 
 def _step_copies(w: Workload, stage: int) -> float:

@@ -33,11 +33,18 @@ def layer_weights(w: Workload) -> list[RankWeight]:
 
 def edge_weights(w: Workload, stage: int) -> tuple[list[RankWeight], list[RankWeight]]:
     """What a rank of a stage holds before its layers (embeddings) and after them (final norm, output layer)."""
-    model, tp, group_of = w.model, w.tp, w.optimizer.indices
-    first = [_on_rank(weight, tp, group_of) for weight in model.before] if stage == 0 else []
-    last = [_on_rank(weight, tp, group_of) for weight in model.after] if stage == w.pp - 1 else []
-    if model.tied and w.pp > 1:
-        copy = RankWeight(model.before[0].count_on(tp), w.optimizer.tied_index)
-        first[:1] = [copy] if stage == 0 else []
-        last += [copy] if stage == w.pp - 1 else []
+    optimizer = w.optimizer
+    return _edge_weights(w.model, w.tp, optimizer.indices, optimizer.tied_index, stage == 0, stage == w.pp - 1)
+
+
+@lru_cache(maxsize=1024)
+def _edge_weights(
+    model: ModelSpec, tp: int, group_of: tuple[tuple[Group, int], ...], tied_index: int, is_first: bool, is_last: bool
+) -> tuple[list[RankWeight], list[RankWeight]]:
+    first = [_on_rank(weight, tp, group_of) for weight in model.before] if is_first else []
+    last = [_on_rank(weight, tp, group_of) for weight in model.after] if is_last else []
+    if model.tied and not (is_first and is_last):  # two stages hold a copy of the embedding
+        copy = RankWeight(model.before[0].count_on(tp), tied_index)
+        first[:1] = [copy] if is_first else []
+        last += [copy] if is_last else []
     return first, last

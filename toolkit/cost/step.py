@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from math import log, sqrt
 
 from toolkit.cost import kernels, network
-from toolkit.cost.constants import VALUES
+from toolkit.cost.constants import VALUES, cached
 from toolkit.cost.layer import Pass, embedding_passes, head_passes, host_time, layer_passes
 from toolkit.cost.spread import Spread, rate_spread
 from toolkit.cost.workload import Workload
@@ -67,13 +67,9 @@ def step_time(w: Workload, hardware: Hardware, *, scale: float | None = None, un
         return cpu_step_time(w, hardware)
     if scale is None:
         scale = calibration.scale_for(hardware.gpu, w.precision)
-    forward, backward, again = layer_passes(w, hardware, scale=scale)
-    stages = {stage: _stage(w, hardware, scale, stage, forward, backward, again) for stage in _distinct_stages(w)}
-    launches = (2 if w.recompute in ("none", "selective") else 3) * host_time(w) if hardware.gpu.accelerator else 0.0
-    waits = {  # of the GPU for the host, where it runs its kernels faster than they are launched
-        stage: max(0.0, w.layers_on(stage) * launches - f.total - b.total - r.total) for stage, (f, b, r) in stages.items()
-    }
-    micro = {stage: f.total + b.total + r.total + waits[stage] for stage, (f, b, r) in stages.items()}
+    # layouts that differ in how states are cut and where they lie compute alike
+    alike = w.laid_out(zero=1 if w.zero < 2 else 2, offload_optimizer="none", offload_param="none")
+    stages, waits, micro = _micro_batch(alike, hardware, scale)
     slowest = max(micro, key=lambda stage: micro[stage])
     f, b, r = stages[slowest]
     m = w.microbatches
@@ -99,6 +95,22 @@ def step_time(w: Workload, hardware: Hardware, *, scale: float | None = None, un
     nodes = max(1.0, w.world / hardware.gpus_per_node)
     parts["stragglers"] = VALUES.node_spread * sqrt(2 * log(nodes)) * sum(parts.values()) if nodes > 1 else 0.0
     return TimeEstimate(parts=parts, tokens=float(w.batch * w.seq), world=w.world, spread=rate_spread(w, unknown=unknown))
+
+
+Stages = dict[int, tuple[Pass, Pass, Pass]]
+
+
+@cached(maxsize=256)
+def _micro_batch(w: Workload, hardware: Hardware, scale: float) -> tuple[Stages, dict[int, float], dict[int, float]]:
+    """Of each distinct stage: its passes for one micro-batch, the GPU's waits for the host, and all seconds of one."""
+    forward, backward, again = layer_passes(w, hardware, scale=scale)
+    stages = {stage: _stage(w, hardware, scale, stage, forward, backward, again) for stage in _distinct_stages(w)}
+    launches = (2 if w.recompute in ("none", "selective") else 3) * host_time(w) if hardware.gpu.accelerator else 0.0
+    waits = {  # of the GPU for the host, where it runs its kernels faster than they are launched
+        stage: max(0.0, w.layers_on(stage) * launches - f.total - b.total - r.total) for stage, (f, b, r) in stages.items()
+    }
+    micro = {stage: f.total + b.total + r.total + waits[stage] for stage, (f, b, r) in stages.items()}
+    return stages, waits, micro
 
 
 def _distinct_stages(w: Workload) -> set[int]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit.arch.optimizers import OPTIMIZERS, OptimizerSpec
-from toolkit.arch.spec import ModelSpec
+from toolkit.arch.spec import ModelSpec, hash_once
 from toolkit.config.deepspeed import hpz_group, zero_key
 from toolkit.cost.stack import TOOLKIT, TOOLKIT_TE, Stack
 from toolkit.parallel.exchange import choose
@@ -59,6 +60,16 @@ class Workload:
     qwz: bool = False  # ZeRO++ gathers weights in 8 bits
     qgz: bool = False  # ZeRO++ reduces gradients in 4 bits
 
+    __hash__ = hash_once
+
+    def laid_out(self, **fields: Any) -> Workload:
+        """The same with other fields: dataclasses.replace() without its checks, for a search that makes very many."""
+        other = object.__new__(Workload)
+        other.__dict__.update(self.__dict__)
+        other.__dict__.pop("_hash", None)
+        other.__dict__.update(fields)
+        return other
+
     @property
     def world(self) -> int:
         return self.tp * self.pp * self.cp * self.dp
@@ -78,9 +89,8 @@ class Workload:
         """allgather, ulysses or ring: how context-parallel ranks exchange keys and values."""
         if self.cp_exchange != "auto":
             return self.cp_exchange
-        heads, groups = max(1, self.model.heads // self.tp), max(1, self.model.groups // self.tp)
-        unlike = {"dropout": bool(self.model.dropout), "fp32": self.precision == "fp32"}
-        return choose("auto", heads=heads, groups=groups, cp=self.cp, tp=self.tp, seq=self.seq, **unlike).name
+        m = self.model
+        return _chosen_exchange(m.heads, m.groups, self.cp, self.tp, self.seq, bool(m.dropout), self.precision == "fp32")
 
     @property
     def loss_chunk(self) -> int:
@@ -168,6 +178,13 @@ class Workload:
             offload_activations=t.offload_activations and t.recompute == "full",
             documents=config.data.document_mask,
         )
+
+
+@lru_cache(maxsize=4096)
+def _chosen_exchange(heads: int, groups: int, cp: int, tp: int, seq: int, dropout: bool, fp32: bool) -> str:
+    """The name of what "auto" chooses between context-parallel ranks."""
+    heads, groups = max(1, heads // tp), max(1, groups // tp)
+    return choose("auto", heads=heads, groups=groups, cp=cp, tp=tp, seq=seq, dropout=dropout, fp32=fp32).name
 
 
 def _hpz(config: RunConfig, dp: int) -> int:

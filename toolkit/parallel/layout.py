@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from toolkit.config.schema import RunConfig
 
 
+@lru_cache(maxsize=4096)
 def split_layers(num_layers: int, chunks: int) -> tuple[int, int] | None:
     """Return (layers_per_chunk, layers_saved_at_ends) of an even split, or None where there is none.
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from toolkit.cost.constants import VALUES
 from toolkit.cost.layer import embedding_passes, head_passes, layer_passes
-from toolkit.cost.memory import GIB, MemoryEstimate, StageMemory, estimate, states
-from toolkit.cost.spread import RISK, memory_spread
+from toolkit.cost.memory import GIB, MemoryEstimate, StageMemory, at_least, estimate, states
+from toolkit.cost.spread import RISK, Spread, memory_spread
 from toolkit.cost.step import TimeEstimate, step_time
 from toolkit.cost.workload import Workload
 from toolkit.hardware import calibration
@@ -88,6 +88,10 @@ class Limits:
         """Whether every rank leaves that much free, and the node's RAM holds what is offloaded to it."""
         return memory.worst.device + self.room(memory) <= memory.capacity and memory.host_fits
 
+    def fit_bytes(self, nbytes: float, spread: Spread, capacity: float) -> bool:
+        """Whether so many bytes of a device leave that much free."""
+        return nbytes * max(1.0, spread.factor(self.risk)) <= capacity if self.headroom is None else nbytes + self.headroom <= capacity
+
     def allow(self, step_s: float, gpus: int) -> bool:
         """Whether a step time meets the targets."""
         return (self.max_step_s is None or step_s <= self.max_step_s) and (
@@ -117,19 +121,27 @@ def key(objective: Objective, *, step_s: float, gpus: int) -> Key:
 
 
 def search(
-    space: Space, *, objective: Objective = "tokens/s", limits: Limits | None = None, top: int = 10, scale: float | None = None
+    space: Space,
+    *,
+    objective: Objective = "tokens/s",
+    limits: Limits | None = None,
+    top: int = 10,
+    scale: float | None = None,
+    known: Workload | None = None,
 ) -> SearchResult:
     """The best plans of a space that fit; at most PER_KIND with the same tp, pp, cp and dp.
 
     Nodes of growing detail wait in a heap by a lower bound of their key: a structure with its data-parallel degree, then with
     micro-batch and recompute. A bound is the compute and tensor-parallel time of the cheapest ZeRO stage, with the pipeline's
     bubble; whatever else a step holds only adds to it. The search ends when no bound is below the last plan it would list.
+
+    known: with top=1 a candidate that is probably good: if it fits, nothing slower is looked at.
     """
-    return _Search(space, objective, limits or Limits(), top, scale).run()
+    return _Search(space, objective, limits or Limits(), top, scale, known).run()
 
 
 class _Search:
-    def __init__(self, space: Space, objective: Objective, limits: Limits, top: int, scale: float | None) -> None:
+    def __init__(self, space: Space, objective: Objective, limits: Limits, top: int, scale: float | None, known: Workload | None) -> None:
         self.space, self.objective, self.limits, self.top = space, objective, limits, top
         self.hardware: Hardware = space.hardware
         self.scale = calibration.scale_for(self.hardware.gpu, space.base.precision) if scale is None else scale
@@ -140,6 +152,7 @@ class _Search:
         self.counter = 0
         self.layers: dict[Any, tuple[float, float, float]] = {}
         self.sizes: dict[Any, tuple[int, float]] = {}
+        self.reached = self._key_of(known) if known is not None and top == 1 else (inf, inf)
 
     def run(self) -> SearchResult:
         recomputes = self.space.recomputes()
@@ -154,9 +167,23 @@ class _Search:
         self.result.plans = [plan for _, _, plan in self.best[: self.top]]
         return self.result
 
+    def _key_of(self, w: Workload) -> Key:
+        """A key that is certainly reached, a trifle above that of a candidate of this space; beyond all where it is none, or does not fit."""
+        cut = Structure(tp=w.tp, pp=w.pp, vpp=w.vpp, cp=w.cp, sp=w.sp)
+        sharding = w.zero, w.offload_optimizer, w.offload_param
+        if w.world > self.space.max_gpus or not self.space.legal(cut, w.dp, w.micro, w.recompute, sharding):
+            return inf, inf
+        here = self.space.workload(cut, w.dp, w.micro, w.recompute, sharding)
+        memory = estimate(here, self.hardware)
+        plan = Plan(workload=here, memory=memory, time=step_time(here, self.hardware, scale=self.scale))
+        if not self.limits.fit(memory) or not self.limits.allow(plan.time.step, plan.gpus):
+            return inf, inf
+        first, second = key(self.objective, step_s=plan.expected_s, gpus=plan.gpus)
+        return first * (1 + 1e-9), second * (1 + 1e-9)
+
     def _threshold(self, kind: Kind | None = None) -> Key:
         """The key that a candidate must stay below to be listed."""
-        worst = self.best[self.top - 1][0] if len(self.best) >= self.top else (inf, inf)
+        worst = self.best[self.top - 1][0] if len(self.best) >= self.top else self.reached
         same = [k for k, _, plan in self.best if plan.kind == kind]
         return min(worst, same[-1]) if len(same) >= PER_KIND else worst
 
@@ -182,20 +209,21 @@ class _Search:
                 self._push(bound, cut.ranks * dp, lambda m=micro, r=recompute: self._evaluate(cut, dp, m, r, fitting))  # type: ignore[misc]
 
     def _evaluate(self, cut: Structure, dp: int, micro: int, recompute: str, shardings: list[Sharding]) -> None:
-        """Compute memory and time of a node's shardings. Offload never makes a step faster: it is tried only where less does not fit."""
+        """Compute time and memory of a node's shardings. Offload never makes a step faster: it is tried only where less does not fit.
+
+        Time comes first: it takes less to compute than memory, and most candidates are too slow to be listed.
+        """
         space, gpus = self.space, cut.ranks * dp
-        fitting: list[Sharding] = []
-        for sharding in shardings:
-            if any(_within(less, sharding) for less in fitting) or not space.legal(cut, dp, micro, recompute, sharding):
-                continue
-            if not self._fits(cut, dp, micro, recompute, sharding):
-                continue
-            fitting.append(sharding)
+        legal = [s for s in shardings if space.legal(cut, dp, micro, recompute, s)]
+        for sharding in legal:
             w = space.workload(cut, dp, micro, recompute, sharding)
             time = step_time(w, self.hardware, scale=self.scale)
             self.result.timed += 1
             threshold = self._threshold((cut.tp, cut.pp, cut.cp, dp))
             if not self.limits.allow(time.step, gpus) or key(self.objective, step_s=time.step, gpus=gpus) >= threshold:
+                continue
+            less = [other for other in legal[: legal.index(sharding)] if _within(other, sharding)]
+            if any(self._fits(cut, dp, micro, recompute, s) for s in less) or not self._fits(cut, dp, micro, recompute, sharding):
                 continue
             plan = Plan(workload=w, memory=estimate(w, self.hardware), time=time)
             value = key(self.objective, step_s=plan.expected_s, gpus=gpus)
@@ -217,9 +245,7 @@ class _Search:
         w = self.space.workload(cut, dp, 1, "full", sharding)
         state_bytes = max(sum(states(w, w.parameters_on(stage)).values()) for stage in (0, w.pp - 1))
         least = 0.99 * state_bytes  # the 1 %: the estimate counts weights one by one, this does not
-        if self.limits.headroom is not None:
-            return least + self.limits.headroom <= self.capacity
-        return least * max(1.0, memory_spread(w).factor(self.limits.risk)) <= self.capacity
+        return self.limits.fit_bytes(least, memory_spread(w), self.capacity)
 
     def _fits(self, cut: Structure, dp: int, micro: int, recompute: str, sharding: Sharding) -> bool:
         """Whether a candidate fits; memory never falls with the micro-batch, so one that fits or not answers for smaller or larger ones."""
@@ -228,12 +254,12 @@ class _Search:
         if low < micro < high:
             self.result.sized += 1
             w = self.space.workload(cut, dp, micro, recompute, sharding)
-            alone = (
-                estimate(w, self.hardware, only=0) if w.pp > 1 else None
-            )  # the first stage keeps most micro-batches in flight, so it often decides
-            if (alone is None or self.limits.fit(alone)) and self.limits.fit(
-                estimate(w, self.hardware, known=alone.stages if alone else ())
-            ):
+            alone = None
+            fits = self.limits.fit_bytes(0.999 * at_least(w, self.hardware), memory_spread(w), self.capacity)
+            if fits and w.pp > 1:  # the first stage keeps most micro-batches in flight, so it often decides
+                alone = estimate(w, self.hardware, only=0)
+                fits = self.limits.fit(alone)
+            if fits and self.limits.fit(estimate(w, self.hardware, known=alone.stages if alone else ())):
                 low = micro
             else:
                 high = micro

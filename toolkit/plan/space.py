@@ -173,8 +173,7 @@ class Space:
     def workload(self, cut: Structure, dp: int, micro: int, recompute: str, sharding: Sharding) -> Workload:
         """The candidate as the estimator takes it."""
         zero, optimizer, param = sharding
-        return replace(
-            self.base,
+        return self.base.laid_out(
             tp=cut.tp,
             pp=cut.pp,
             vpp=cut.vpp,
@@ -182,10 +181,10 @@ class Space:
             sp=cut.sp,
             dp=dp,
             micro=micro,
-            recompute=recompute,  # type: ignore[arg-type]
+            recompute=recompute,
             zero=zero,
-            offload_optimizer=optimizer,  # type: ignore[arg-type]
-            offload_param=param,  # type: ignore[arg-type]
+            offload_optimizer=optimizer,
+            offload_param=param,
         )
 
     def _contexts(self) -> list[int]:

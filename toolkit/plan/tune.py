@@ -45,9 +45,9 @@ class Question:
         """The candidates of this question."""
         return Space.of(self.config, self.hardware, max_gpus=self.max_gpus, fixed=self.fixed)
 
-    def ask(self, *, top: int) -> SearchResult:
-        """Search it."""
-        return search(self.space(), objective=self.objective, limits=self.limits, top=top, scale=self.scale)
+    def ask(self, *, top: int, known: Workload | None = None) -> SearchResult:
+        """Search it; known: of a plan that may be good here too."""
+        return search(self.space(), objective=self.objective, limits=self.limits, top=top, scale=self.scale, known=known)
 
 
 @dataclass(kw_only=True)
@@ -288,8 +288,8 @@ def _remedies(question: Question, least: float | None) -> Iterator[str]:
         yield f"A GPU of {size(gib)} would do, such as {larger[0].name.upper()}."
 
 
-def _tried(question: Question) -> Plan | None:
-    plans = question.ask(top=1).plans
+def _tried(question: Question, *, known: Workload | None = None) -> Plan | None:
+    plans = question.ask(top=1, known=known).plans or (question.ask(top=1).plans if known is not None else [])
     return plans[0] if plans else None
 
 
@@ -326,7 +326,7 @@ def _scale_of(gpu: Gpu, question: Question) -> float | None:
 
 
 def _what_if(answer: Answer, change: str, question: Question) -> WhatIf:
-    best, plan = answer.best, _tried(question)
+    best, plan = answer.best, _tried(question, known=answer.best.workload)
     if plan is None:
         return WhatIf(change=change, plan=None, text="nothing fits or meets the target")
     text = f"{share(plan.tokens_per_s, best.tokens_per_s)} tokens/s"
