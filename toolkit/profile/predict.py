@@ -32,6 +32,7 @@ TIME_OF = {
     "zero gathers": "communication",
     "data parallel": "communication",
     "stragglers": "communication",
+    "shared cores": "communication",
 }
 
 
