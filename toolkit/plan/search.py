@@ -120,6 +120,17 @@ def key(objective: Objective, *, step_s: float, gpus: int) -> Key:
     return (float(gpus), step_s) if objective == "fewest-gpus" else (step_s, float(gpus))
 
 
+def plan_of(w: Workload, space: Space, limits: Limits, *, scale: float | None = None) -> Plan | None:
+    """A candidate as a plan; None where it is not legal in the space, does not fit, or does not meet the targets."""
+    cut = Structure(tp=w.tp, pp=w.pp, vpp=w.vpp, cp=w.cp, sp=w.sp)
+    sharding = w.zero, w.offload_optimizer, w.offload_param
+    if w.world > space.max_gpus or not space.legal(cut, w.dp, w.micro, w.recompute, sharding):
+        return None
+    here = space.workload(cut, w.dp, w.micro, w.recompute, sharding)
+    plan = Plan(workload=here, memory=estimate(here, space.hardware), time=step_time(here, space.hardware, scale=scale))
+    return plan if limits.fit(plan.memory) and limits.allow(plan.time.step, plan.gpus) else None
+
+
 def search(
     space: Space,
     *,
@@ -169,14 +180,8 @@ class _Search:
 
     def _key_of(self, w: Workload) -> Key:
         """A key that is certainly reached, a trifle above that of a candidate of this space; beyond all where it is none, or does not fit."""
-        cut = Structure(tp=w.tp, pp=w.pp, vpp=w.vpp, cp=w.cp, sp=w.sp)
-        sharding = w.zero, w.offload_optimizer, w.offload_param
-        if w.world > self.space.max_gpus or not self.space.legal(cut, w.dp, w.micro, w.recompute, sharding):
-            return inf, inf
-        here = self.space.workload(cut, w.dp, w.micro, w.recompute, sharding)
-        memory = estimate(here, self.hardware)
-        plan = Plan(workload=here, memory=memory, time=step_time(here, self.hardware, scale=self.scale))
-        if not self.limits.fit(memory) or not self.limits.allow(plan.time.step, plan.gpus):
+        plan = plan_of(w, self.space, self.limits, scale=self.scale)
+        if plan is None:
             return inf, inf
         first, second = key(self.objective, step_s=plan.expected_s, gpus=plan.gpus)
         return first * (1 + 1e-9), second * (1 + 1e-9)

@@ -16,7 +16,7 @@ from toolkit.hardware.catalogue import Gpu, Hardware, catalogue, with_host_gib
 from toolkit.parallel import rules
 from toolkit.plan.choice import close_call, prefer_simple
 from toolkit.plan.reasons import differences, duration, layout_words, share, size
-from toolkit.plan.search import Limits, Objective, Plan, SearchResult, search
+from toolkit.plan.search import Limits, Objective, Plan, SearchResult, key, plan_of, search
 from toolkit.plan.show import count
 from toolkit.plan.space import AXES, Space, spec
 
@@ -99,11 +99,28 @@ def tune(question: Question, *, top: int = 10, what_if: bool = True) -> Answer:
         raise _nothing_legal(question)
     if not result.plans:
         raise _nothing_meets(question) if _fits_without_targets(question) else _nothing_fits(question)
-    result.plans = prefer_simple(result.plans, question.objective)[:top]
+    result.plans = prefer_simple(_with_plain_pipelines(question, result.plans), question.objective)[:top]
     answer = Answer(question=question, result=result)
     if what_if:
         answer.what_if = what_ifs(answer)
     return answer
+
+
+def _with_plain_pipelines(question: Question, plans: list[Plan]) -> list[Plan]:
+    """The plans, and those of them that interleave once more without it, where the estimate cannot tell these from the best one.
+
+    The search lists only the best few plans of the same degrees, and interleaving with different numbers of chunks may be all of them.
+    """
+    space, scale = question.space(), question.scale
+    found = list(plans)
+    for plan in plans:
+        if plan.workload.vpp == 1 or not space.allows("vpp", 1) or not close_call(plan, plans[0], question.objective):
+            continue
+        plain = plan_of(plan.workload.laid_out(vpp=1), space, question.limits, scale=scale)
+        if plain is None or any(other.workload == plain.workload for other in found) or not close_call(plain, plans[0], question.objective):
+            continue
+        found.append(plain)
+    return sorted(found, key=lambda plan: key(question.objective, step_s=plan.expected_s, gpus=plan.gpus))
 
 
 def what_ifs(answer: Answer) -> list[WhatIf]:
