@@ -17,6 +17,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,86 @@ def larger_than_memory(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def measure() -> dict[str, str]:
-    """The page's blocks by name."""
+def tensor_parallel(folder: Path) -> str:
+    """A token on two cores, as one process of one or two threads and as two tensor-parallel ranks, and where the ranks' time goes.
+
+    SmolLM2's nine heads do not divide by two: a Llama of nearly its size with random weights has twelve.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 14, "num_attention_heads": 12, "num_key_value_heads": 4}
+    torch.manual_seed(1)
+    model: Any = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=8192, max_position_embeddings=512, tie_word_embeddings=True))
+    model.to(torch.bfloat16).save_pretrained(folder / "even")
+    command = [sys.executable, "-m", "toolkit", "bench-inference", str(folder / "even"), "--tokenizer", "bytes", "--tokens", "64", "--json"]
+
+    def plain(threads: int, *cut: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        done = subprocess.run(
+            [*command, *cut], check=True, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)}
+        )
+        found = json.loads(done.stdout)
+        return found["variants"][0], found["ranks"]
+
+    one, both, (cut, ranks) = plain(1)[0], plain(2)[0], plain(1, "parallel.tp=2")
+    part = {kind: sum(r["token_ms"][kind] for r in ranks) / len(ranks) for kind in ("compute", "tensor")}
+    return "\n".join(
+        [
+            f"A Llama of {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M random weights in bf16, on {os.cpu_count()} cores, {TOKENS} tokens.",
+            "",
+            "| | a token | of one process, one thread |",
+            "|---|---|---|",
+            f"| one process, one thread | {one['token_ms']:.1f} ms | 1.00 |",
+            f"| one process, two threads | {both['token_ms']:.1f} ms | {both['token_ms'] / one['token_ms']:.2f} |",
+            f"| `parallel.tp=2`, a thread each | {cut['token_ms']:.1f} ms | {cut['token_ms'] / one['token_ms']:.2f} |",
+            "",
+            textwrap.fill(
+                f"With every message timed, a rank of `parallel.tp=2` computes for {part['compute']:.1f} ms of a token and is in sums among "
+                f"tensor ranks for {part['tensor']:.1f} ms, {2 * shape['num_hidden_layers']} of them, in which it also waits for the other rank.",
+                100,
+            ),
+        ]
+    )
+
+
+def prompts_ahead(folder: Path) -> str:
+    """What encoding prompts takes in all, and how much of it is waited for."""
+    from toolkit.inference.request import Request
+    from toolkit.inference.run import Session
+
+    count = 64
+    prompts = [f"{PROMPT} {n}" for n in range(count)]
+    session = Session(Request(model=str(folder), prompts=prompts, max_new_tokens=4))
+    session.encode(prompts[:1])
+    encoding = _timed(lambda: session.encode(prompts))
+    total = _timed(lambda: session.generate(session.prompts))
+    return textwrap.fill(
+        f"{count} prompts of SmolLM2's {len(session.encode(prompts[-1:])[0])} tokens, with answers of 4: encoding them takes {1e3 * encoding:.1f} "
+        f"ms of {total:.1f} s, {100 * encoding / total:.2f} %, and {1e3 * session.waited:.1f} ms were waited for.",
+        100,
+    )
+
+
+def measure(only: str | None) -> dict[str, str]:
+    """The page's blocks by name, or one of them."""
+    with tempfile.TemporaryDirectory(prefix="bench-inference-") as folder:
+        blocks: dict[str, Callable[[], str]] = {
+            "inference": lambda: beside_transformers(made()),
+            "savings": lambda: savings(made()["bf16"]),
+            "larger": lambda: larger_than_memory(made()["bf16"]),
+            "ahead": lambda: prompts_ahead(made()["bf16"]),
+            "tensor": lambda: tensor_parallel(Path(folder)),
+        }
+
+        @cache
+        def made() -> dict[str, Path]:
+            return make(Path(folder))
+
+        return {name: block() for name, block in blocks.items() if only in (None, name)}
+
+
+def beside_transformers(folders: dict[str, Path]) -> str:
+    """A token and a start, ours and theirs."""
     import torch
 
     lines = [
@@ -134,21 +213,20 @@ def measure() -> dict[str, str]:
         "| | toolkit | transformers | ratio |",
         "|---|---|---|---|",
     ]
-    with tempfile.TemporaryDirectory(prefix="bench-inference-") as folder:
-        folders = make(Path(folder))
-        for dtype, path in folders.items():
-            ours, theirs, same = decode(path, dtype)
-            lines.append(row(f"a token, {dtype}{'' if same else ' (other tokens)'}", ours, theirs, scale=1000 / TOKENS, unit="ms"))
-        for dtype, path in folders.items():
-            lines.append(row(f"command to first token, {dtype}", *start(path), scale=1.0, unit="s"))
-        return {"inference": "\n".join(lines), "savings": savings(folders["bf16"]), "larger": larger_than_memory(folders["bf16"])}
+    for dtype, path in folders.items():
+        ours, theirs, same = decode(path, dtype)
+        lines.append(row(f"a token, {dtype}{'' if same else ' (other tokens)'}", ours, theirs, scale=1000 / TOKENS, unit="ms"))
+    for dtype, path in folders.items():
+        lines.append(row(f"command to first token, {dtype}", *start(path), scale=1.0, unit="s"))
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", type=Path, help="page to put the table into")
+    parser.add_argument("--write", type=Path, help="page to put the tables into")
+    parser.add_argument("--only", help="one block: inference, savings, larger, ahead or tensor")
     arguments = parser.parse_args()
-    blocks = measure()
+    blocks = measure(arguments.only)
     sys.stdout.write("\n\n".join(blocks.values()) + "\n")
     if arguments.write:
         from tests.bench.overhead import write

@@ -29,6 +29,18 @@ def tokens_and_memory(asked: dict[str, Any]) -> tuple[list[tuple[list[int], str]
     return None if answers is None else [(a.tokens, a.finish) for a in answers], memory
 
 
+def prepared(asked: dict[str, Any]) -> tuple[list[Any], str]:
+    """What is left of a command's prompts to be encoded while others are computed, or what is wrong with one of them."""
+    from toolkit.errors import ToolkitError
+    from toolkit.inference.request import Request
+    from toolkit.inference.run import Session
+
+    try:
+        return list(Session(Request(tokenizer="bytes", **asked)).prompts), ""
+    except ToolkitError as error:
+        return [], str(error)
+
+
 def logits(asked: dict[str, Any]) -> dict[str, Any]:
     """Logits of a prompt and of the tokens after it, one by one, and what the model and its cache take on this rank."""
     import torch

@@ -84,6 +84,36 @@ def test_missing_shards_of_our_own(folder: Path, tmp_path: Path) -> None:
     refused(lambda: open_model(tmp_path / "ours"), CheckpointError, "weights-00000.safetensors", "manifest")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--prompt", "a", "--offload", "zero", "--auto"], "--offload zero beside --auto"),
+        (["--offload", "zero-cpu", "--interactive"], "--offload zero-cpu beside --interactive"),
+        (["--prompt", "a", "--offload", "zero-nvme"], "--offload zero-nvme without --nvme-path"),
+        (["--prompt", "a", "--offload", "zero-nvme", "--nvme-path", "nowhere"], "--nvme-path nowhere is no folder"),
+        (["--prompt", "a", "--nvme-path", "."], "--nvme-path without --offload zero-nvme"),
+        (["--prompts", "nowhere.txt"], "--prompts nowhere.txt cannot be read: no such file"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "é" * 2048], "the prompt has 4,096 tokens, and the model's context is 4,096"),
+        (["--prompt", "a", "--tokenizer", "nowhere.json"], "nowhere.json: no such file"),
+        (["--prompt", "a", "--weights", "int4"], "--weights int4 with a weight of 48 columns"),
+        (["--prompt", "a", "--kv", "cpu"], "--kv cpu on a machine without a GPU"),
+    ],
+)
+def test_the_command_says_what_is_wrong(options: list[str], words: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from toolkit.cli import app
+
+    def read(_: Any) -> None:
+        raise AssertionError("weights are read, though what is wrong can be known without them")
+
+    monkeypatch.setattr("toolkit.train.world.connect", lambda *_, **__: None)
+    monkeypatch.setattr("toolkit.parallel.agree.everywhere", read)
+    done = CliRunner().invoke(app, ["generate", str(folder), "--tokenizer", "bytes", *options])
+    assert isinstance(done.exception, ToolkitError) and words in str(done.exception), done.exception
+
+
 def command(folder: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "toolkit", "generate", str(folder), "--tokenizer", "bytes", *arguments]
 

@@ -7,8 +7,10 @@ answers = generator(prompts, max_new_tokens=64, sampling=Sampling())
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from toolkit.inference.request import Sampling
 from toolkit.inference.sampling import choose
 from toolkit.model.stage import Stage
 
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 OnToken = Callable[[int, int], None]
 """Called with a prompt's number and a new token of its answer."""
 
@@ -25,10 +29,11 @@ OnToken = Callable[[int, int], None]
 @dataclass
 class Answer:
     """What a prompt got. number: the prompt's; finish: stop (a stop token, which is not in tokens), length (as many as asked for) or
-    context (the model knows no place beyond).
+    context (the model knows no place beyond); prompt_tokens: of its prompt.
     """
 
     number: int
+    prompt_tokens: int = 0
     tokens: list[int] = field(default_factory=list)
     finish: str = ""
 
@@ -46,35 +51,50 @@ class Times:
 class Generator:
     """Generates with one copy of a model; every rank of the copy calls it with the same arguments and gets the same answers.
 
-    stop: ids that end an answer. batch: prompts computed at once.
+    stop: ids that end an answer. batch: prompts computed at once. encode: ids of a prompt that is text, its number given too; it is called
+    in a thread, for the next batch while one is computed.
     """
 
-    def __init__(self, stage: Stage, *, stop: Iterable[int] = (), batch: int = 8) -> None:
-        self.stage, self.stop, self.batch = stage, frozenset(stop), batch
+    def __init__(
+        self, stage: Stage, *, stop: Iterable[int] = (), batch: int = 8, encode: Callable[[int, str], list[int]] | None = None
+    ) -> None:
+        self.stage, self.stop, self.batch, self.encode = stage, frozenset(stop), batch, encode
         self.times = Times()
+        self.waited = 0.0
+        """Seconds without a batch to compute."""
 
     def __call__(
         self,
-        prompts: Sequence[tuple[int, list[int]]],
+        prompts: Sequence[tuple[int, list[int] | str]],
         *,
         max_new_tokens: int,
         sampling: Sampling,
         on_token: OnToken = lambda _number, _token: None,
     ) -> list[Answer]:
-        """Answers in the order of the prompts, which are (number, ids)."""
+        """Answers in the order of the prompts, which are (number, ids or text)."""
         found: dict[int, Answer] = {}
         # of nearly the same length together: less padding
         order = sorted(prompts, key=lambda p: len(p[1]))
+        batches = [order[start : start + self.batch] for start in range(0, len(order), self.batch)]
         with torch.no_grad():
-            for start in range(0, len(order), self.batch):
-                rows = order[start : start + self.batch]
+            for rows, waited in ahead(batches, self._encoded):
+                self.waited += waited
                 for answer in self._batch(rows, max_new_tokens=max_new_tokens, sampling=sampling, on_token=on_token):
                     found[answer.number] = answer
         return [found[number] for number, _ in prompts]
 
+    def _encoded(self, rows: Sequence[tuple[int, list[int] | str]]) -> list[tuple[int, list[int]]]:
+        done: list[tuple[int, list[int]]] = []
+        for number, prompt in rows:
+            if isinstance(prompt, str):
+                assert self.encode is not None, "a prompt that is text needs what encodes it"
+                prompt = self.encode(number, prompt)
+            done.append((number, prompt))
+        return done
+
     def _batch(self, rows: Sequence[tuple[int, list[int]]], *, max_new_tokens: int, sampling: Sampling, on_token: OnToken) -> list[Answer]:
         stage, context = self.stage, self.stage.config.model.max_position_embeddings
-        answers = [Answer(number) for number, _ in rows]
+        answers = [Answer(number, len(ids)) for number, ids in rows]
         limits = [min(max_new_tokens, context - len(ids)) for _, ids in rows]
         tokens, padding = pad([ids for _, ids in rows], device=stage.device)
         cache = stage.cache(batch=len(rows), length=tokens.shape[1] + max(limits), padding=padding)
@@ -115,6 +135,21 @@ class Generator:
             return False
         answer.finish = "context" if context_ends else "length"
         return True
+
+
+def ahead(items: Sequence[Item], make: Callable[[Item], Made]) -> Iterator[tuple[Made, float]]:
+    """What is made of each item, and the seconds it was waited for: a thread makes the next while the caller uses this one.
+
+    What `make` raises is raised when it is the item's turn.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="prompts") as thread:
+        coming = [thread.submit(make, item) for item in items[:1]]
+        for following in range(1, len(items) + 1):
+            started = time.perf_counter()
+            made = coming.pop().result()
+            waited = time.perf_counter() - started
+            coming += [thread.submit(make, item) for item in items[following : following + 1]]
+            yield made, waited
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], *, context: int, names: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from toolkit.arch.spec import WeightSpec
 
+SPECIAL = 8  # tokens at the most that a tokenizer puts around a text
 logger = logging.getLogger(__name__)
 
 
@@ -40,6 +41,8 @@ class Session:
         self.text = Text(self.model, tokenizer=request.tokenizer)
         precision = request.dtype or self.model.precision
         self.config, self.layout = plan(self.model.section, request.overrides, processes=self.world.size, precision=precision)
+        self.prompts = self.prepare(request.prompts)
+        """As generate() takes them; what is wrong with one is said before memory is taken, where that can be known."""
         meeting = f"{request.socket}.meeting" if request.socket else None
         connect(self.world, self.layout, seed=0, timeout_s=600.0, meeting=meeting)
         self.files = ExitStack()
@@ -169,6 +172,28 @@ class Session:
         check_lengths(ids, context=self.config.model.max_position_embeddings, names=names)
         return ids
 
+    def prepare(self, prompts: Sequence[str]) -> Sequence[str | list[int]]:
+        """Prompts as generate() takes them: ids, or the texts where the next ones can be encoded while others are computed.
+
+        What could be too long is looked at now: no tokenizer makes more tokens of a text than it has bytes, but for special ones. Several
+        copies have other prompts each, and a mistake must end all ranks with one message, so there all of it is done now.
+        """
+        context = self.config.model.max_position_embeddings
+        if self.layout.dp > 1 or len(prompts) <= self.request.batch or self.request.chat:
+            return self.encode(prompts)
+        for number, prompt in enumerate(prompts):
+            if not prompt or len(prompt.encode()) + SPECIAL >= context:
+                self._encode_numbered(number, prompt)
+        return prompts
+
+    def _encode_numbered(self, number: int, prompt: str) -> list[int]:
+        from toolkit.inference.generate import check_lengths
+
+        name = f"prompt {number + 1}"
+        ids = self.text.encode(prompt, name=name)
+        check_lengths([ids], context=self.config.model.max_position_embeddings, names=[name])
+        return ids
+
     def encode_one(self, asked: Mapping[str, Any]) -> list[int]:
         """Ids of a conversation ("messages") or of a text ("text")."""
         from toolkit.inference.generate import check_lengths
@@ -180,20 +205,21 @@ class Session:
         check_lengths([ids], context=self.config.model.max_position_embeddings, names=["the conversation"])
         return ids
 
-    def generate(self, ids: Sequence[Sequence[int]], *, on_token: Any = None) -> list[Any] | None:
-        """Answers to all prompts in order on rank 0, None elsewhere. on_token: called on rank 0 with its own copy's tokens."""
+    def generate(self, prompts: Sequence[Sequence[int] | str], *, on_token: Any = None) -> list[Any] | None:
+        """Answers to all prompts, ids or texts, in order on rank 0, None elsewhere. on_token: called on rank 0 with its own copy's tokens."""
         import torch.distributed as dist
 
         from toolkit.inference.generate import Generator
 
         r = self.request
-        generator = Generator(self.stage, stop=self.text.stop, batch=r.batch)
-        mine = [(number, list(one)) for number, one in enumerate(ids)][self.at.dp :: self.layout.dp]
+        generator = Generator(self.stage, stop=self.text.stop, batch=r.batch, encode=self._encode_numbered)
+        numbered = [(number, one if isinstance(one, str) else list(one)) for number, one in enumerate(prompts)]
+        mine = numbered[self.at.dp :: self.layout.dp]
         show = on_token if on_token is not None and self.world.rank == 0 else lambda _number, _token: None
         with self._memory("activations, keys and values" + (", and its layers" if r.offload != "none" else "")):
             answers = generator(mine, max_new_tokens=r.max_new_tokens, sampling=r.sampling, on_token=show)
             self.stage.keep_up()
-        self.times = generator.times
+        self.times, self.waited = generator.times, generator.waited
         if self.layout.dp == 1:
             return answers if self.world.rank == 0 else None
         everyone: list[list[Any]] = [[] for _ in range(self.world.size)]
@@ -222,15 +248,14 @@ def run(request: Request, *, out: TextIO | None = None) -> None:
     """Generate and show the answers on rank 0: one prompt as it comes, several one after the other, or JSON."""
     out = out or sys.stdout
     session = Session(request)
-    ids = session.encode(request.prompts)
-    single = len(ids) == 1 and not request.as_json
+    single = len(session.prompts) == 1 and not request.as_json
     stream = TextStream(session.text.tokenizer)
 
     def show(_number: int, token: int) -> None:
         out.write(stream.push(token))
         out.flush()
 
-    answers = session.generate(ids, on_token=show if single else None)
+    answers = session.generate(session.prompts, on_token=show if single else None)
     memory = session.memory()
     session.close()
     if answers is None:
@@ -240,14 +265,14 @@ def run(request: Request, *, out: TextIO | None = None) -> None:
     if single:
         out.write(stream.rest() + "\n")
     elif request.as_json:
-        out.write(json.dumps(report(session, request, ids, answers), ensure_ascii=False, indent=1) + "\n")
+        out.write(json.dumps(report(session, request, answers), ensure_ascii=False, indent=1) + "\n")
     else:
         for prompt, answer in zip(request.prompts, answers, strict=True):
             out.write(f"{prompt}{'' if not request.chat else chr(10)}{session.text.decode(answer.tokens)}\n\n")
     out.flush()
 
 
-def report(session: Session, request: Request, ids: Sequence[Sequence[int]], answers: Sequence[Any]) -> dict[str, Any]:
+def report(session: Session, request: Request, answers: Sequence[Any]) -> dict[str, Any]:
     """What --json shows."""
     layout, times = session.layout, session.times
     return {
@@ -260,13 +285,18 @@ def report(session: Session, request: Request, ids: Sequence[Sequence[int]], ans
             {
                 "prompt": prompt,
                 "text": session.text.decode(answer.tokens),
-                "prompt_tokens": len(one),
+                "prompt_tokens": answer.prompt_tokens,
                 "tokens": answer.tokens,
                 "finish": answer.finish,
             }
-            for prompt, one, answer in zip(request.prompts, ids, answers, strict=True)
+            for prompt, answer in zip(request.prompts, answers, strict=True)
         ],
-        "seconds": {"load": round(session.load_s, 4), "prefill": round(times.prefill, 4), "decode": round(times.decode, 4)},
+        "seconds": {
+            "load": round(session.load_s, 4),
+            "prefill": round(times.prefill, 4),
+            "decode": round(times.decode, 4),
+            "prompts": round(session.waited, 4),
+        },
         "rank_0": {"prompt_tokens": times.prompt_tokens, "decoded_tokens": times.decoded, "memory": session.memory()},
     }
 
