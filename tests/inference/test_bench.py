@@ -33,6 +33,7 @@ def test_the_change_that_helps_most_is_named() -> None:
         variant("weights int8", weights=500e6, perplexity=20.1, decode=12.0),
         variant("weights int4", weights=300e6, perplexity=25.0, decode=15.0),
         variant("layers from disk", weights=100e6, decode=2.0),
+        variant("KV int8", cache=1e6),
         variant("KV growing", cache=9e6),
         variant("weights int2", weights=1.0, refused="no such thing"),
     ]
