@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -42,6 +43,7 @@ def generate(
     grow: Annotated[bool, typer.Option("--kv-grow", help="take memory for keys and values as it fills, not for all at once")] = False,
     prune: Annotated[str, typer.Option(help="set this share of each layer's weights to 0, or 2:4")] = "none",
     offload: Annotated[Place, typer.Option(help="keep layers there, and two of them in memory")] = "none",
+    layers_per_stage: Annotated[str, typer.Option(help="how pipeline stages share the layers: even, measured, or 10,6")] = "even",
     memory_limit: Annotated[float | None, typer.Option(help="let a rank take only so many GiB beside its libraries")] = None,
     auto: Annotated[bool, typer.Option("--auto", help="choose cut, offload and quantisation for the devices that are there")] = False,
     interactive: Annotated[bool, typer.Option("--interactive", help="a conversation; devices may come and go between lines")] = False,
@@ -51,6 +53,7 @@ def generate(
     """Generate text with a model, cut over as many processes as there are."""
     from toolkit.inference.request import Request, Sampling
     from toolkit.inference.text import read_prompts
+    from toolkit.parallel.generation import counts_of
     from toolkit.plan.commands import log_to_stderr
 
     log_to_stderr()  # standard output has the answers alone
@@ -80,8 +83,17 @@ def generate(
         grow=grow,
         prune=prune,
         offload=offload,
+        layers_per_stage=layers_per_stage,
         memory_limit=memory_limit,
     )
+    if (counts := counts_of(layers_per_stage)) and (auto or interactive):
+        raise ConfigError(
+            f"--layers-per-stage {layers_per_stage} beside --{'auto' if auto else 'interactive'}",
+            why="it chooses the number of stages by the devices that are there",
+            fix="Leave one of the two out.",
+        )
+    if counts and not any(o.partition("=")[0].strip() == "parallel.pp" for o in request.overrides):
+        request = replace(request, overrides=[*request.overrides, f"parallel.pp={len(counts)}"])
     fixed = [name for name in ("weights", "offload") if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if interactive:
         from toolkit.inference.interactive import converse

@@ -225,7 +225,9 @@ class Conversation:
         way = choice.way
         self.cut = f"tp {way.tp} x pp {way.pp}"
         self.note(f"{there} device{'s' * (there > 1)}: {'; '.join(choice.reasons)}")
-        request = replace(with_choice(self.request, choice), batch=1)
+        # a conversation has one prompt in flight, which the fastest device alone would answer soonest: measured only where it is asked for
+        measured = self.request.layers_per_stage == "measured" and way.pp > 1 and way.offload == "none"
+        request = replace(with_choice(self.request, choice), batch=1, layers_per_stage="measured" if measured else "even")
         try:
             self.ranks = Ranks(request, way.tp * way.pp)
         except RankDied as death:

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from toolkit.cost.generation import Generation
 from toolkit.inference.plan import plan
 from toolkit.inference.request import Request
 from toolkit.inference.source import Model, open_model
 from toolkit.inference.text import Text, TextStream
 from toolkit.parallel.rules import GenerationCase, generation_violations, refuse
+from toolkit.plan.cut import StagePace, choose_cut
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from toolkit.arch.spec import WeightSpec
+    from toolkit.model.savings import Savings
 
+WORTH = 0.05  # a share of time, below which the even cut stays: measuring is no more exact
 logger = logging.getLogger(__name__)
 
 
@@ -39,27 +45,90 @@ class Session:
         self.model: Model = open_model(Path(request.model))
         self.text = Text(self.model, tokenizer=request.tokenizer)
         precision = request.dtype or self.model.precision
-        self.config, self.layout = plan(self.model.section, request.overrides, processes=self.world.size, precision=precision)
+        self.config, self.layout = plan(
+            self.model.section, request.overrides, processes=self.world.size, precision=precision, layers_per_stage=request.layers_per_stage
+        )
         meeting = f"{request.socket}.meeting" if request.socket else None
         connect(self.world, self.layout, seed=0, timeout_s=600.0, meeting=meeting)
         self.files = ExitStack()
         limit_memory(request.memory_limit, self.world.device)
         self.at = self.layout.coordinates(self.world.rank)
+        self.paces: list[StagePace] = []
+        """What was measured of each stage, where layers are cut by it."""
+        self.reasons: list[str] = []
+        if request.layers_per_stage == "measured":
+            self.refuse(request)
+            self._measure(request)
         self.load(request)
         self.load_s = time.perf_counter() - started
+
+    def _measure(self, request: Request) -> None:
+        """Cut the layers by what each stage's device takes for one of them, and by how many it can hold; all ranks call it."""
+        from toolkit.inference.pace import Pace, all_stages, measure_layer
+
+        way, in_flight = self._way(request), self._in_flight(request)
+
+        def mine() -> Pace:
+            with self._memory("one layer, to measure it"):
+                return measure_layer(
+                    self.config,
+                    self.layout,
+                    rank=self.world.rank,
+                    device=self.world.device,
+                    savings=_savings(request),
+                    texts=-(-way.batch // in_flight),
+                    room=self._room(request),
+                )
+
+        self.paces = all_stages(mine, layout=self.layout, way=way)
+        cut = choose_cut(way.model.layers, self.paces, in_flight=in_flight, worth=WORTH)
+        self.layout, self.reasons = replace(self.layout, layers_per_stage=cut.counts), cut.reasons
+        if self.world.rank == 0:
+            for reason in cut.reasons:
+                logger.warning("measured: %s", reason)
+
+    def _room(self, request: Request) -> float:
+        from toolkit.inference.memory import room
+
+        on_host = int(os.environ.get("LOCAL_WORLD_SIZE", self.world.size))
+        return room(self.world.device, limit_gib=request.memory_limit, ranks=on_host)
+
+    def _way(self, request: Request) -> Generation:
+        """What the request asks at most, as the estimate has it. No tokenizer makes more tokens of a text than it has bytes."""
+        layout, known = self.layout, self.config.model.max_position_embeddings
+        longest = max((len(p.encode()) for p in request.prompts), default=known)
+        context = min(known, longest + request.max_new_tokens)
+        prompts = -(-max(1, len(request.prompts)) // layout.dp)
+        return Generation(
+            model=self.config.model.spec,
+            tp=layout.tp,
+            pp=layout.pp,
+            dp=layout.dp,
+            precision=self.config.train.precision,
+            batch=min(request.batch, prompts),
+            context=context,
+            prompt=min(longest, context),
+            weights=request.weights,
+            kv=request.kv,
+        )
+
+    def _in_flight(self, request: Request) -> int:
+        """Micro-batches that the stages compute at the same time."""
+        return min(self.layout.pp, self._way(request).batch)
+
+    @property
+    def layers_per_stage(self) -> list[int]:
+        return [len(self.layout.layers_of(self.config.model.num_layers, stage=s)) for s in range(self.layout.pp)]
 
     def load(self, request: Request) -> None:
         """Read this rank's weights and make them as small as the request says; all ranks call it."""
         self.refuse(request)
         self.close()
-        from toolkit.model.savings import Savings
         from toolkit.model.stage import Stage
         from toolkit.parallel.agree import everywhere
 
         stages: list[Stage] = []
         self.read_bytes = 0
-        names = ("weights", "kv", "grow", "prune", "offload")
-        savings = Savings(**{name: getattr(request, name) for name in names})
         files = ExitStack()
 
         def load() -> None:
@@ -79,7 +148,7 @@ class Session:
                         rank=self.world.rank,
                         device=self.world.device,
                         read=read_part,
-                        savings=savings,
+                        savings=_savings(request),
                     )
                 )
 
@@ -116,6 +185,7 @@ class Session:
             grow=request.grow,
             prune=request.prune,
             offload=request.offload,
+            measured=request.layers_per_stage == "measured",
             by_part=self.model.by_part,
             cuda=self.world.device.type == "cuda",
         )
@@ -181,6 +251,12 @@ class Session:
         return sorted((a for part in everyone for a in part), key=lambda a: a.number) if self.world.rank == 0 else None
 
 
+def _savings(request: Request) -> Savings:
+    from toolkit.model.savings import Savings
+
+    return Savings(**{name: getattr(request, name) for name in ("weights", "kv", "grow", "prune", "offload")})
+
+
 @contextmanager
 def _without_compiler() -> Iterator[None]:
     """Import megatron-core without torch's compiler, a quarter of the start-up.
@@ -232,7 +308,17 @@ def report(session: Session, request: Request, ids: Sequence[Sequence[int]], ans
     layout, times = session.layout, session.times
     return {
         "model": str(session.model.path),
-        "layout": {"processes": layout.world_size, "tp": layout.tp, "pp": layout.pp, "dp": layout.dp},
+        "layout": {
+            "processes": layout.world_size,
+            "tp": layout.tp,
+            "pp": layout.pp,
+            "dp": layout.dp,
+            "layers_per_stage": session.layers_per_stage,
+        },
+        "measured": {
+            "stages": [{"layer_s": p.layer, "ends_s": p.ends, "layers_that_fit": p.most} for p in session.paces],
+            "reasons": session.reasons,
+        },
         "dtype": session.config.train.precision,
         "savings": {name: getattr(request, name) for name in ("weights", "kv", "grow", "prune", "offload")},
         "auto": request.auto,
