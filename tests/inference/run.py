@@ -59,6 +59,36 @@ def limited(asked: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def fuller(asked: dict[str, Any]) -> dict[str, Any]:
+    """Tokens where rank 1's memory fills up with something else before the first batch, with --rebalance."""
+    import ctypes
+    import resource
+
+    from toolkit.inference.memory import room
+    from toolkit.inference.request import Request
+    from toolkit.inference.run import Session
+    from toolkit.train.world import World
+
+    asked, world = dict(asked), World.from_environment()
+    ids, limit = asked.pop("ids"), asked.pop("limit") if world.rank == 1 else None
+    asked.pop("limit", None)
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    ctypes.CDLL(None).malloc_trim(0)
+    other = []
+    try:
+        prompts = ["-" * max(map(len, ids))] * len(ids)
+        session = Session(Request(prompts=prompts, tokenizer="bytes", memory_limit=limit, rebalance=True, **asked))
+        start = session.layers_per_stage
+        while limit is not None and room(world.device, limit_gib=None, ranks=1) > 4 * 2**20:
+            other.append(bytearray(2**16))
+        answers = session.generate(ids)
+        found = {"tokens": answers and [(a.tokens, a.finish) for a in answers], "start": start, "end": session.layers_per_stage}
+        session.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+    return found
+
+
 def held(asked: dict[str, Any]) -> dict[str, Any]:
     """What this rank has read: bytes, and the numbers of its layers, counted from 1."""
     from toolkit.inference.request import Request

@@ -101,6 +101,7 @@ def with_choice(request: Request, choice: Choice) -> Request:
         batch=way.batch,
         auto=choice.reasons,
         layers_per_stage="measured" if measured else "even",
+        rebalance=request.rebalance and measured,
     )
 
 

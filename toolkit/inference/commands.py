@@ -44,6 +44,9 @@ def generate(
     prune: Annotated[str, typer.Option(help="set this share of each layer's weights to 0, or 2:4")] = "none",
     offload: Annotated[Place, typer.Option(help="keep layers there, and two of them in memory")] = "none",
     layers_per_stage: Annotated[str, typer.Option(help="how pipeline stages share the layers: even, measured, or 10,6")] = "even",
+    rebalance: Annotated[
+        bool, typer.Option("--rebalance", help="move the cut between prompts when a device has become slower or fuller")
+    ] = False,
     memory_limit: Annotated[float | None, typer.Option(help="let a rank take only so many GiB beside its libraries")] = None,
     auto: Annotated[bool, typer.Option("--auto", help="choose cut, offload and quantisation for the devices that are there")] = False,
     interactive: Annotated[bool, typer.Option("--interactive", help="a conversation; devices may come and go between lines")] = False,
@@ -84,6 +87,7 @@ def generate(
         prune=prune,
         offload=offload,
         layers_per_stage=layers_per_stage,
+        rebalance=rebalance,
         memory_limit=memory_limit,
     )
     if (counts := counts_of(layers_per_stage)) and (auto or interactive):

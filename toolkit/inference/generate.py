@@ -47,6 +47,9 @@ class Times:
     decoded: int = 0
 
 
+NO_TIMES = Times()
+
+
 @dataclass
 class _Flight:
     """A micro-batch on its way through the stages, again and again. place: of the token that is computed, in its answer; live: rows
@@ -71,12 +74,12 @@ class Generator:
     """Generates with one copy of a model; every rank of the copy calls it with the same arguments and gets the same answers.
 
     stop: ids that end an answer. batch: prompts computed at once; with several pipeline stages they are split into as many micro-batches,
-    so that every stage has one to compute.
+    so that every stage has one to compute. times: of what was generated before.
     """
 
-    def __init__(self, stage: Stage, *, stop: Iterable[int] = (), batch: int = 8) -> None:
+    def __init__(self, stage: Stage, *, stop: Iterable[int] = (), batch: int = 8, times: Times = NO_TIMES) -> None:
         self.stage, self.stop, self.batch = stage, frozenset(stop), batch
-        self.times = Times()
+        self.times = times
 
     def __call__(
         self,

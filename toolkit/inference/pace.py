@@ -63,13 +63,11 @@ def measure_layer(config: RunConfig, layout: Layout, *, rank: int, device: torch
 
 
 def pace_of(spans: Mapping[str, Sequence[float]], *, layers: int, room: float) -> Pace:
-    """From the seconds of each pass through a stage of so many layers."""
-    ends = spans.get("ends", [])
-    passes = len(spans["layers"])
-    both = len(ends) > passes  # a stage that is first and last
+    """From the seconds of each pass through a stage of so many layers; 0 where there was none."""
+    passes, ends = spans.get("layers"), spans.get("ends")
     return Pace(
-        layer=statistics.median(spans["layers"]) / layers,
-        ends=statistics.median(ends) * (2 if both else 1) if ends else 0.0,
+        layer=statistics.median(passes) / layers if passes else 0.0,
+        ends=statistics.median(ends) if ends else 0.0,
         room=room,
     )
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from toolkit.cost.generation import Generation
+from toolkit.inference.cutting import cut_as_measured, rebalance
 from toolkit.inference.plan import plan
 from toolkit.inference.request import Request
 from toolkit.inference.source import Model, open_model
 from toolkit.inference.text import Text, TextStream
 from toolkit.parallel.rules import GenerationCase, generation_violations, refuse
-from toolkit.plan.cut import StagePace, choose_cut
+from toolkit.plan.cut import StagePace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
     from toolkit.arch.spec import WeightSpec
     from toolkit.model.savings import Savings
 
-WORTH = 0.05  # a share of time, below which the even cut stays: measuring is no more exact
 logger = logging.getLogger(__name__)
 
 
@@ -56,65 +53,17 @@ class Session:
         self.paces: list[StagePace] = []
         """What was measured of each stage, where layers are cut by it."""
         self.reasons: list[str] = []
+        self.batch_rows = 1
+        """Prompts that this copy computed at once the last time."""
         if request.layers_per_stage == "measured":
             self.refuse(request)
-            self._measure(request)
+            cut_as_measured(self)
         self.load(request)
         self.load_s = time.perf_counter() - started
 
-    def _measure(self, request: Request) -> None:
-        """Cut the layers by what each stage's device takes for one of them, and by how many it can hold; all ranks call it."""
-        from toolkit.inference.pace import Pace, all_stages, measure_layer
-
-        way, in_flight = self._way(request), self._in_flight(request)
-
-        def mine() -> Pace:
-            with self._memory("one layer, to measure it"):
-                return measure_layer(
-                    self.config,
-                    self.layout,
-                    rank=self.world.rank,
-                    device=self.world.device,
-                    savings=_savings(request),
-                    texts=-(-way.batch // in_flight),
-                    room=self._room(request),
-                )
-
-        self.paces = all_stages(mine, layout=self.layout, way=way)
-        cut = choose_cut(way.model.layers, self.paces, in_flight=in_flight, worth=WORTH)
-        self.layout, self.reasons = replace(self.layout, layers_per_stage=cut.counts), cut.reasons
-        if self.world.rank == 0:
-            for reason in cut.reasons:
-                logger.warning("measured: %s", reason)
-
-    def _room(self, request: Request) -> float:
-        from toolkit.inference.memory import room
-
-        on_host = int(os.environ.get("LOCAL_WORLD_SIZE", self.world.size))
-        return room(self.world.device, limit_gib=request.memory_limit, ranks=on_host)
-
-    def _way(self, request: Request) -> Generation:
-        """What the request asks at most, as the estimate has it. No tokenizer makes more tokens of a text than it has bytes."""
-        layout, known = self.layout, self.config.model.max_position_embeddings
-        longest = max((len(p.encode()) for p in request.prompts), default=known)
-        context = min(known, longest + request.max_new_tokens)
-        prompts = -(-max(1, len(request.prompts)) // layout.dp)
-        return Generation(
-            model=self.config.model.spec,
-            tp=layout.tp,
-            pp=layout.pp,
-            dp=layout.dp,
-            precision=self.config.train.precision,
-            batch=min(request.batch, prompts),
-            context=context,
-            prompt=min(longest, context),
-            weights=request.weights,
-            kv=request.kv,
-        )
-
-    def _in_flight(self, request: Request) -> int:
-        """Micro-batches that the stages compute at the same time."""
-        return min(self.layout.pp, self._way(request).batch)
+    @property
+    def savings(self) -> Savings:
+        return savings_of(self.request)
 
     @property
     def layers_per_stage(self) -> list[int]:
@@ -140,7 +89,7 @@ class Session:
                 self.read_bytes += part.nbytes if self.model.cuts else weight.count * part.itemsize
                 return part
 
-            with self._memory("its weights"):
+            with self.naming_memory("its weights"):
                 stages.append(
                     Stage(
                         self.config,
@@ -148,7 +97,7 @@ class Session:
                         rank=self.world.rank,
                         device=self.world.device,
                         read=read_part,
-                        savings=_savings(request),
+                        savings=savings_of(request),
                     )
                 )
 
@@ -164,7 +113,7 @@ class Session:
         else:
             files.close()
 
-    def _memory(self, what: str) -> AbstractContextManager[None]:
+    def naming_memory(self, what: str) -> AbstractContextManager[None]:
         from toolkit.inference.memory import said_when_memory_ends
 
         r = self.request
@@ -185,7 +134,7 @@ class Session:
             grow=request.grow,
             prune=request.prune,
             offload=request.offload,
-            measured=request.layers_per_stage == "measured",
+            measured=request.layers_per_stage == "measured" or request.rebalance,
             by_part=self.model.by_part,
             cuda=self.world.device.type == "cuda",
         )
@@ -240,9 +189,28 @@ class Session:
         r = self.request
         generator = Generator(self.stage, stop=self.text.stop, batch=r.batch)
         mine = [(number, list(one)) for number, one in enumerate(ids)][self.at.dp :: self.layout.dp]
+        each = -(-len(ids) // self.layout.dp)
+        self.batch_rows = min(r.batch, each)
         show = on_token if on_token is not None and self.world.rank == 0 else lambda _number, _token: None
-        with self._memory("activations, keys and values" + (", and its layers" if r.offload != "none" else "")):
-            answers = generator(mine, max_new_tokens=r.max_new_tokens, sampling=r.sampling, on_token=show)
+        with self.naming_memory("activations, keys and values" + (", and its layers" if r.offload != "none" else "")):
+            if not r.rebalance:
+                answers = generator(mine, max_new_tokens=r.max_new_tokens, sampling=r.sampling, on_token=show)
+            else:
+                mine.sort(key=lambda prompt: len(prompt[1]))
+                answers = []
+                for start in range(0, each, r.batch):
+                    if start:
+                        times = generator.times
+                        del generator  # it holds the stage, which another one may replace
+                        said = rebalance(self)
+                        if said is not None and self.world.rank == 0:
+                            logger.warning("%s", said)
+                        generator = Generator(self.stage, stop=self.text.stop, batch=r.batch, times=times)
+                    if self.stage.spans is None:
+                        self.stage.spans = {}
+                    part = mine[start : start + r.batch]
+                    answers += generator(part, max_new_tokens=r.max_new_tokens, sampling=r.sampling, on_token=show)
+                answers.sort(key=lambda answer: answer.number)
         self.times = generator.times
         if self.layout.dp == 1:
             return answers if self.world.rank == 0 else None
@@ -251,7 +219,7 @@ class Session:
         return sorted((a for part in everyone for a in part), key=lambda a: a.number) if self.world.rank == 0 else None
 
 
-def _savings(request: Request) -> Savings:
+def savings_of(request: Request) -> Savings:
     from toolkit.model.savings import Savings
 
     return Savings(**{name: getattr(request, name) for name in ("weights", "kv", "grow", "prune", "offload")})

@@ -50,8 +50,6 @@ class GenerationCase:
     def changed(self, settings: Mapping[str, Any]) -> GenerationCase:
         """A copy with options (--name: value) set."""
         values = {option.removeprefix("--").replace("-", "_"): value for option, value in settings.items()}
-        if "parallel.pp" in values:
-            values["pp"] = values.pop("parallel.pp")
         if "layers_per_stage" in values:
             word = values["layers_per_stage"]
             values |= {"layers_per_stage": counts_of(word), "measured": word == "measured"}
@@ -193,8 +191,8 @@ GENERATION_RULES: tuple[Rule[GenerationCase], ...] = (
         why="each stage has a layer",
         broken=lambda c: 0 < c.layers < c.pp,
         what=lambda c: f"parallel.pp={c.pp} with model.num_layers={c.layers}",
-        options=lambda c: choices({"parallel.pp": c.layers}) if not c.layers_per_stage else iter(()),
-        hint="name fewer stages",
+        options=lambda c: choices(),
+        hint="set parallel.pp to the number of layers, or lower",
     ),
     Rule(
         id="measured-stages",
@@ -203,7 +201,7 @@ GENERATION_RULES: tuple[Rule[GenerationCase], ...] = (
         broken=lambda c: c.measured and c.pp == 1,
         what=lambda c: "layers cut as measured with parallel.pp=1",
         options=lambda c: choices({"--layers-per-stage": "even"}),
-        hint="set parallel.pp",
+        hint="set parallel.pp, or leave --rebalance out",
     ),
     Rule(
         id="measured-offload",
