@@ -38,6 +38,8 @@ def expected(pool: Pool, folder: Path) -> Any:
         (2, ["parallel.pp=2"], "5,1"),
         pytest.param(3, ["parallel.pp=3"], "1,3,2", marks=pytest.mark.all_cells),
         (4, ["parallel.tp=2", "parallel.pp=2"], "2,4"),
+        (2, ["parallel.pp=2"], "measured"),
+        pytest.param(4, ["parallel.tp=2", "parallel.pp=2"], "measured", marks=pytest.mark.all_cells),
         pytest.param(4, ["parallel.pp=4"], "1,1,3,1", marks=pytest.mark.all_cells),  # an even cut into 4 is refused
     ],
 )

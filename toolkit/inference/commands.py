@@ -70,6 +70,8 @@ def generate(
         raise ConfigError("--interactive beside a prompt", why="it reads prompts as they are typed", fix="Leave one of the two out.")
     if prompt is None and prompts is None and not interactive:
         raise ConfigError("there is no prompt", fix="Set --prompt TEXT, --prompts FILE or --interactive.")
+    if rebalance and prompt is not None:
+        raise ConfigError("--rebalance beside --prompt", why="the cut moves between prompts", fix="Set --prompts or --interactive.")
     request = Request(
         model=str(ckpt),
         prompts=[prompt] if prompt is not None else read_prompts(prompts) if prompts is not None else [],

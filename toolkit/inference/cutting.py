@@ -24,27 +24,28 @@ logger = logging.getLogger(__name__)
 
 def cut_as_measured(session: Session) -> None:
     """Cut the layers by what each stage's device takes for one of them, and by how many it can hold; all ranks call it."""
-    from toolkit.inference.pace import all_stages, measure_layer
+    from toolkit.inference.pace import all_stages, one_layer, time_layer
+    from toolkit.parallel.agree import everywhere
 
-    request, way = session.request, _most_asked(session)
+    way = _most_asked(session)
     in_flight = min(session.layout.pp, way.batch)
+    room, world, stages = _room(session), session.world, []
+
+    def build() -> None:
+        with session.naming_memory("one layer, to measure it"):
+            stages.append(one_layer(session.config, session.layout, rank=world.rank, device=world.device, savings=session.savings))
+
+    everywhere(build)  # a rank that has no memory for it must not leave others waiting in a sum
 
     def mine() -> Pace:
         with session.naming_memory("one layer, to measure it"):
-            return measure_layer(
-                session.config,
-                session.layout,
-                rank=session.world.rank,
-                device=session.world.device,
-                savings=session.savings,
-                texts=-(-way.batch // in_flight),
-                room=_room(session),
-            )
+            return time_layer(stages.pop(), texts=-(-way.batch // in_flight), room=room)
 
     session.paces = all_stages(mine, layout=session.layout, way=way)
     cut = choose_cut(way.model.layers, session.paces, in_flight=in_flight, worth=WORTH)
     session.layout, session.reasons = replace(session.layout, layers_per_stage=cut.counts), cut.reasons
-    if session.world.rank == 0 and request.bench is None:
+    gc.collect()  # megatron-core's modules refer to each other
+    if world.rank == 0:
         for reason in cut.reasons:
             logger.warning("measured: %s", reason)
 
@@ -79,7 +80,7 @@ def rebalance(session: Session) -> str | None:
     said = recut_line(before, cut, planned=session.paces, now=paces)
     layout, session.layout = session.layout, replace(session.layout, layers_per_stage=cut.counts)
     del session.stage  # two parts would not fit
-    gc.collect()  # megatron-core's modules refer to each other
+    gc.collect()
     try:
         session.load(session.request)
     except OutOfMemory as error:

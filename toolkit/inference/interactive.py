@@ -296,6 +296,8 @@ def converse(request: Request, *, devices: int | None, fixed: Sequence[str], lin
                 continue
             if request.as_json:
                 found = {"prompt": words, **{k: answer[k] for k in ("text", "tokens", "finish")}, "cut": talk.cut}
+                if talk.ranks is not None:
+                    found["layers_per_stage"] = talk.ranks.layers_per_stage
                 out.write(json.dumps(found, ensure_ascii=False) + "\n")
             else:
                 out.write("\n")

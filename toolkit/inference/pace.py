@@ -39,18 +39,23 @@ class Pace:
     room: float
 
 
-def measure_layer(config: RunConfig, layout: Layout, *, rank: int, device: torch.device, savings: Savings, texts: int, room: float) -> Pace:
-    """Time one layer of the model's shape with drawn weights, and what the stage has besides; all ranks call it. texts: of a micro-batch."""
+def one_layer(config: RunConfig, layout: Layout, *, rank: int, device: torch.device, savings: Savings) -> Stage:
+    """This rank's stage with one layer of the model's shape, and drawn weights."""
     model = config.model.model_copy(update={"num_layers": layout.pp})
     one_each = replace(layout, layers_per_stage=(1,) * layout.pp)
-    read = _drawn(layout.tp)
-    stage = Stage(config.model_copy(update={"model": model}), one_each, rank=rank, device=device, read=read, savings=savings)
+    changed = config.model_copy(update={"model": model})
+    return Stage(changed, one_each, rank=rank, device=device, read=_drawn(layout.tp), savings=savings)
+
+
+def time_layer(stage: Stage, *, texts: int, room: float) -> Pace:
+    """What the layer takes for one new token of so many texts, and the stage's embedding or output; a stage's ranks call it together."""
+    model, device = stage.config.model, stage.device
     flush = torch.zeros(max(1, int(min(FLUSH, room / 8))), dtype=torch.uint8, device=device)
+    past = max(1, min(PAST, model.max_position_embeddings - REPEATS - WARM_UP))
     with torch.no_grad():
-        past = min(PAST, model.max_position_embeddings - REPEATS - WARM_UP - 1)
-        cache = stage.cache(batch=texts, length=max(1, past) + REPEATS + WARM_UP)
-        for step in range(REPEATS + WARM_UP + 1):
-            new = 1 if step else max(1, past)
+        cache = stage.cache(batch=texts, length=past + REPEATS + WARM_UP)
+        for step in range(1 + WARM_UP + REPEATS):
+            new = 1 if step else past
             given = torch.zeros((texts, new), dtype=torch.int64, device=device)
             if not stage.first:
                 given = torch.randn((texts, new, model.hidden_size), device=device).to(stage.dtype)
