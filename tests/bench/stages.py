@@ -1,13 +1,13 @@
 """Pipeline stages on unequal devices: tokens a second by the even cut and by the measured one, on SmolLM2-135M-Instruct.
 
 `python -m tests.bench.stages --write docs/inference.md` puts the table between that page's markers. Two ranks have a core each, and the
-second one's core is also given to busy processes. The two ways take turns in the same processes; the ratio is the median of the pairs'.
+second one's core is also given to busy processes. The two ways take turns in the same processes; each ratio is the
+median of the pairs' ratios.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -16,7 +16,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ PROMPTS = [f"A list of {n} words that begin with the letter {c}:" for n, c in zi
 TOKENS = 16
 PAIRS = 5
 BUSY = 2
+MANY = 4  # times the prompts
 
 
 @contextmanager
@@ -58,45 +60,37 @@ def rank(path: Path) -> None:
 
     micro_batches = Generator.in_flight
 
-    def one(cut: str, *, alone: bool = False) -> dict[str, Any]:
+    def session(cut: str) -> Session:
+        asks = {"prompts": PROMPTS, "max_new_tokens": TOKENS, "overrides": ["parallel.pp=2"], "dtype": "fp32"}
+        made = Session(Request(model=asked["model"], layers_per_stage=cut, **asks))
+        made.text.stop = frozenset()
+        return made
+
+    def one(by: Session, times: int = 1, *, alone: bool = False) -> dict[str, Any]:
         # one batch in flight is no option of the command: it is what generating was before micro-batches
         Generator.in_flight = property(lambda _self: 1) if alone else micro_batches  # type: ignore[assignment,method-assign]
-        session = Session(
-            Request(
-                model=asked["model"],
-                prompts=PROMPTS,
-                max_new_tokens=TOKENS,
-                overrides=["parallel.pp=2"],
-                dtype="fp32",
-                layers_per_stage=cut,
-            )
-        )
-        session.text.stop = frozenset()
-        ids = session.encode(PROMPTS)
+        by.request = replace(by.request, batch=times * len(PROMPTS))
+        ids = times * by.encode(PROMPTS)
         dist.barrier()
         started = time.perf_counter()
-        answers = session.generate(ids)
-        found: dict[str, Any] = {"rate": len(PROMPTS) * TOKENS / (time.perf_counter() - started), "layers": session.layers_per_stage}
-        if answers is not None:
-            found["tokens"] = [a.tokens for a in answers]
-        session.close()
-        del session
-        gc.collect()
-        return found
+        answers = by.generate(ids)
+        rate = len(ids) * TOKENS / (time.perf_counter() - started)
+        return {"rate": rate, "layers": by.layers_per_stage, "tokens": answers and [a.tokens for a in answers]}
 
-    found: dict[str, list[Any]] = {"flight": [], "cut": []}
-    one("even")  # warms up
-    for _ in range(PAIRS):
-        found["flight"].append((one("even", alone=True), one("even")))
-    load = busy(BUSY, core=asked["cores"][1]) if number == 0 else None
-    if load is not None:
-        load.__enter__()
-    try:
-        for _ in range(PAIRS):
-            found["cut"].append((one("even"), one("measured")))
-    finally:
-        if load is not None:
-            load.__exit__(None, None, None)
+    even, measured = session("even"), session("measured")
+    for by in (even, measured):
+        one(by)  # warms up
+    found: dict[str, list[Any]] = {
+        "few": [(one(even, alone=True), one(even)) for _ in range(PAIRS)],
+        "many": [(one(even, MANY, alone=True), one(even, MANY)) for _ in range(PAIRS)],
+        "ends": [(one(even, MANY), one(measured, MANY)) for _ in range(PAIRS)],
+    }
+    measured.close()
+    with busy(BUSY, core=asked["cores"][1]) if number == 0 else nullcontext():
+        dist.barrier()
+        measured = session("measured")
+        one(measured)
+        found["slow"] = [(one(even), one(measured)) for _ in range(PAIRS)]
     if number == 0:
         path.with_suffix(".found").write_text(json.dumps(found))
 
@@ -124,14 +118,18 @@ def measure() -> str:
         if code:
             sys.exit(code)
         found = json.loads(path.with_suffix(".found").read_text())
+    few = len(PROMPTS)
     return "\n".join(
         [
-            f"SmolLM2-135M-Instruct in fp32, {len(PROMPTS)} prompts at once, {TOKENS} new tokens each; {PAIRS} pairs by turns, medians.",
+            f"SmolLM2-135M-Instruct in fp32 on two ranks, {TOKENS} new tokens a prompt; {PAIRS} pairs by turns, medians. Before and",
+            "after are the two ways that the row names, with the layers of each stage.",
             "",
-            "| | tokens/s (layers) | tokens/s (layers) | ratio | tokens |",
+            "| | tokens/s before | after | ratio | tokens |",
             "|---|---|---|---|---|",
-            row("equal cores: one batch in flight, two micro-batches", found["flight"]),
-            row(f"{BUSY} busy processes on the second stage's core: even cut, measured cut", found["cut"]),
+            row(f"equal cores, {few} prompts: one batch in flight, two micro-batches", found["few"]),
+            row(f"equal cores, {MANY * few} prompts: one batch in flight, two micro-batches", found["many"]),
+            row(f"equal cores, {MANY * few} prompts: even cut, measured cut", found["ends"]),
+            row(f"{BUSY} busy processes on the second stage's core, {few} prompts: even cut, measured cut", found["slow"]),
         ]
     )
 

@@ -82,6 +82,7 @@ def test_a_rank_that_dies_in_an_answer_leaves_the_conversation_whole(folder: Pat
     assert any("rank 1 has ended by SIGKILL; going on with 1 of 2 devices" in note for note in notes), notes
 
 
+@pytest.mark.all_cells
 def test_layers_leave_a_rank_that_becomes_slower(expected_of: Any, tmp_path: Path) -> None:
     """Its core is given to busy processes too: the cut moves between prompts, and the answers stay those of one process."""
     cores = sorted(os.sched_getaffinity(0))
@@ -99,7 +100,7 @@ def test_layers_leave_a_rank_that_becomes_slower(expected_of: Any, tmp_path: Pat
         for pids, core in (([talk.ranks.processes[0].pid], cores[0]), ([talk.ranks.processes[1].pid], cores[-1])):
             for thread in (t for pid in pids for t in Path(f"/proc/{pid}/task").iterdir()):
                 os.sched_setaffinity(int(thread.name), {core})
-        for _ in range(8):
+        for _ in range(4):
             busy.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
             os.sched_setaffinity(busy[-1].pid, {cores[-1]})
         deadline = time.monotonic() + 240
