@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 
 from toolkit import __version__
+from toolkit.calibrate.commands import calibrate
 from toolkit.checkpoint.commands import app as checkpoint_app
 from toolkit.convert.commands import app as convert_app
 from toolkit.doctor.commands import doctor
 from toolkit.errors import ConfigError, ToolkitError, at_least_one
 from toolkit.evaluate.commands import evaluate
-from toolkit.evidence.commands import calibrate
 from toolkit.files import keep_others_out
 from toolkit.inference.commands import Bits, Kv, Place, bench_inference, generate
 from toolkit.plan.commands import log_to_stderr, tune
@@ -73,7 +73,8 @@ def train(
     from functools import partial
 
     from toolkit.cluster.environment import PLANNED, gpu_count
-    from toolkit.cluster.launch import LOCAL, read_hostfile, run_local, run_on_hosts
+    from toolkit.cluster.hosts import LOCAL, read_hostfile
+    from toolkit.cluster.launch import run_local, run_on_hosts
     from toolkit.cluster.stalls import STALLED
     from toolkit.config.load import load_config
     from toolkit.train.console import watched

@@ -59,8 +59,12 @@ def step_time(w: Workload, hardware: Hardware, *, scale: float | None = None, un
 
     1F1B: the slowest stage's micro-batches in a row, and the fill and drain of the others' (arXiv 2104.04473, section 2.2),
     divided by vpp when interleaved. scale: calibrated compute speed; null: the stored one of this GPU and precision.
-    unknown: settings that had to be guessed, which widen the interval.
+    unknown: settings that had to be guessed, which widen the interval. A CPU that was measured has formulas of its own.
     """
+    if hardware.cpu is not None and not hardware.gpu.accelerator:
+        from toolkit.cost.cpu_step import cpu_step_time
+
+        return cpu_step_time(w, hardware)
     if scale is None:
         scale = calibration.scale_for(hardware.gpu, w.precision)
     forward, backward, again = layer_passes(w, hardware, scale=scale)

@@ -1,8 +1,13 @@
-"""The one fitted number per GPU and precision: how much of the modelled compute speed training reaches, with its provenance."""
+"""The one fitted number per GPU and precision: how much of the modelled compute speed training reaches, with its provenance.
+
+Of a CPU a user's file holds measured rates instead (toolkit/hardware/cpu.py).
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +15,8 @@ from typing import Any
 import yaml
 
 from toolkit.errors import ConfigError
-from toolkit.hardware.catalogue import Gpu
+from toolkit.hardware.catalogue import Gpu, Hardware
+from toolkit.hardware.cpu import load_cpu, processor_here
 
 FILE = Path(__file__).with_name("calibration.yaml")
 UNKNOWN = 0.85  # where nothing was measured: the middle of the fitted ones
@@ -53,6 +59,38 @@ def lookup(entries: Mapping[tuple[str, str], float], gpu: Gpu, precision: str, *
             if (name, twin) in entries:
                 return entries[name, twin]
     return default
+
+
+def measured(hardware: Hardware, users_file: Path | None, *, environ: Mapping[str, str] | None = None) -> Hardware:
+    """The same cluster with what a calibration file says of its processors, where ranks run on those; as it is elsewhere.
+
+    Ranks have OMP_NUM_THREADS threads where the environment says so, as they would in training. Raises ConfigError for a file
+    that says nothing of a CPU.
+    """
+    if users_file is None or hardware.gpu.accelerator:
+        return hardware
+    cpu = load_cpu(users_file)
+    if cpu is None:
+        scales = load(users_file)
+        if any(gpu == hardware.gpu.scale for gpu, _ in scales):  # fitted to runs on a CPU
+            return hardware
+        raise ConfigError(
+            f"calibration file {str(users_file)!r} has no figures of a CPU",
+            why=f"it is of {', '.join(sorted({gpu for gpu, _ in scales})) or 'nothing'}",
+            fix="Measure this machine with toolkit calibrate --out FILE.",
+        )
+    asked = (os.environ if environ is None else environ).get("OMP_NUM_THREADS", "")
+    return replace(hardware, cpu=cpu, threads=int(asked) if asked.isdigit() else 0)
+
+
+def remark(hardware: Hardware) -> str:
+    """What a reader should know of the measured processors that an estimate stands on; "" where none were measured."""
+    cpu = hardware.cpu
+    if cpu is None:
+        return ""
+    here = processor_here()
+    other = f"; this machine has {here}, so the times are that machine's" if here != cpu.processor else ""
+    return f"step times from figures of {cpu.processor}, {cpu.cores} cores, measured {cpu.measured}{other}"
 
 
 @lru_cache(maxsize=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from toolkit.errors import ConfigError
+from toolkit.hardware.cpu import CpuRates
 from toolkit.parallel.case import Machine
 
 _BUILT_IN = Path(__file__).with_name("catalogue.yaml")
@@ -49,12 +50,18 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """A cluster of equal nodes: GPU, GPUs per node, nodes, and one GPU's share of the node's network."""
+    """A cluster of equal nodes: GPU, GPUs per node, nodes, and one GPU's share of the node's network.
+
+    cpu: what `toolkit calibrate` has measured of the nodes' processors, where ranks run on those; threads: of each such rank, 0 for
+    its share of the cores. Neither enters a comparison: what is kept by cluster is of GPUs.
+    """
 
     gpu: Gpu
     gpus_per_node: int
     nodes: int
     nic_gb_s: float
+    cpu: CpuRates | None = field(default=None, compare=False, repr=False)
+    threads: int = field(default=0, compare=False)
 
     @property
     def count(self) -> int:

@@ -76,6 +76,7 @@ class Request:
     offload: str = "none"
     layers_per_stage: str = "even"
     rebalance: bool = False
+    nvme_path: str | None = None
     memory_limit: float | None = None
     auto: list[str] = field(default_factory=list)
     bench: str | None = None

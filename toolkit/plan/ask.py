@@ -10,7 +10,7 @@ from typing import Any
 from toolkit.config.load import as_config
 from toolkit.config.schema import RunConfig
 from toolkit.data.vocabulary import with_vocabulary
-from toolkit.hardware.calibration import scale_for
+from toolkit.hardware.calibration import measured, scale_for
 from toolkit.hardware.catalogue import parse_hardware
 from toolkit.plan.search import Limits, Objective
 from toolkit.plan.show import estimate_json
@@ -71,7 +71,7 @@ def make_question(
     config: RunConfig, hardware: str, *, fix: Sequence[str], hardware_file: Path | None, calibration: Path | None
 ) -> Question:
     """The question for tune() from names and files."""
-    cluster = parse_hardware(hardware, extra=hardware_file)
+    cluster = measured(parse_hardware(hardware, extra=hardware_file), calibration)
     return Question(
         config=with_vocabulary(config),
         hardware=cluster,

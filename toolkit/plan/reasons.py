@@ -27,6 +27,7 @@ _MORE: Mapping[str, str] = {
     "optimizer": "optimizer",
     "offload": "offload traffic",
     "stragglers": "waiting for the slowest node",
+    "shared cores": "waiting for a core",
 }
 # what a large part of the step says of the hardware or the layout
 _LIMIT: Mapping[str, str] = {
@@ -44,6 +45,7 @@ _LIMIT: Mapping[str, str] = {
     "optimizer": "device memory bandwidth, in the optimizer",
     "offload": "PCIe and the host's optimizer",
     "stragglers": "the spread between nodes",
+    "shared cores": "too few cores for the ranks",
 }
 
 

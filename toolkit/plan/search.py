@@ -241,7 +241,9 @@ class _Search:
         return micro <= low
 
     def _bound(self, cut: Structure, dp: int, micro: int, recompute: str) -> float:
-        """A lower bound of the seconds of a step with these degrees."""
+        """A lower bound of the seconds of a step with these degrees; none for a measured CPU, whose few layouts are all timed."""
+        if self.hardware.cpu is not None:
+            return 0.0
         microbatches = max(1, self.space.case.batch // (micro * dp))
         layer, again, ends = self._seconds(cut, micro, recompute, single=microbatches == 1)
         stage = self.space.base.model.layers // cut.pp * (layer + again)

@@ -1,0 +1,52 @@
+"""How long gloo's messages between this machine's processes take, by size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from toolkit.calibrate.pieces import quarter
+
+BYTES = (64, 4 << 10, 64 << 10, 512 << 10, 4 << 20, 16 << 20)
+ROUNDS = 12
+
+
+def messages() -> dict[str, list[list[float]]]:
+    """Bytes and seconds of each of toolkit.hardware.cpu.COLLECTIVES; all ranks call it. Bytes are those of the whole tensor."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    curves: dict[str, list[list[float]]] = {}
+    for nbytes in BYTES:
+        whole, part = torch.zeros(nbytes // 4), torch.zeros(nbytes // 4 // world)
+        calls: dict[str, Callable[[], object]] = {
+            "all_reduce": partial(dist.all_reduce, whole),
+            "all_gather": partial(dist.all_gather_into_tensor, whole, part),
+            "reduce_scatter": partial(dist.reduce_scatter_tensor, part, whole),
+            "send": partial(_there_and_back, whole, rank),
+        }
+        for name, call in calls.items():
+            taken = _seconds(call) / (2 if name == "send" else 1)
+            curves.setdefault(name, []).append([nbytes, taken])
+    return curves
+
+
+def _there_and_back(tensor: torch.Tensor, rank: int) -> None:
+    if rank == 0:
+        dist.send(tensor, 1)
+        dist.recv(tensor, 1)
+    elif rank == 1:
+        dist.recv(tensor, 0)
+        dist.send(tensor, 0)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    dist.barrier()
+    times = []
+    for _ in range(2 + ROUNDS):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return quarter(times[2:])
