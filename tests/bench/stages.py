@@ -121,8 +121,8 @@ def measure() -> str:
     few = len(PROMPTS)
     return "\n".join(
         [
-            f"SmolLM2-135M-Instruct in fp32 on two ranks, {TOKENS} new tokens a prompt; {PAIRS} pairs by turns, medians. Before and",
-            "after are the two ways that the row names, with the layers of each stage.",
+            f"SmolLM2-135M-Instruct in fp32 on two ranks, {TOKENS} new tokens a prompt; {PAIRS} pairs by turns, medians.",
+            "Before and after are the two ways that the row names, with the layers of each stage.",
             "",
             "| | tokens/s before | after | ratio | tokens |",
             "|---|---|---|---|---|",
