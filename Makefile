@@ -105,6 +105,7 @@ bench-long-context: $(VENV)/.dev  ## documents, the loss in pieces, context para
 
 bench-inference: $(VENV)/.dev  ## a token and a start beside transformers on SmolLM2-135M, into docs/inference.md
 	$(BIN)/python -m tests.bench.inference --write docs/inference.md
+	$(BIN)/python -m tests.bench.stages --write docs/inference.md
 
 bench-convert: $(VENV)/.run  ## import and export of a 1B model: seconds, GB/s, peak memory
 	$(BIN)/python -m tests.bench.convert --write docs/conversion.md

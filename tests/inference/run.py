@@ -41,6 +41,83 @@ def prepared(asked: dict[str, Any]) -> tuple[list[Any], str]:
         return [], str(error)
 
 
+def limited(asked: dict[str, Any]) -> dict[str, Any]:
+    """Tokens by layers as measured where the kernel lets rank 1 take only asked["limit"] GiB more, and what it says to the even cut."""
+    import ctypes
+    import gc
+    import resource
+
+    from toolkit.errors import OutOfMemory
+    from toolkit.inference.request import Request
+    from toolkit.inference.run import Session
+    from toolkit.train.world import World
+
+    asked, world = dict(asked), World.from_environment()
+    ids, limit = asked.pop("ids"), asked.pop("limit")
+    asked |= {"tokenizer": "bytes", "memory_limit": limit if world.rank == 1 else None}
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    found: dict[str, Any] = {}
+    trim = ctypes.CDLL(None).malloc_trim
+    try:
+        trim(0)  # what earlier cells have freed would be room beside the limit
+        try:
+            Session(Request(prompts=[], **asked))
+        except OutOfMemory as error:
+            found["refused"] = str(error)
+        gc.collect()
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+        trim(0)
+        session = Session(Request(prompts=["-" * max(map(len, ids))] * len(ids), layers_per_stage="measured", **asked))
+        answers = session.generate(ids)
+        found |= {"tokens": answers and [(a.tokens, a.finish) for a in answers], "layers": session.layers_per_stage}
+        found |= {"reasons": session.reasons}
+        session.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+    return found
+
+
+def fuller(asked: dict[str, Any]) -> dict[str, Any]:
+    """Tokens where rank 1's memory fills up with something else before the first batch, with --rebalance."""
+    import ctypes
+    import resource
+
+    from toolkit.inference.memory import room
+    from toolkit.inference.request import Request
+    from toolkit.inference.run import Session
+    from toolkit.train.world import World
+
+    asked, world = dict(asked), World.from_environment()
+    ids, limit = asked.pop("ids"), asked.pop("limit") if world.rank == 1 else None
+    asked.pop("limit", None)
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    ctypes.CDLL(None).malloc_trim(0)
+    other = []
+    try:
+        prompts = ["-" * max(map(len, ids))] * len(ids)
+        session = Session(Request(prompts=prompts, tokenizer="bytes", memory_limit=limit, rebalance=True, **asked))
+        start = session.layers_per_stage
+        while limit is not None and room(world.device, limit_gib=None, ranks=1) > 4 * 2**20:
+            other.append(bytearray(2**16))
+        answers = session.generate(ids)
+        found = {"tokens": answers and [(a.tokens, a.finish) for a in answers], "start": start, "end": session.layers_per_stage}
+        session.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+    return found
+
+
+def held(asked: dict[str, Any]) -> dict[str, Any]:
+    """What this rank has read: bytes, and the numbers of its layers, counted from 1."""
+    from toolkit.inference.request import Request
+    from toolkit.inference.run import Session
+
+    session = Session(Request(prompts=[], tokenizer="bytes", **asked))
+    found = {"read": session.read_bytes, "layers": [layer.number for layer in session.stage.decoder.layers], "reasons": session.reasons}
+    session.close()
+    return found
+
+
 def logits(asked: dict[str, Any]) -> dict[str, Any]:
     """Logits of a prompt and of the tokens after it, one by one, and what the model and its cache take on this rank."""
     import torch

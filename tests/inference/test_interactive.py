@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,10 +38,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def expected(pool: Pool, folder: Path) -> Callable[[str, int], list[int]]:
+def expected(expected_of: Any, folder: Path) -> Callable[[str, int], list[int]]:
     """What one process goes on with after a text."""
+    return lambda text, new: list(expected_of(folder, text, new))
 
-    def tokens(text: str, new: int) -> list[int]:
+
+@pytest.fixture
+def expected_of(pool: Pool) -> Callable[[Path, str, int], list[int]]:
+    def tokens(folder: Path, text: str, new: int) -> list[int]:
         asked = {"model": str(folder), "ids": [list(text.encode())], "max_new_tokens": new}
         found: list[int] = pool.run("tests.inference.run:tokens", 1, asked, deadline_s=120)[0][0][0]
         return found
@@ -74,6 +80,42 @@ def test_a_rank_that_dies_in_an_answer_leaves_the_conversation_whole(folder: Pat
     assert answer["tokens"] == expected("<user>who?\n<assistant>", 60)
     assert "".join(shown) == answer["text"] and talk.cut == "tp 1 x pp 1" and len(talk.messages) == 2
     assert any("rank 1 has ended by SIGKILL; going on with 1 of 2 devices" in note for note in notes), notes
+
+
+@pytest.mark.all_cells
+def test_layers_leave_a_rank_that_becomes_slower(expected_of: Any, tmp_path: Path) -> None:
+    """Its core is given to busy processes too: the cut moves between prompts, and the answers stay those of one process."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("on one core every rank becomes slower")
+    folder = made(tmp_path, layers=8, width=512, max_position_embeddings=256)
+    talk = Conversation(request_of(folder, rebalance=True, overrides=["parallel.pp=2"], memory_limit=4.0), devices=2)
+    notes: list[str] = []
+    talk.note = notes.append
+    wanted = expected_of(folder, "ab", NEW)
+    busy: list[subprocess.Popen[bytes]] = []
+    try:
+        assert talk.say("ab")["tokens"] == wanted
+        assert talk.ranks is not None
+        for pids, core in (([talk.ranks.processes[0].pid], cores[0]), ([talk.ranks.processes[1].pid], cores[-1])):
+            for thread in (t for pid in pids for t in Path(f"/proc/{pid}/task").iterdir()):
+                os.sched_setaffinity(int(thread.name), {core})
+        for _ in range(4):
+            busy.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            os.sched_setaffinity(busy[-1].pid, {cores[-1]})
+        deadline = time.monotonic() + 240
+        while talk.ranks.layers_per_stage[1] >= 4 and time.monotonic() < deadline:
+            talk.again()
+            assert talk.say("ab")["tokens"] == wanted
+        assert talk.ranks.layers_per_stage[1] < 4, notes
+        talk.again()
+        assert talk.say("ab")["tokens"] == wanted
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+        talk.close()
+    assert any("re-cut from 4,4 to" in note and "ms a layer" in note for note in notes), notes
 
 
 @pytest.mark.all_cells

@@ -25,7 +25,8 @@ SLOTS = 2  # layers that a streaming rank holds: the one it computes, and the on
 @dataclass(frozen=True, kw_only=True)
 class Generation:
     """A model, how it is cut, and what it is asked. batch: texts that each copy computes at once; context: tokens of prompt and
-    answer together; prompt: those of the prompt. weights, kv, offload: as the options of toolkit generate.
+    answer together; prompt: those of the prompt. weights, kv, offload: as the options of toolkit generate. layers_per_stage: of each
+    stage, () for an even cut.
     """
 
     model: ModelSpec
@@ -39,6 +40,7 @@ class Generation:
     weights: str = "none"
     kv: str = "none"
     offload: str = "none"
+    layers_per_stage: tuple[int, ...] = ()
 
     @property
     def width(self) -> int:
@@ -50,7 +52,7 @@ class Generation:
         return self.tp * self.pp * self.dp
 
     def layers_on(self, stage: int) -> int:
-        return len(Layout(tp=self.tp, pp=self.pp).layers_of(self.model.layers, stage=stage))
+        return len(Layout(tp=self.tp, pp=self.pp, layers_per_stage=self.layers_per_stage).layers_of(self.model.layers, stage=stage))
 
     def ends_on(self, stage: int) -> list[WeightSpec]:
         """Weights of a stage outside its layers; the last stage has a copy of a tied embedding that the first one holds too."""
@@ -158,6 +160,19 @@ def generation_memory(way: Generation, hardware: Hardware) -> GenerationMemory:
     on_a_node = min(way.world, hardware.gpus_per_node)
     host = max(s.elsewhere for s in stages) * on_a_node
     return GenerationMemory(stages=tuple(stages), capacity=capacity_of(hardware), host=host, room=HOST_SHARE * hardware.gpu.host_gib * GIB)
+
+
+def layers_held(way: Generation, *, stage: int, room: float) -> int:
+    """Layers that fit into so many bytes of a stage's rank, beside its embedding or output, keys and values, and what comes and goes.
+
+    While it is read, the model is as large as it is without int8 or int4, and one weight is there twice.
+    """
+    plain = replace(way, weights="none")
+    m = way.model
+    one = sum(weight_bytes(w, plain) for w in m.layer) + cache_bytes(way, layers=1)
+    largest = max(w.count_on(way.tp) for w in (*m.layer, *way.ends_on(stage))) * way.width
+    left = room - sum(weight_bytes(w, plain) for w in way.ends_on(stage)) - _buffers(plain, last=stage == way.pp - 1) - largest
+    return max(0, int(left // one))
 
 
 def _buffers(way: Generation, *, last: bool) -> float:

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -41,7 +42,7 @@ def machine(devices: int, *, memory_limit: float | None = None) -> Hardware:
     elif gpu.accelerator:
         free = _free_on_gpus() or gpu.memory_gib * GIB
     else:
-        free = HOST_SHARE * min(host.available, _cgroup_room()) / devices
+        free = HOST_SHARE * min(host.available, cgroup_room()) / devices
     # RAM that may be taken: of a CPU rank it is its own memory, so that the share is already out of it
     room = host.total / GIB if not gpu.accelerator else host.available / GIB
     return replace(hardware, gpu=replace(gpu, memory_gib=free / GIB, host_gib=room))
@@ -63,7 +64,7 @@ def choice_for(
     section = model.section
     check_keys(request.overrides)
     given = {key.strip().removeprefix("parallel."): value for key, _, value in (o.partition("=") for o in request.overrides)}
-    degrees = {name: int(value) for name, value in given.items() if value.strip().isdigit()}
+    degrees: dict[str, Any] = {name: int(value) for name, value in given.items() if value.strip().isdigit()}
     longest = max((len(p.encode()) for p in request.prompts), default=0)
     context = min(section.max_position_embeddings, tokens or longest + request.max_new_tokens)
     wish = Generation(
@@ -89,9 +90,19 @@ def choice_for(
 
 
 def with_choice(request: Request, choice: Choice) -> Request:
-    """The request as it was chosen to be answered."""
+    """The request as it was chosen to be answered; the layers are shared out by what the ranks then measure."""
     way = choice.way
-    return replace(request, overrides=choice.overrides, weights=way.weights, offload=way.offload, batch=way.batch, auto=choice.reasons)
+    measured = way.pp > 1 and way.offload == "none"
+    return replace(
+        request,
+        overrides=choice.overrides,
+        weights=way.weights,
+        offload=way.offload,
+        batch=way.batch,
+        auto=choice.reasons,
+        layers_per_stage="measured" if measured else "even",
+        rebalance=request.rebalance and measured,
+    )
 
 
 def _free_on_gpus() -> float:
@@ -103,7 +114,7 @@ def _free_on_gpus() -> float:
     return min(sizes, default=0) * 2**20
 
 
-def _cgroup_room() -> float:
+def cgroup_room() -> float:
     """Bytes that this process's container may still take; infinite where nothing limits it."""
     folder = Path("/sys/fs/cgroup")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -42,6 +43,10 @@ def generate(
     grow: Annotated[bool, typer.Option("--kv-grow", help="take memory for keys and values as it fills, not for all at once")] = False,
     prune: Annotated[str, typer.Option(help="set this share of each layer's weights to 0, or 2:4")] = "none",
     offload: Annotated[Place, typer.Option(help="keep layers there, and two of them in memory")] = "none",
+    layers_per_stage: Annotated[str, typer.Option(help="how pipeline stages share the layers: even, measured, or 10,6")] = "even",
+    rebalance: Annotated[
+        bool, typer.Option("--rebalance", help="move the cut between prompts when a device has become slower or fuller")
+    ] = False,
     nvme_path: Annotated[Path | None, typer.Option(help="folder on a local disk for --offload zero-nvme")] = None,
     memory_limit: Annotated[float | None, typer.Option(help="let a rank take only so many GiB beside its libraries")] = None,
     auto: Annotated[bool, typer.Option("--auto", help="choose cut, offload and quantisation for the devices that are there")] = False,
@@ -52,6 +57,7 @@ def generate(
     """Generate text with a model, cut over as many processes as there are."""
     from toolkit.inference.request import Request, Sampling
     from toolkit.inference.text import read_prompts
+    from toolkit.parallel.generation import counts_of
     from toolkit.plan.commands import log_to_stderr
 
     log_to_stderr()  # standard output has the answers alone
@@ -65,6 +71,8 @@ def generate(
         raise ConfigError("--interactive beside a prompt", why="it reads prompts as they are typed", fix="Leave one of the two out.")
     if prompt is None and prompts is None and not interactive:
         raise ConfigError("there is no prompt", fix="Set --prompt TEXT, --prompts FILE or --interactive.")
+    if rebalance and prompt is not None:
+        raise ConfigError("--rebalance beside --prompt", why="the cut moves between prompts", fix="Set --prompts or --interactive.")
     request = Request(
         model=str(ckpt),
         prompts=[prompt] if prompt is not None else read_prompts(prompts) if prompts is not None else [],
@@ -81,6 +89,8 @@ def generate(
         grow=grow,
         prune=prune,
         offload=offload,
+        layers_per_stage=layers_per_stage,
+        rebalance=rebalance,
         nvme_path=None if nvme_path is None else str(nvme_path),
         memory_limit=memory_limit,
     )
@@ -95,6 +105,14 @@ def generate(
         raise ConfigError(what, why="parts of weights are written there", fix="Name a folder on a local disk.")
     if nvme_path and offload != "zero-nvme":
         raise ConfigError("--nvme-path without --offload zero-nvme", why="nothing is written there", fix="Leave one of the two out.")
+    if (counts := counts_of(layers_per_stage)) and (auto or interactive):
+        raise ConfigError(
+            f"--layers-per-stage {layers_per_stage} beside --{'auto' if auto else 'interactive'}",
+            why="it chooses the number of stages by the devices that are there",
+            fix="Leave one of the two out.",
+        )
+    if counts and not any(o.partition("=")[0].strip() == "parallel.pp" for o in request.overrides):
+        request = replace(request, overrides=[*request.overrides, f"parallel.pp={len(counts)}"])
     fixed = [name for name in ("weights", "offload") if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if interactive:
         from toolkit.inference.interactive import converse

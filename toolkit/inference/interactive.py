@@ -60,8 +60,10 @@ class Ranks:
                 for rank in range(processes):
                     self.processes.append(self._start(rank, processes))
                 self._accept(listener)
-            ready = {self._message(c, deadline=time.monotonic() + START_S)["ready"]: c for c in self.connections}
+            first = [(self._message(c, deadline=time.monotonic() + START_S), c) for c in self.connections]
+            ready = {message["ready"]: c for message, c in first}
             self.connections = [ready[rank] for rank in range(processes)]
+            self.layers_per_stage: list[int] = first[0][0]["layers_per_stage"]
         except BaseException:
             self.close()
             raise
@@ -164,6 +166,7 @@ class Conversation:
     ranks: Ranks | None = None
     cut: str = ""
     lost: int = 0
+    _rebalances: bool = False
     _of: int = 0
     _model: Model | None = None
 
@@ -187,9 +190,23 @@ class Conversation:
                 self._mourn(death)
         if "error" in answer:
             raise ConfigError(answer["error"].rstrip("."), fix="/new begins the conversation again.")
+        if self._rebalances:
+            self._rebalance()
         self.messages += [{"role": "user", "content": words}, {"role": "assistant", "content": answer["text"]}]
         self.text += words + answer["text"]
         return answer
+
+    def _rebalance(self) -> None:
+        """Have the ranks move the cut where the answer has shown that another one is faster, or that this one no longer fits."""
+        assert self.ranks is not None
+        try:
+            (message,) = self.ranks.ask({"rebalance": True})
+        except RankDied as death:  # the answer is whole; the next line has the model cut anew
+            self._mourn(death)
+            return
+        self.ranks.layers_per_stage = message["layers_per_stage"]
+        if message["recut"]:
+            self.note(message["recut"])
 
     def again(self) -> None:
         """Forget what has been said."""
@@ -225,7 +242,10 @@ class Conversation:
         way = choice.way
         self.cut = f"tp {way.tp} x pp {way.pp}"
         self.note(f"{there} device{'s' * (there > 1)}: {'; '.join(choice.reasons)}")
-        request = replace(with_choice(self.request, choice), batch=1)
+        # a conversation has one prompt in flight, which the fastest device alone would answer soonest: measured only where it is asked for
+        measured = self.request.layers_per_stage == "measured" and way.pp > 1 and way.offload == "none"
+        request = replace(with_choice(self.request, choice), batch=1, layers_per_stage="measured" if measured else "even")
+        self._rebalances = request.rebalance
         try:
             self.ranks = Ranks(request, way.tp * way.pp)
         except RankDied as death:
@@ -276,6 +296,8 @@ def converse(request: Request, *, devices: int | None, fixed: Sequence[str], lin
                 continue
             if request.as_json:
                 found = {"prompt": words, **{k: answer[k] for k in ("text", "tokens", "finish")}, "cut": talk.cut}
+                if talk.ranks is not None:
+                    found["layers_per_stage"] = talk.ranks.layers_per_stage
                 out.write(json.dumps(found, ensure_ascii=False) + "\n")
             else:
                 out.write("\n")

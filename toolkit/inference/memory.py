@@ -10,7 +10,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from toolkit.cost.memory import GIB, HOST_SHARE
 from toolkit.errors import OutOfMemory
+from toolkit.inference.auto import cgroup_room
 
 
 def forget_peak() -> None:
@@ -59,6 +61,20 @@ def free(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def room(device: torch.device, *, limit_gib: float | None, ranks: int) -> float:
+    """Bytes that this rank may still take for its part of a model. ranks: on this host; on a CPU they share what is free."""
+    if device.type == "cuda":
+        here = float(torch.cuda.mem_get_info(device)[0])
+        return here if limit_gib is None else min(here, limit_gib * GIB)
+    import resource
+
+    shared = HOST_SHARE * min(psutil.virtual_memory().available, cgroup_room()) / ranks
+    most = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    if most == resource.RLIM_INFINITY:
+        return shared
+    return min(shared, most - psutil.Process().memory_info().data + fragmented(device))
 
 
 @contextmanager

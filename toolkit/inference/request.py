@@ -53,7 +53,8 @@ class Sampling:
 class Request:
     """One command. overrides: parallel.* of the command line; prompts: texts, or with chat users' messages; batch: prompts of one
     data-parallel rank that are computed at once; dtype: None as the weights are stored; weights, kv, grow, prune, offload: as
-    toolkit.model.savings.Savings; memory_limit: GiB that a rank may take beside its libraries; auto: why --auto
+    toolkit.model.savings.Savings; layers_per_stage: how pipeline stages share the layers, as the option; rebalance: move that cut
+    between prompts when devices have changed; memory_limit: GiB that a rank may take beside its libraries; auto: why --auto
     chose what the other values say; bench: measure savings on this text, "" for the usual one, None to generate;
     socket: of the conversation that a resident rank serves.
     """
@@ -73,6 +74,8 @@ class Request:
     grow: bool = False
     prune: str = "none"
     offload: str = "none"
+    layers_per_stage: str = "even"
+    rebalance: bool = False
     nvme_path: str | None = None
     memory_limit: float | None = None
     auto: list[str] = field(default_factory=list)

@@ -11,16 +11,20 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from toolkit.inference.cutting import cut_as_measured, rebalance
 from toolkit.inference.plan import plan
 from toolkit.inference.request import Request
 from toolkit.inference.source import Model, open_model
 from toolkit.inference.text import Text, TextStream
 from toolkit.parallel.rules import GenerationCase, generation_violations, refuse
+from toolkit.plan.cut import StagePace
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from toolkit.arch.spec import WeightSpec
+    from toolkit.inference.generate import Times
+    from toolkit.model.savings import Savings
 
 SPECIAL = 8  # tokens at the most that a tokenizer puts around a text
 logger = logging.getLogger(__name__)
@@ -40,7 +44,9 @@ class Session:
         self.model: Model = open_model(Path(request.model))
         self.text = Text(self.model, tokenizer=request.tokenizer)
         precision = request.dtype or self.model.precision
-        self.config, self.layout = plan(self.model.section, request.overrides, processes=self.world.size, precision=precision)
+        self.config, self.layout = plan(
+            self.model.section, request.overrides, processes=self.world.size, precision=precision, layers_per_stage=request.layers_per_stage
+        )
         self.prompts = self.prepare(request.prompts)
         """As generate() takes them; what is wrong with one is said before memory is taken, where that can be known."""
         meeting = f"{request.socket}.meeting" if request.socket else None
@@ -48,21 +54,34 @@ class Session:
         self.files = ExitStack()
         limit_memory(request.memory_limit, self.world.device)
         self.at = self.layout.coordinates(self.world.rank)
+        self.paces: list[StagePace] = []
+        """What was measured of each stage, where layers are cut by it."""
+        self.reasons: list[str] = []
+        self.batch_rows = 1
+        """Prompts that this copy computed at once the last time."""
+        if request.layers_per_stage == "measured":
+            self.refuse(request)
+            cut_as_measured(self)
         self.load(request)
         self.load_s = time.perf_counter() - started
+
+    @property
+    def savings(self) -> Savings:
+        return savings_of(self.request)
+
+    @property
+    def layers_per_stage(self) -> list[int]:
+        return [len(self.layout.layers_of(self.config.model.num_layers, stage=s)) for s in range(self.layout.pp)]
 
     def load(self, request: Request) -> None:
         """Read this rank's weights and make them as small as the request says; all ranks call it."""
         self.refuse(request)
         self.close()
-        from toolkit.model.savings import Savings
         from toolkit.model.stage import Stage
         from toolkit.parallel.agree import everywhere
 
         stages: list[Stage] = []
         self.read_bytes = 0
-        names = ("weights", "kv", "grow", "prune", "offload")
-        savings = Savings(**{name: getattr(request, name) for name in names})
         files = ExitStack()
         sharding = self._sharding(request)
 
@@ -75,7 +94,7 @@ class Session:
                 self.read_bytes += part.nbytes if self.model.cuts else weight.count * part.itemsize
                 return part
 
-            with self._memory("its weights"):
+            with self.naming_memory("its weights"):
                 stages.append(
                     Stage(
                         self.config,
@@ -83,7 +102,7 @@ class Session:
                         rank=self.world.rank,
                         device=self.world.device,
                         read=read_part,
-                        savings=savings,
+                        savings=savings_of(request),
                         sharding=sharding,
                     )
                 )
@@ -110,7 +129,7 @@ class Session:
 
         return Sharding(self.config, self.layout, place=request.offload, nvme_path=request.nvme_path)
 
-    def _memory(self, what: str) -> AbstractContextManager[None]:
+    def naming_memory(self, what: str) -> AbstractContextManager[None]:
         from toolkit.inference.memory import said_when_memory_ends
 
         r = self.request
@@ -132,6 +151,7 @@ class Session:
             grow=request.grow,
             prune=request.prune,
             offload=request.offload,
+            measured=request.layers_per_stage == "measured" or request.rebalance,
             by_part=self.model.by_part,
             cuda=self.world.device.type == "cuda",
         )
@@ -209,15 +229,38 @@ class Session:
         """Answers to all prompts, ids or texts, in order on rank 0, None elsewhere. on_token: called on rank 0 with its own copy's tokens."""
         import torch.distributed as dist
 
-        from toolkit.inference.generate import Generator
+        from toolkit.inference.generate import NO_TIMES, Generator
 
         r = self.request
-        generator = Generator(self.stage, stop=self.text.stop, batch=r.batch, encode=self._encode_numbered)
+
+        def fresh(times: Times = NO_TIMES) -> Generator:
+            return Generator(self.stage, stop=self.text.stop, batch=r.batch, encode=self._encode_numbered, times=times)
+
+        generator = fresh()
         numbered = [(number, one if isinstance(one, str) else list(one)) for number, one in enumerate(prompts)]
         mine = numbered[self.at.dp :: self.layout.dp]
+        each = -(-len(prompts) // self.layout.dp)
+        self.batch_rows = min(r.batch, each)
         show = on_token if on_token is not None and self.world.rank == 0 else lambda _number, _token: None
-        with self._memory("activations, keys and values" + (", and its layers" if r.offload != "none" else "")):
-            answers = generator(mine, max_new_tokens=r.max_new_tokens, sampling=r.sampling, on_token=show)
+        with self.naming_memory("activations, keys and values" + (", and its layers" if r.offload != "none" else "")):
+            if not r.rebalance:
+                answers = generator(mine, max_new_tokens=r.max_new_tokens, sampling=r.sampling, on_token=show)
+            else:
+                mine.sort(key=lambda prompt: len(prompt[1]))
+                answers = []
+                for start in range(0, each, r.batch):
+                    if start:
+                        times = generator.times
+                        del generator  # it holds the stage, which another one may replace
+                        said = rebalance(self)
+                        if said is not None and self.world.rank == 0:
+                            logger.warning("%s", said)
+                        generator = fresh(times)
+                    if self.stage.spans is None:
+                        self.stage.spans = {}
+                    part = mine[start : start + r.batch]
+                    answers += generator(part, max_new_tokens=r.max_new_tokens, sampling=r.sampling, on_token=show)
+                answers.sort(key=lambda answer: answer.number)
             self.stage.keep_up()
         self.times, self.waited = generator.times, generator.waited
         if self.layout.dp == 1:
@@ -225,6 +268,12 @@ class Session:
         everyone: list[list[Any]] = [[] for _ in range(self.world.size)]
         dist.all_gather_object(everyone, answers if self.at.tp == self.at.pp == 0 else [])
         return sorted((a for part in everyone for a in part), key=lambda a: a.number) if self.world.rank == 0 else None
+
+
+def savings_of(request: Request) -> Savings:
+    from toolkit.model.savings import Savings
+
+    return Savings(**{name: getattr(request, name) for name in ("weights", "kv", "grow", "prune", "offload")})
 
 
 @contextmanager
@@ -277,7 +326,17 @@ def report(session: Session, request: Request, answers: Sequence[Any]) -> dict[s
     layout, times = session.layout, session.times
     return {
         "model": str(session.model.path),
-        "layout": {"processes": layout.world_size, "tp": layout.tp, "pp": layout.pp, "dp": layout.dp},
+        "layout": {
+            "processes": layout.world_size,
+            "tp": layout.tp,
+            "pp": layout.pp,
+            "dp": layout.dp,
+            "layers_per_stage": session.layers_per_stage,
+        },
+        "measured": {
+            "stages": [{"layer_s": p.layer, "ends_s": p.ends, "layers_that_fit": p.most} for p in session.paces],
+            "reasons": session.reasons,
+        },
         "dtype": session.config.train.precision,
         "savings": {name: getattr(request, name) for name in ("weights", "kv", "grow", "prune", "offload")},
         "auto": request.auto,

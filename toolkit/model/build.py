@@ -38,7 +38,8 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
     spec = m.spec
     dtype = DTYPES[t.precision]
     interleaved = layout.vpp > 1
-    split = split_layers(m.num_layers, layout.pp * layout.vpp)
+    uneven = layout.pp > 1 and bool(layout.layers_per_stage)
+    split = (0, 0) if uneven else split_layers(m.num_layers, layout.pp * layout.vpp)
     assert split is not None, "the rules refuse it"
     modes: dict[str, dict[str, Any]] = {
         "none": {},
@@ -69,6 +70,7 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if interleaved else None,
+        pipeline_model_parallel_layout=_pipeline_layout(layout) if uneven else None,
         account_for_loss_in_pipeline_split=split[1] > 0,
         account_for_embedding_in_pipeline_split=split[1] > 1,
         context_parallel_size=layout.cp,
@@ -96,6 +98,14 @@ def transformer_config(config: RunConfig, layout: Layout) -> TransformerConfig:
         settings.cp_exchange = chosen_exchange(config).name
         settings.cp_comm_type = {"allgather": "all_gather", "ulysses": "a2a", "ring": "p2p"}[settings.cp_exchange]  # Transformer Engine's
     return settings
+
+
+def _pipeline_layout(layout: Layout) -> list[list[str]]:
+    """What each stage holds, in megatron-core's words."""
+    stages = [["decoder"] * layers for layers in layout.layers_per_stage]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
 
 
 class Rotary(RotaryEmbedding):

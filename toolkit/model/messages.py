@@ -30,10 +30,10 @@ class Messages:
         if self.seconds is None:
             message()
             return
-        self._wait()
+        self.wait()
         started = time.perf_counter()
         message()
-        self._wait()
+        self.wait()
         self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - started
 
     @contextmanager
@@ -45,6 +45,7 @@ class Messages:
         finally:
             self.seconds = None
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until the device has computed what it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
@@ -79,6 +81,10 @@ class Stage:
         self.head = layout.rank(Coordinates(tp=0, cp=0, dp=self.at.dp, pp=layout.pp - 1))
         """The rank that chooses tokens for this copy of the model."""
         self.alone = layout.tp * layout.pp == 1
+        self.sending: deque[tuple[Any, Tensor]] = deque()
+        """Activations on their way to the next stage; they must not be freed before they have left."""
+        self.spans: dict[str, list[float]] | None = None
+        """Seconds of each pass over one new token a text, of layers and of ends (embedding, output); None where nobody measures."""
 
     def _weights_of(self, layer: Any) -> dict[str, WeightSpec]:
         """What each parameter of a layer is."""
@@ -129,28 +135,68 @@ class Stage:
             grow=self.savings.grow,
         )
 
-    def forward(self, tokens: Tensor, cache: KeyValueCache, *, everywhere: bool = False) -> Tensor | None:
-        """One pass over new tokens [b, s], through all stages.
+    def forward(self, tokens: Tensor, cache: KeyValueCache, *, everywhere: bool = False, ahead: bool = False) -> Tensor | None:
+        """One pass over new tokens [b, s], through all stages. ahead: do not wait until the next stage takes the activations, which
+        settle() does.
 
         Logits in fp32 on the last stage, None elsewhere: of the last place [b, vocab], or of every place [b, s, vocab].
         """
         b, s = tokens.shape
         positions = cache.begin(s)
         if self.first:
-            hidden = self.decoder.embed(tokens, positions)
+            given = tokens
         else:
-            hidden = torch.empty((b, s, self.config.model.hidden_size), dtype=self.dtype, device=self.device)
-            self.messages.run("waiting", lambda: dist.recv(hidden, src=self.before))
-        hidden = self.decoder.hidden(hidden, cache)
+            given = torch.empty((b, s, self.config.model.hidden_size), dtype=self.dtype, device=self.device)
+            self.messages.run("waiting", lambda: dist.recv(given, src=self.before))
+        out = self.compute(given, positions, cache, everywhere=everywhere)
+        if self.last:
+            return out
+        out = out.contiguous()
+        if ahead:
+            self.messages.run("pipeline", lambda: self.sending.append((dist.isend(out, dst=self.behind), out)))
+        else:
+            self.messages.run("pipeline", lambda: dist.send(out, dst=self.behind))
+        return None
+
+    def compute(self, given: Tensor, positions: Tensor, cache: KeyValueCache, *, everywhere: bool = False) -> Tensor:
+        """What this stage does between receiving and sending: of tokens [b, s] or activations [b, s, h], activations or logits."""
+        s = given.shape[1]
+        hidden = self._timed("ends", lambda: self.decoder.embed(given, positions), new=s) if self.first else given
+        hidden = self._timed("layers", lambda: self.decoder.hidden(hidden, cache), new=s)
         cache.advance(s)
         if not self.last:
-            self.messages.run("pipeline", lambda: dist.send(hidden.contiguous(), dst=self.behind))
-            return None
-        return self.decoder.logits(hidden) if everywhere else self.decoder.logits(hidden[:, -1:])[:, 0]
+            return hidden
+        if everywhere:
+            return self.decoder.logits(hidden)
+        return self._timed("ends", lambda: self.decoder.logits(hidden[:, -1:])[:, 0], new=s)
+
+    def _timed(self, part: str, action: Callable[[], Tensor], *, new: int) -> Tensor:
+        if self.spans is None or new > 1:
+            return action()
+        self.messages.wait()
+        started = time.perf_counter()
+        out = action()
+        self.messages.wait()
+        self.spans.setdefault(part, []).append(time.perf_counter() - started)
+        return out
+
+    def settle(self) -> None:
+        """Wait until all activations that were sent ahead have left."""
+        while self.sending:
+            self.messages.run("pipeline", self.sending.popleft()[0].wait)
 
     def share(self, tokens: Tensor) -> None:
         """Give the tokens that the last stage's first rank chose to every rank of this copy of the model, in place."""
         if not self.alone:
-            kind: Kind = "tensor" if self.layout.pp == 1 else "pipeline" if self.last else "waiting"
             group = parallel_state.get_model_parallel_group()
-            self.messages.run(kind, lambda: dist.broadcast(tokens, src=self.head, group=group))
+            self.messages.run(self._kind, lambda: dist.broadcast(tokens, src=self.head, group=group))
+
+    def share_later(self, tokens: Tensor) -> Callable[[], None]:
+        """The same in the background; call what it returns before the tokens are read. Every rank shares in the same order."""
+        work = dist.broadcast(tokens, src=self.head, group=parallel_state.get_model_parallel_group(), async_op=True)
+        assert work is not None
+        return lambda: self.messages.run(self._kind, work.wait)
+
+    @property
+    def _kind(self) -> Kind:
+        return "tensor" if self.layout.pp == 1 else "pipeline" if self.last else "waiting"

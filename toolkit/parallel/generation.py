@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from toolkit.arch.spec import ModelSpec
+from toolkit.errors import ConfigError
 from toolkit.parallel.options import choices
 from toolkit.parallel.table import Rule
 
 INT4_GROUPS = (64, 32)  # columns that share a scale and a zero in int4: the larger where all widths are multiples of it
 BITS = ("none", "int8", "int4")
 KV = ("none", "int8", "cpu")
+CUTS = ("even", "measured")
 PLACES = ("none", "cpu", "disk", "zero", "zero-cpu", "zero-nvme")
 
 
@@ -32,6 +34,9 @@ class GenerationCase:
     grow: bool = False
     prune: str = "none"
     offload: str = "none"
+    layers: int = 0  # of the whole model; 0: nobody asked how they are cut
+    layers_per_stage: tuple[int, ...] = ()  # (): evenly, or as measured
+    measured: bool = False
     columns: tuple[int, ...] = ()
     positions: int = 0
     context: int = 0  # tokens of prompt and answer; 0: not known yet
@@ -45,7 +50,25 @@ class GenerationCase:
 
     def changed(self, settings: Mapping[str, Any]) -> GenerationCase:
         """A copy with options (--name: value) set."""
-        return replace(self, **{option.removeprefix("--"): value for option, value in settings.items()})
+        values = {option.removeprefix("--").replace("-", "_"): value for option, value in settings.items()}
+        if "layers_per_stage" in values:
+            word = values["layers_per_stage"]
+            values |= {"layers_per_stage": counts_of(word), "measured": word == "measured"}
+        return replace(self, **values)
+
+
+def counts_of(layers_per_stage: str) -> tuple[int, ...]:
+    """Layers of each stage as --layers-per-stage has them, () where it names no numbers; ConfigError for what is none of its words."""
+    if layers_per_stage in CUTS:
+        return ()
+    numbers = [part.strip() for part in layers_per_stage.split(",")]
+    if not all(n.isdecimal() and n.isascii() and len(n) < 10 for n in numbers):
+        raise ConfigError(
+            f"--layers-per-stage {layers_per_stage}",
+            why="it is neither a word nor numbers with commas between them",
+            fix=f"Set it to {', '.join(CUTS)}, or to the layers of each stage, for example 10,6.",
+        )
+    return tuple(map(int, numbers))
 
 
 def linear_columns(spec: ModelSpec, *, tp: int) -> tuple[int, ...]:
@@ -56,6 +79,20 @@ def linear_columns(spec: ModelSpec, *, tp: int) -> tuple[int, ...]:
 def int4_group(columns: tuple[int, ...]) -> int | None:
     """The widest group of columns that int4 can be kept in; None where there is none for all weights."""
     return next((g for g in INT4_GROUPS if all(c % g == 0 for c in columns)), None)
+
+
+def _numbers(counts: Iterable[int]) -> str:
+    return ",".join(map(str, counts))
+
+
+def _counts_near(c: GenerationCase) -> Iterator[dict[str, Any]]:
+    """The same shares of as many layers as there are."""
+    wanted = [max(1, n) for n in c.layers_per_stage]
+    if len(wanted) <= c.layers:
+        while (over := sum(wanted) - c.layers) != 0:
+            most = wanted.index(max(wanted))
+            wanted[most] -= min(over, max(1, wanted[most] // 2)) if over > 0 else over
+        yield {"--layers-per-stage": _numbers(wanted)}
 
 
 GENERATION_RULES: tuple[Rule[GenerationCase], ...] = (
@@ -134,6 +171,55 @@ GENERATION_RULES: tuple[Rule[GenerationCase], ...] = (
         what=lambda c: "--kv cpu beside --kv-grow",
         options=lambda c: choices({"--kv": "none"}),
         hint="leave --kv-grow out",
+    ),
+    Rule(
+        id="stage-count",
+        title="`--layers-per-stage` has as many numbers as `parallel.pp`",
+        why="each pipeline stage has its own",
+        broken=lambda c: bool(c.layers_per_stage) and len(c.layers_per_stage) != c.pp,
+        what=lambda c: f"--layers-per-stage {_numbers(c.layers_per_stage)} has {len(c.layers_per_stage)} stages, and parallel.pp={c.pp}",
+        options=lambda c: choices({"--layers-per-stage": "even"}),
+        hint="leave parallel.pp out",
+    ),
+    Rule(
+        id="stage-layers",
+        title="the numbers of `--layers-per-stage` are 1 or more, and together `model.num_layers`",
+        why="each layer is on one stage, and each stage has a layer",
+        broken=lambda c: (
+            bool(c.layers_per_stage) and c.pp <= c.layers and (min(c.layers_per_stage) < 1 or sum(c.layers_per_stage) != c.layers)
+        ),
+        what=lambda c: (
+            f"--layers-per-stage {_numbers(c.layers_per_stage)}: {sum(c.layers_per_stage)} layers, and model.num_layers={c.layers}"
+            if min(c.layers_per_stage) > 0
+            else f"--layers-per-stage {_numbers(c.layers_per_stage)} leaves a stage without a layer"
+        ),
+        options=lambda c: choices(*_counts_near(c)),
+    ),
+    Rule(
+        id="stage-each",
+        title="with `--layers-per-stage`, `parallel.pp` is at most `model.num_layers`",
+        why="each stage has a layer",
+        broken=lambda c: 0 < c.layers < c.pp,
+        what=lambda c: f"parallel.pp={c.pp} with model.num_layers={c.layers}",
+        options=lambda c: choices(),
+        hint="set parallel.pp to the number of layers, or lower",
+    ),
+    Rule(
+        id="measured-stages",
+        title="`--layers-per-stage measured` and `--rebalance` need `parallel.pp` > 1",
+        why="one stage holds all layers",
+        broken=lambda c: c.measured and c.pp == 1,
+        what=lambda c: "layers cut as measured with parallel.pp=1",
+        options=lambda c: choices({"--layers-per-stage": "even"}),
+        hint="set parallel.pp, or leave --rebalance out",
+    ),
+    Rule(
+        id="measured-offload",
+        title="`--layers-per-stage measured` and `--rebalance` need `--offload none`",
+        why="layers that are streamed take as long as the disk or the bus, and little memory wherever they are",
+        broken=lambda c: c.measured and c.offload != "none",
+        what=lambda c: f"layers cut as measured beside --offload {c.offload}",
+        options=lambda c: choices({"--offload": "none"}, {"--layers-per-stage": "even"}),
     ),
     Rule(
         id="context",

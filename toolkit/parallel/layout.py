@@ -48,6 +48,8 @@ class Layout:
     sequence_parallel: bool = False
     micro_batch_size: int = 1
     num_microbatches: int = 1
+    layers_per_stage: tuple[int, ...] = ()
+    """Layers of each stage where they are not cut evenly; only for generating, and without chunks."""
 
     @classmethod
     def of(cls, config: RunConfig, world_size: int) -> Layout:
@@ -92,8 +94,11 @@ class Layout:
     def layers_of(self, num_layers: int, *, stage: int, chunk: int = 0) -> range:
         """Global layer numbers (from 0) of a stage's chunk; chunk c of stage s is virtual stage c*pp + s.
 
-        Assumes that split_layers() finds a split.
+        Assumes that split_layers() finds a split, or that layers_per_stage says what it is.
         """
+        if self.layers_per_stage:
+            first = sum(self.layers_per_stage[:stage])
+            return range(first, first + self.layers_per_stage[stage])
         split = split_layers(num_layers, self.pp * self.vpp)
         assert split is not None, "the rules refuse it"
         per_chunk, saved_at_ends = split
