@@ -258,19 +258,18 @@ def _sharding(w: Workload, cpu: CpuRates, setting: Setting, stage: int, forward:
         return
     weights = _weights(w, stage)
     total = sum(count * times for count, times in weights)
-    copies = sum(times * piece(setting, "copy", count, False) for count, times in weights)
-    again = (w.microbatches - 1) / w.microbatches
-    added = sum(times * piece(setting, "add", count, False) for count, times in weights)
-    backward.add("zero gathers", 2 * copies + again * added)  # into the bucket, out of it, and added to what is there
     crowd, n = _crowd(w, cpu), w.shards
-    if w.zero == 2:
-        backward.add("zero gathers", message(cpu, "all_reduce", total * w.width, ranks=n, crowd=crowd))
+    if w.zero == 2:  # each gradient into the bucket, out of it, and added to what is there (stage_1_and_2.py)
+        again = (w.microbatches - 1) / w.microbatches
+        copies = sum(times * (2 * piece(setting, "copy", x, False) + again * piece(setting, "add", x, False)) for x, times in weights)
+        backward.add("zero gathers", copies + message(cpu, "all_reduce", total * w.width, ranks=n, crowd=crowd))
         return
+    # stage3.py: gradients are laid end to end, divided, reduced, and copied or added to this rank's part
+    whole, part = piece(setting, "copy", total, False), piece(setting, "copy", total / n, False)
+    backward.add("zero gathers", 3 * whole + 2 * part + message(cpu, "reduce_scatter", total * w.width, ranks=n, crowd=crowd))
     large = sum(count * times for count, times in weights if count > w.persist)
     for work in (forward, backward):
         work.add("zero gathers", message(cpu, "all_gather", large * w.width, ranks=n, crowd=crowd))
-        work.add("zero gathers", sum(times * piece(setting, "copy", count, False) for count, times in weights if count > w.persist))
-    backward.add("zero gathers", message(cpu, "reduce_scatter", total * w.width, ranks=n, crowd=crowd))
 
 
 def _step(w: Workload, cpu: CpuRates, setting: Setting, stage: int, host: float) -> Work:
