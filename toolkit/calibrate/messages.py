@@ -21,7 +21,7 @@ def messages() -> dict[str, list[list[float]]]:
     curves: dict[str, list[list[float]]] = {}
     for nbytes in BYTES:
         turns = max(1, min(9, COLD // nbytes))  # tensors that take turns, so that memory is as cold as in a step
-        wholes, parts = (cycle([torch.zeros(nbytes // 4 // n) for _ in range(turns)]) for n in (1, world))
+        wholes, parts = (cycle([torch.full((nbytes // 4 // n,), 1e-9) for _ in range(turns)]) for n in (1, world))
         calls: dict[str, Callable[[], object]] = {
             "all_reduce": lambda wholes=wholes: dist.all_reduce(next(wholes)),  # type: ignore[misc]
             "all_gather": lambda wholes=wholes, parts=parts: dist.all_gather_into_tensor(next(wholes), next(parts)),  # type: ignore[misc]

@@ -62,8 +62,11 @@ def _turns(elements: int) -> int:
 
 
 def _in_turn(shape: Sequence[int], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Tensors of a shape, one after the other and from the first again; an odd number, so that pairs change."""
-    return cycle([torch.randn(*shape, dtype=dtype) for _ in range(_turns(math.prod(shape)) | 1)])
+    """Tensors of a shape, one after the other and from the first again; an odd number, so that pairs change.
+
+    Each is written once: zeros would all be read from the one page that the system keeps of them.
+    """
+    return cycle([torch.full(tuple(shape), 0.5, dtype=dtype) for _ in range(_turns(math.prod(shape)) | 1)])
 
 
 Turn = Iterator[Tensor]
