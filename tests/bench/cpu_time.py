@@ -320,7 +320,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("numbers", nargs="*", type=int, help="cases to measure; default: all")
     parser.add_argument("--tried", action="store_true", help="the cases on which the formulas were tried")
     parser.add_argument("--calibration", type=Path, help="a file of toolkit calibrate, instead of a new one")
-    parser.add_argument("--records", type=Path, help="JSON lines of measurements: added to, and what is in it is not measured again")
+    parser.add_argument(
+        "--records",
+        type=Path,
+        help="JSON lines of measurements, which new ones are added to; without numbers, cases in it are not measured again",
+    )
     parser.add_argument("--write", type=Path, help="the Markdown file with the generated markers")
     asked = parser.parse_args(arguments)
     cases = TRIED if asked.tried else CASES
@@ -339,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         assert rates is not None
         records = [json.loads(line) for line in asked.records.read_text().splitlines()] if asked.records and asked.records.exists() else []
         wanted = asked.numbers or range(len(cases))
-        known = {r["case"] for r in records}
+        known = set() if asked.numbers else {r["case"] for r in records}
         for record in measure(cases, [i for i in wanted if i not in known], folder=Path(folder)):
             records.append(record)
             if asked.records:

@@ -127,7 +127,7 @@ def pieces(dtype: torch.dtype) -> dict[str, Curves]:
         "embedding": _embedding,
     }
     curves = {name: _curves(make, dtype) for name, make in makers.items()}
-    for name, run in (("copy", _copy), ("add", _add), ("adam", _adam)):
+    for name, run in (("copy", _copy), ("add", _add), ("fresh", _fresh), ("adam", _adam)):
         points = [[n, seconds(run(n, dtype))] for n in WEIGHTS]
         curves[name] = [points, points]
     return curves
@@ -221,6 +221,12 @@ def _copy(n: int, dtype: torch.dtype) -> Callable[[], object]:
 def _add(n: int, dtype: torch.dtype) -> Callable[[], object]:
     tensors = _in_turn((n,), dtype)
     return lambda: next(tensors).add_(next(tensors), alpha=1e-3)
+
+
+def _fresh(n: int, dtype: torch.dtype) -> Callable[[], object]:
+    """A copy into memory that the system gives anew and takes back, as it does with what is larger than 32 MiB."""
+    tensors = _in_turn((n,), dtype)
+    return lambda: torch.empty(max(n, 1 << 24), dtype=dtype).narrow(0, 0, n).copy_(next(tensors))
 
 
 def _adam(n: int, dtype: torch.dtype) -> Callable[[], object]:
