@@ -6,7 +6,7 @@ COMPAT_PYTHON ?= $(firstword $(shell for p in python3.12 python3.13 "$$HOME"/.py
 	"$$p" -c 'import ensurepip' >/dev/null 2>&1 && echo "$$p"; done))
 COMPAT_VENV ?= .venv-compat
 
-.PHONY: help quickstart test test-all mutants test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert calibrate-cpu score-planner rehearsal report-example reliability soak recipes site bench-inference bench-long-context gpu-wheels gpu-check clean
+.PHONY: help quickstart test test-all test-lm-eval test-llama-cpp mutants test-compat parity checks format docs bench-search bench bench-checkpoints bench-convert calibrate-cpu score-planner rehearsal report-example reliability soak recipes site bench-inference bench-long-context gpu-wheels gpu-check clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -42,6 +42,14 @@ test: $(VENV)/.dev  ## what a change must pass, in an environment of its own
 
 test-all: $(VENV)/.dev  ## all tests, with the long ones: the whole grid of layouts, NVMe offload, models larger than memory
 	$(BIN)/python -m pytest --all-cells
+
+test-lm-eval: $(VENV)/.dev  ## an exported folder in lm-evaluation-harness, which scores as the toolkit does (36 more packages)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[lm-eval]'
+	$(BIN)/python -m pytest tests/convert/test_lm_eval.py
+
+test-llama-cpp: $(VENV)/.dev  ## an exported GGUF file in llama.cpp, built from source (7 minutes of a CPU; needs cmake and a compiler)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[llama-cpp]'
+	$(BIN)/python -m pytest tests/convert/test_llama_cpp.py
 
 mutants: $(VENV)/.dev  ## break the project in a hundred places, each must turn a test red; the table of docs/tests.md
 	$(BIN)/python -m tests.mutants.run --write docs/tests.md
@@ -137,7 +145,7 @@ reliability: $(VENV)/.dev  ## docs/reliability.md: what an elastic run over thre
 	$(BIN)/python -m tests.cluster.reliability --write docs/reliability.md
 
 soak: $(VENV)/.dev  ## MINUTES of random faults on an elastic run over three hosts, every step compared
-	$(BIN)/python -m tests.cluster.soak --minutes $(or $(MINUTES),10)
+	$(BIN)/python -m tests.cluster.soak --minutes $(or $(MINUTES),10) --write docs/reliability.md
 
 recipes: $(VENV)/.run  ## what the estimate expects of each recipe, written into it
 	$(BIN)/python -m launch.expected

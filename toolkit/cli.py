@@ -73,7 +73,8 @@ def train(
     from functools import partial
 
     from toolkit.cluster.environment import PLANNED, gpu_count
-    from toolkit.cluster.launch import LOCAL, read_hostfile, run_local, run_on_hosts
+    from toolkit.cluster.hosts import LOCAL, read_hostfile
+    from toolkit.cluster.launch import run_local, run_on_hosts
     from toolkit.cluster.stalls import STALLED
     from toolkit.config.load import load_config
     from toolkit.train.console import watched

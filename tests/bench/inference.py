@@ -106,9 +106,14 @@ def savings(folder: Path) -> str:
 
 
 def larger_than_memory(folder: Path) -> str:
-    """A token and a start with layers from disk, beside the plain model, and what each had in memory."""
+    """A token and a start with layers from disk, beside the plain model, and what each had in memory (of two copies the first)."""
     lines = ["| | in memory of the model | peak of the process | a token |", "|---|---|---|---|"]
-    for name, options in (("plain", []), ("`--offload disk`", ["--offload", "disk"])):
+    ways = {
+        "plain": [],
+        "`--offload disk`": ["--offload", "disk"],
+        "`--offload zero`, of two copies": ["--offload", "zero", "--num-procs", "2"],
+    }
+    for name, options in ways.items():
         command = [sys.executable, "-m", "toolkit", "generate", str(folder), "--prompt", PROMPT, "--max-new-tokens", str(TOKENS)]
         found = json.loads(subprocess.run([*command, "--json", *options], check=True, capture_output=True, text=True).stdout)
         memory, seconds = found["rank_0"]["memory"], found["seconds"]["decode"] / found["rank_0"]["decoded_tokens"]

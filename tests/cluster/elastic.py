@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -36,36 +36,53 @@ CONFIG: dict[str, dict[str, Any]] = {
     },
     "zero": {"stage": 1},
     "train": {"global_batch_size": 12, "micro_batch_size": 4, "seq_length": 32, "precision": "fp32", "watchdog_s": 10},
-    "optimizer": {"lr": 1.0e-3, "schedule": "constant"},
     "data": {"tokenizer": "bytes", "workers": 0},
     "checkpoint": {"every": EVERY},
 }
 
 
-def write_config(folder: Path, *, steps: int) -> Path:
+def write_config(folder: Path, *, steps: int, lr: float = 1.0e-3) -> Path:
     """The run's YAML and its text, in a folder that all hosts see."""
     (folder / "text.txt").write_text("".join(f"{i} times {i} is {i * i}, and a line follows a line.\n" for i in range(20000)))
     data = {**CONFIG["data"], "source": str(folder / "text.txt"), "cache_dir": str(folder / "data")}
     train = {**CONFIG["train"], "steps": steps}
     path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump({**CONFIG, "train": train, "data": data, "run": {"dir": str(folder / "uncut"), "seed": SEED}}))
+    optimizer = {"lr": lr, "schedule": "constant"}
+    path.write_text(
+        yaml.safe_dump(
+            {**CONFIG, "train": train, "optimizer": optimizer, "data": data, "run": {"dir": str(folder / "uncut"), "seed": SEED}}
+        )
+    )
     return path
 
 
-def uncut(config: Path) -> dict[int, float]:
-    """Losses by step of the run in one process."""
-    assert run_local(config, ["checkpoint.every=0", "train.watchdog_s=0"], num_procs=1, environ={**os.environ, "OMP_NUM_THREADS": "1"}) == 0
-    return losses(config.parent / "uncut")
+def uncut(config: Path) -> dict[int, Taken]:
+    """Every step of the run in one process."""
+    words = ["checkpoint.every=0", "train.watchdog_s=0", "log.every=1000"]
+    assert run_local(config, words, num_procs=1, environ={**os.environ, "OMP_NUM_THREADS": "1"}) == 0
+    return steps_of(config.parent / "uncut")
 
 
-def losses(run: Path) -> dict[int, float]:
+def steps_of(run: Path) -> dict[int, Taken]:
+    """What a run has written of each step."""
     found = {}
     with suppress(OSError):
         for line in (run / "metrics.jsonl").read_text().splitlines():
             with suppress(ValueError):  # a line that is being written
                 record = json.loads(line)
-                found[record["step"]] = record["loss"]
+                found[record["step"]] = Taken(record["loss"], record["grad_norm"])
     return found
+
+
+class Taken(NamedTuple):
+    """A step as the run's metrics have it."""
+
+    loss: float
+    grad_norm: float
+
+    def is_that_of(self, other: Taken) -> bool:
+        """Whether it is the same step, computed by other ranks: sums in another order differ in their last bits."""
+        return self.loss == pytest.approx(other.loss, rel=2e-5) and self.grad_norm == pytest.approx(other.grad_norm, rel=2e-4)
 
 
 class Elastic:
@@ -102,7 +119,7 @@ class Elastic:
 
     @property
     def step(self) -> int:
-        return max(losses(self.run), default=0)
+        return max(steps_of(self.run), default=0)
 
     def wait_for(self, happened: Callable[[], Any], what: str, *, deadline_s: float = 240, look_every_s: float = 0.02) -> None:
         """Return once something has happened; fail where the run ends before it, or the deadline passes."""
@@ -128,12 +145,12 @@ class Elastic:
     def recoveries(self) -> Sequence[Recovery]:
         return read_recoveries(self.run)
 
-    def assert_equal(self, expected: dict[int, float]) -> None:
-        """Every step of the run once, with the losses of an uncut one."""
-        found = losses(self.run)
-        assert sorted(found) == sorted(expected), self.output
-        for step, loss in expected.items():
-            assert found[step] == pytest.approx(loss, rel=2e-5), f"step {step}\n{self.output}"
+    def assert_equal(self, expected: Mapping[int, Taken], *, through: int | None = None) -> None:
+        """Every step of the run, or those up to one, once, with loss and gradient norm of an uncut run."""
+        found = {step: taken for step, taken in steps_of(self.run).items() if through is None or step <= through}
+        assert sorted(found) == sorted(expected)[:through], self.output
+        for step, taken in found.items():
+            assert taken.is_that_of(expected[step]), f"step {step}: {taken}, not {expected[step]}\n{self.output}"
 
     # what can be done to it
 

@@ -86,6 +86,15 @@ def freeze_rank(run: Elastic) -> None:
     run.ranks("host-b")[0].send_signal(signal.SIGSTOP)
 
 
+def freeze_the_last_rank(run: Elastic) -> None:
+    """No other rank is left that could notice."""
+    run.wait_for_step(AT)
+    for host in ("host-b", "host-c"):
+        run.hosts.link(host, up=False)
+    run.wait_for(lambda: any(recovery.hosts == 1 for recovery in run.recoveries), "a start on one host")
+    run.ranks("host-a")[0].send_signal(signal.SIGSTOP)
+
+
 def freeze_host(run: Elastic) -> None:
     """Its kernel still answers pings; nothing else does."""
     run.wait_for_step(AT)
@@ -192,7 +201,16 @@ FAULTS = (
         id="frozen-rank",
         title="one rank hangs (SIGSTOP)",
         strike=freeze_rank,
-        says=r"no progress for 10 s in step \d+: .*rank \d does not answer",
+        words=("train.watchdog_s=3",),
+        says=r"no progress for 3 s in step \d+: .*rank \d does not answer",
+    ),
+    Fault(
+        id="frozen-last",
+        title="the only rank that is left hangs (SIGSTOP)",
+        strike=freeze_the_last_rank,
+        words=("train.watchdog_s=3",),
+        says="on host-a rank 0 ended with SIGKILL",
+        recoveries=2,
     ),
     Fault(id="frozen-host", title="a host hangs but answers pings (SIGSTOP)", strike=freeze_host, says="lost host-b"),
     Fault(id="slow", title="a slow host", strike=slow_host, says=r"slowest: rank \d on node-host-c", recoveries=0, lost_steps=0),

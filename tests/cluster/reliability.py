@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.cluster.elastic import Elastic, uncut, write_config
+from tests.cluster.elastic import Elastic, Taken, uncut, write_config
 from tests.cluster.faults import FAULTS, Fault
 from tests.cluster.two_hosts import MORE_ADDRESSES, TwoHosts, missing, two_hosts
 
@@ -23,7 +23,7 @@ HEAD = "| fault | what the user sees | exit code | detect, s | recover, s | of i
 
 
 def outlive(
-    fault: Fault, hosts: TwoHosts, config: Path, expected: Mapping[int, float], *, lost_after_s: float, words: tuple[str, ...] = ()
+    fault: Fault, hosts: TwoHosts, config: Path, expected: Mapping[int, Taken], *, lost_after_s: float, words: tuple[str, ...] = ()
 ) -> str:
     """Let a fault strike a run, hold the run to what the fault's data say, and return its row; words: more options of the run."""
     undo = fault.before(hosts) if fault.before else None
@@ -39,7 +39,7 @@ def outlive(
     assert said, f"{fault.says!r} is not in\n{run.output}"
     assert "Traceback" not in run.output.split("going on from")[0] or fault.recoveries, run.output
     if fault.code == 0:
-        run.assert_equal(dict(expected))
+        run.assert_equal(expected)
     assert len(run.recoveries) >= fault.recoveries, f"{run.recoveries}\n{run.output}"
     lost = max((r.steps_lost for r in run.recoveries), default=0)
     assert lost <= fault.lost_steps, f"{run.recoveries}\n{run.output}"

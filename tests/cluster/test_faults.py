@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.cluster import two_hosts
-from tests.cluster.elastic import LOST_AFTER_S, SEED, Elastic, losses, write_config
+from tests.cluster.elastic import LOST_AFTER_S, SEED, Elastic, Taken, steps_of, write_config
 from tests.cluster.faults import FAULTS, SPARE, Fault
 from tests.cluster.reliability import STEPS, outlive
 from tests.pool import Pool
@@ -21,12 +21,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(config: Path, pool: Pool) -> dict[int, float]:
-    """Losses of a run in one process, which the pool has started already."""
+def expected(config: Path, pool: Pool) -> dict[int, Taken]:
+    """Every step of a run in one process, which the pool has started already."""
     run = config.parent / "uncut"
     raw = yaml.safe_load(config.read_text()) | {"run": {"dir": str(run), "seed": SEED}, "checkpoint": {"every": 0}}
     pool.run("tests.loop:train", 1, raw, deadline_s=300)
-    return losses(run)
+    return steps_of(run)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def three_hosts(tmp_path: Path) -> Iterator[two_hosts.TwoHosts]:
 
 
 @pytest.mark.parametrize("fault", [pytest.param(f, id=f.id, marks=() if f.default else pytest.mark.all_cells) for f in FAULTS])
-def test_the_run_outlives(fault: Fault, three_hosts: two_hosts.TwoHosts, config: Path, expected: dict[int, float]) -> None:
+def test_the_run_outlives(fault: Fault, three_hosts: two_hosts.TwoHosts, config: Path, expected: dict[int, Taken]) -> None:
     fewer = SPARE if fault.default else ()  # two hosts start in less time than three
     outlive(fault, three_hosts, config, expected, lost_after_s=LOST_AFTER_S, words=fewer)
 

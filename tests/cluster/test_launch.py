@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,8 +17,8 @@ import pytest
 
 from toolkit.cluster import launch
 from toolkit.cluster.environment import deepspeed_env_lines, device_ids, export_environment, rank_environment
-from toolkit.cluster.launch import check_reachable, cluster_command, local_command, main, read_hostfile
-from toolkit.errors import ConfigError, MachineError, ToolkitError
+from toolkit.cluster.launch import local_command
+from toolkit.errors import ConfigError, MachineError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMOKE = "tests.cluster.smoke"
@@ -140,40 +139,6 @@ def test_the_exported_file_can_be_read_by_deepspeed(tmp_path: Path) -> None:
     assert read == [["GLOO_SOCKET_IFNAME", "eth0"], ["HF_HOME", "/a=b"]] and len(lines) == 2
 
 
-def test_a_hostfile_gives_slots_in_the_order_of_ranks(tmp_path: Path) -> None:
-    file = tmp_path / "hosts"
-    file.write_text("# comment\nb slots=2\n\na   slots=4 \n")
-    assert list(read_hostfile(file).items()) == [("b", 2), ("a", 4)]
-    command = cluster_command("c.yaml", ["x=1"], hostfile=file, master_addr="10.0.0.1")
-    assert command[0] == "deepspeed" and command[command.index("--master_addr") + 1] == "10.0.0.1" and command[-2:] == ["c.yaml", "x=1"]
-
-
-@pytest.mark.parametrize(
-    "text,named",
-    [
-        (None, "no hostfile"),
-        ("# nothing\n", "names no host"),
-        ("a\n", ":1 is 'a'"),
-        ("a slots=0\n", ":1"),
-        ("a slots=1\na slots=2\n", ":2"),
-    ],
-)
-def test_a_wrong_hostfile_is_named(tmp_path: Path, text: str | None, named: str, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "hosts"
-    if text is not None:
-        file.write_text(text)
-    with pytest.raises(ToolkitError, match=named):
-        read_hostfile(file)
-    assert main(["--hostfile", str(file), "--env-file", str(tmp_path / "env")]) == 2
-    assert named in capsys.readouterr().err and not (tmp_path / "env").exists()
-
-
-def test_the_shipped_hostfile_and_variables_are_readable() -> None:
-    assert read_hostfile(REPOSITORY / "launch" / "hostfile.example") == {"node-1": 8, "node-2": 8}
-    for line in (REPOSITORY / "launch" / "deepspeed_env.example").read_text().splitlines():
-        assert deepspeed_env_lines(dict([line.split("=", 1)])) == [line]
-
-
 def test_the_ranks_message_and_exit_code_are_all_the_user_gets() -> None:
     process = start("2", "exit=2")
     output, _ = process.communicate(timeout=900)
@@ -223,11 +188,3 @@ def test_ranks_do_not_outlive_a_killed_toolkit(tmp_path: Path) -> None:
     wait_for(tmp_path, "stopped-0")
     process.communicate(timeout=900)  # ends when the last rank has closed its output
     assert not ranks_left(str(tmp_path))
-
-
-@pytest.mark.skipif(shutil.which("ssh") is None, reason="there is no ssh client")
-def test_a_host_that_ssh_does_not_reach_is_named() -> None:
-    with pytest.raises(
-        MachineError, match=r"host node-1\.invalid of the hostfile is not reachable by ssh: .*Make `ssh node-1\.invalid true` work"
-    ):
-        check_reachable(["node-1.invalid"])

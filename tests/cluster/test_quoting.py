@@ -18,8 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from toolkit.cluster.hosts import read_hostfile
 from toolkit.cluster.jobs import Job, Pods, mpijob, slurm_script, torchrun_command, trainjob
-from toolkit.cluster.launch import cluster_command, launcher_environment, main, read_hostfile
+from toolkit.cluster.launch import cluster_command, launcher_environment, main
 from toolkit.cluster.words import UNQUOTABLE, check_exports, check_host, packed, unpacked
 from toolkit.config.yaml_text import read_yaml
 from toolkit.doctor import hosts

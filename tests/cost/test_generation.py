@@ -32,6 +32,7 @@ BROKEN: list[tuple[str, dict[str, Any], list[str]]] = [
     ("offload-weights", {"offload": "disk", "weights": "int8"}, ["--offload disk beside --weights int8", "--weights none"]),
     ("offload-prune", {"offload": "disk", "prune": "0.5"}, ["--prune 0.5", "--prune none"]),
     ("offload-by-part", {"offload": "disk", "by_part": False}, ["GGUF", "import"]),
+    ("offload-zero", {"offload": "zero"}, ["one copy", "--num-procs", "--offload disk or none"]),
     ("kv-cpu", {"kv": "cpu"}, ["without a GPU", "--kv int8 or none"]),
     ("kv-cpu-grow", {"kv": "cpu", "grow": True, "cuda": True}, ["--kv-grow", "--kv none"]),
     ("context", {"context": 4097, "positions": 4096}, ["4097", "--context 4096"]),

@@ -34,13 +34,15 @@ class Clinic:
     hosts: hosts.TwoHosts
     folder: Path
 
-    def doctor(self, words: Sequence[str] = (), *, environ: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:
+    def doctor(
+        self, words: Sequence[str] = (), *, environ: dict[str, str] | None = None, deadline_s: float = 120
+    ) -> tuple[int, dict[str, Any]]:
         """Exit code and answer of `toolkit doctor CONFIG --hostfile H --json`, given on host-a."""
         environ = environ or {}
         command = ["toolkit", "doctor", str(self.folder / "run.yaml"), *words, "--hostfile", str(self.hosts.hostfile), "--json"]
         place = self.folder / environ["TEST_FOLDER"] if "TEST_FOLDER" in environ else hosts.REPOSITORY
         line = f'cd {place} && exec "$0" -m "$@"'
-        code, output = self.hosts.shell(["sh", "-c", line, sys.executable, *command], timeout=120, environ=self.environ | environ)
+        code, output = self.hosts.shell(["sh", "-c", line, sys.executable, *command], timeout=deadline_s, environ=self.environ | environ)
         assert code in (0, 1), output
         return code, json.loads(output[output.index("{\n") :])
 

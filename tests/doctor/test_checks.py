@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.doctor.checks import RED, YELLOW, Finding, Look, gpus, odd_ones
+from toolkit.config.load import load_config
+from toolkit.doctor import session
+from toolkit.doctor.checks import GREEN, RED, YELLOW, Finding, Look, estimated, gpus, odd_ones
 from toolkit.doctor.facts import GPU_FIELDS, parse_gpus
 from toolkit.doctor.hosts import clock_offset, rounds
 from toolkit.doctor.network_checks import all_reduce, links
@@ -66,6 +69,32 @@ def test_a_torch_that_sees_no_gpu() -> None:
     seen = {"b": [{"torch": "2.9.0+cpu", "cuda": None, "gpus": 0}]}
     rows = bad(gpus(look({"a": smi(GOOD, GOOD), "b": smi(GOOD, GOOD)}, torch=seen)))
     assert len(rows) == 1 and "torch of rank 0 sees no GPU" in rows[0].found
+
+
+LLAMA_8B = Path(__file__).parents[2] / "launch" / "recipes" / "llama3-8b.yaml"  # about 64 GiB on each of 8 GPUs
+
+
+@pytest.mark.parametrize(
+    "gib, offload, words, status",
+    [
+        (80, "none", "likely to need 64", GREEN),
+        (66, "none", "likely to need 64", YELLOW),
+        (40, "none", "a GPU has 40.0 GiB, and is likely to need 64", RED),
+        (80, "cpu", "1.0 GiB RAM, and offloading is likely to need", RED),
+    ],
+)
+def test_the_estimate_is_held_against_the_gpus(gib: int, offload: str, words: str, status: str) -> None:
+    there = smi(*[GOOD.replace("81559", str(gib * 1024))] * 8)
+    found = Look(slots={"a": 8}, needs={})
+    found.facts = {"a": {"gpus": there, "memory": {"total": 1 << 30}}}
+    found.needs["memory_gib"] = session._memory(load_config(LLAMA_8B, [f"zero.offload_optimizer={offload}"]), found)
+    rows = list(estimated(found))
+    assert [row.status for row in rows] == [status] and words in rows[0].found, rows
+
+
+def test_nothing_is_estimated_for_gpus_that_the_catalogue_lacks() -> None:
+    found = look({"a": smi(GOOD.replace(H100, "Some New GPU"), GOOD)})
+    assert session._memory(load_config(LLAMA_8B, []), found) is None and not list(estimated(found))
 
 
 def rank(gb_s: float, *, right: bool = True) -> dict[str, Any]:

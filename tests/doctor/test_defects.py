@@ -68,3 +68,18 @@ def test_each_defect_is_found_by_itself(clinic: Clinic, defect: Defect) -> None:
     assert code == 1 and finds(answer, defect), red(answer)
     code, answer = clinic.doctor()
     assert (code, red(answer)) == (0, []), "the defect is still there"
+
+
+@pytest.mark.all_cells
+def test_an_extension_that_is_missing_is_compiled_when_asked_for(clinic: Clinic) -> None:
+    words = ["zero.stage=2", "zero.offload_optimizer=cpu"]
+
+    def builds(*more: str) -> tuple[int, list[tuple[str, str]]]:
+        code, answer = clinic.doctor([*words, *more], deadline_s=900)
+        return code, [(f["status"], f["found"]) for f in answer["findings"] if f["check"] == "builds"]
+
+    missing = ("yellow", "cpu_adam will be compiled at the run's first use")
+    assert builds() == (0, [missing, missing])  # each host has a row
+    assert builds("--build") == (0, [("green", "no lock; extensions that the config needs are there")])
+    assert list((clinic.folder / "extensions").rglob("cpu_adam.so"))
+    assert builds()[1][0][0] == "green"

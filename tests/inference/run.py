@@ -11,6 +11,11 @@ def tokens(asked: dict[str, Any]) -> list[tuple[list[int], str]] | None:
 
     asked: the request's values, and "ids", the prompts.
     """
+    return tokens_and_memory(asked)[0]
+
+
+def tokens_and_memory(asked: dict[str, Any]) -> tuple[list[tuple[list[int], str]] | None, dict[str, int]]:
+    """The same, and what this rank says of its memory."""
     from toolkit.inference.request import Request, Sampling
     from toolkit.inference.run import Session
 
@@ -19,8 +24,9 @@ def tokens(asked: dict[str, Any]) -> list[tuple[list[int], str]] | None:
     sampling = Sampling(**asked.pop("sampling", {}))
     session = Session(Request(prompts=[], sampling=sampling, **{"tokenizer": "bytes", **asked}))
     answers = session.generate(ids)
+    memory = session.memory()
     session.close()
-    return None if answers is None else [(a.tokens, a.finish) for a in answers]
+    return None if answers is None else [(a.tokens, a.finish) for a in answers], memory
 
 
 def logits(asked: dict[str, Any]) -> dict[str, Any]:
@@ -55,6 +61,29 @@ def logits(asked: dict[str, Any]) -> dict[str, Any]:
         "expected": _expected(asked, session),
         "zeros": sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights) if plain else None,
     }
+
+
+def choices(asked: dict[str, Any]) -> list[list[float]]:
+    """Log-probability of each text that may follow a question. asked: the request's values, and "asked": (question, texts) by turns."""
+    import torch
+
+    from toolkit.inference.request import Request
+    from toolkit.inference.run import Session
+
+    asked = dict(asked)
+    questions = asked.pop("asked")
+    session = Session(Request(prompts=[], **asked))
+
+    def log_probability(question: str, answer: str) -> float:
+        before = len(session.text.encode(question, name="a question"))
+        ids = torch.tensor([session.text.encode(question + answer, name="a question with its answer")])
+        logits = session.stage.forward(ids[:, :-1], session.stage.cache(batch=1, length=ids.shape[1]), everywhere=True)
+        assert logits is not None
+        found = logits.log_softmax(-1)[0].gather(1, ids[0, 1:, None])
+        return float(found[before - 1 :].sum())
+
+    with torch.no_grad():
+        return [[log_probability(question, answer) for answer in answers] for question, answers in questions]
 
 
 def _expected(asked: dict[str, Any], session: Any) -> tuple[float, float]:

@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,44 @@ def test_layers_from_disk_say_the_same(world: int, overrides: list[str], pool: P
     asked = {"model": str(folder), "ids": IDS, "max_new_tokens": 8}
     plain = pool.run(TOKENS, 1, asked, deadline_s=120)[0]
     assert pool.run(TOKENS, world, asked | {"overrides": overrides, "offload": "disk"}, deadline_s=120)[0] == plain
+
+
+SHARED = [  # world, how the model is cut, where parts wait; each copy has other numbers of batches and of tokens
+    pytest.param(2, [], "zero", id="dp2"),
+    pytest.param(4, ["parallel.tp=2"], "zero-cpu", id="tp2 dp2 cpu"),
+    pytest.param(4, ["parallel.pp=2"], "zero", id="pp2 dp2", marks=pytest.mark.all_cells),
+]
+
+
+@pytest.mark.parametrize(("world", "overrides", "place"), SHARED)
+def test_copies_that_share_out_the_layers_say_the_same(world: int, overrides: list[str], place: str, pool: Pool, folder: Path) -> None:
+    """DeepSpeed's ZeRO-Inference. A copy that has answered all its prompts brings its parts for the other's, to the last token."""
+    check_sharing(pool, folder, world, overrides, offload=place)
+
+
+@pytest.mark.all_cells
+@pytest.mark.parametrize(("world", "overrides"), [(1, []), (4, ["parallel.tp=2"])], ids=["one", "tp2 dp2"])
+def test_parts_on_nvme_say_the_same(
+    world: int, overrides: list[str], pool: Pool, folder: Path, tmp_path: Path, extension: Callable[[str], None]
+) -> None:
+    extension("async_io")
+    check_sharing(pool, folder, world, overrides, offload="zero-nvme", nvme_path=str(tmp_path))
+
+
+def check_sharing(pool: Pool, folder: Path, world: int, overrides: list[str], **more: Any) -> None:
+    asked = {"model": str(folder), "ids": IDS, "max_new_tokens": 8, "batch": 1}
+    plain = pool.run(TOKENS, 1, asked, deadline_s=120)[0]
+    ranks = pool.run("tests.inference.run:tokens_and_memory", world, asked | {"overrides": overrides} | more, deadline_s=240)
+    assert plain and ranks[0][0] == plain
+    copies = min(world, 2)
+    tp = 2 if "parallel.tp=2" in overrides else 1
+    matrices = 4 * 6 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 128) // (world // copies)  # bytes of a rank's layers, had it no copy
+    for _, found in ranks:
+        part = matrices / copies
+        assert found["weights"] == pytest.approx(4 * 257 * 32 / tp + part, rel=0.1)  # the table is whole
+        whole = found["held"] - found["weights"] + (part if more["offload"] == "zero-nvme" else 0)
+        in_one = matrices / (3 if "parallel.pp=2" in overrides else 6)
+        assert in_one <= whole <= 2.2 * in_one, "one layer or two are whole"
 
 
 def test_a_checkpoint_of_our_own_is_read_layer_by_layer(pool: Pool, folder: Path, tmp_path: Path) -> None:

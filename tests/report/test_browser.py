@@ -14,7 +14,20 @@ from tests.report.conftest import Browser
 from toolkit.report.page import page
 from toolkit.runfolder.read import read_runs
 
-CHARTS = {"loss", "grad-norm", "throughput", "lr", "step-s", "memory", "memory-parts", "memory-time", "step-time", "pipeline", "tune"}
+CHARTS = {
+    "loss",
+    "grad-norm",
+    "throughput",
+    "lr",
+    "step-s",
+    "memory",
+    "expected",
+    "memory-parts",
+    "memory-time",
+    "step-time",
+    "pipeline",
+    "tune",
+}
 
 
 @pytest.fixture

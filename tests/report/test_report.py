@@ -58,6 +58,20 @@ def test_the_command_writes_one_file_that_shows_all(profiled: Profiled, plan: Pa
     assert "src=" not in text and "<link" not in text and "@import" not in text
 
 
+def test_expected_and_measured_stand_side_by_side(profiled: Profiled, tmp_path: Path) -> None:
+    """In the page, and as JSON with the intervals that profile.json holds."""
+    other = _run(tmp_path, "other", '{"step": 1, "loss": 5.0, "tokens_per_s": 10.0, "step_s": 2.0}\n')
+    done = toolkit("report", str(profiled.folder), str(other), "-o", str(tmp_path / "report.html"), "--json")
+    assert done.returncode == 0, done.stdout
+    found = json.loads(done.stdout)["runs"]
+    told = json.loads((profiled.folder / "profile.json").read_text())["predicted"]["range"]
+    step = next(f for f in found["small"]["expected"] if f["of"] == "profile" and f["figure"] == "step")
+    assert step["range"] == pytest.approx(told["step_s"]) and step["measured"] > 0
+    assert found["other"]["expected"] == [] and "config" in found["other"]["unknown"][0]
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Expected against measured" in text and "80 % interval" in text and "measured lies" in profiled.said
+
+
 def test_everything_from_outside_is_escaped(plan: Path, tmp_path: Path) -> None:
     evil = tmp_path / "<script>alert(1)</script>"
     evil.mkdir(parents=True)

@@ -126,6 +126,14 @@ def test_a_stopped_run_says_how_to_go_on() -> None:
     assert again == "go on: toolkit train 'runs/my run/config.yaml' --num-procs 4"
 
 
+def test_on_a_known_gpu_it_says_what_was_expected() -> None:
+    line = _lines(_record(40), device="NVIDIA H100 80GB HBM3")[1]
+    assert line.startswith("expected (four of five cases): tokens/s ") and " to " in line and line.count("measured") == 2
+    assert "measured below it | peak memory of the worst rank" in line  # so small a model is said to be faster than 12,345 tokens/s
+    for device in ("cpu", "Voodoo 2"):
+        assert _lines(_record(40), device=device) == _lines(_record(40))
+
+
 def test_without_a_checkpoint_it_says_what_is_lost() -> None:
     first, again, *_ = _lines(_record(40), checkpoint=None)
     assert "no checkpoint: checkpoint.every is 0" in first and "from step 1" in again

@@ -23,11 +23,11 @@ Trainer({config!r}, dataset=StuckOnRank1(), on_step=stuck_from_step_2).fit()
 
 def test_a_stuck_reader_is_named_with_what_the_others_wait_in(fitted: Fitted, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(config=fitted.config(train={"watchdog_s": 2})))
+    script.write_text(SCRIPT.format(config=fitted.config(train={"watchdog_s": 5})))
     command = local_command("", num_procs=2)
     done = Started(tmp_path, script).run([*command[: command.index("--module")], str(script)], timeout_s=180)
     assert done.code == REQUEUE, done.output
-    said = re.findall(r"no progress for 2 s in step 3: (.*)", done.output)
+    said = re.findall(r"no progress for 5 s in step 3: (.*)", done.output)
     assert len(said) == 1, done.output
     assert re.fullmatch(r"rank 0 waits in all-reduce \d+ of the data group on \S+, rank 1 is in its data loader on \S+", said[0]), said
     (folder,) = (tmp_path / "run" / STALLED).iterdir()

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from toolkit.cluster.words import check_exports
-from toolkit.errors import MachineError
+from toolkit.errors import ConfigError, MachineError
 from toolkit.redact import is_secret
 
 # DeepSpeed's launcher exports only PYTHON*, NCCL* and a few more by itself
@@ -125,6 +125,29 @@ def deepspeed_env_lines(environ: Mapping[str, str] | None = None) -> list[str]:
     variables = exported_variables(environ)
     check_exports(variables, variables)
     return [f"{name}={value}" for name, value in variables.items()]
+
+
+def users_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables of the user's own files for other hosts, which DeepSpeed's launcher reads at home and then here.
+
+    Raises ConfigError naming a line that is no variable; the launcher would end with a traceback there.
+    """
+    environ = os.environ if environ is None else environ
+    name = environ.get("DS_ENV_FILE", ".deepspeed_env")
+    found: dict[str, str] = {}
+    for path in dict.fromkeys(Path(place, name) for place in (Path.home(), Path.cwd())):
+        if not path.is_file():
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+            variable, equals, value = line.partition("=")
+            if not equals:
+                raise ConfigError(
+                    f"{path}:{number} is {line.strip()!r}",
+                    why="DeepSpeed's launcher takes no other lines",
+                    fix="Write NAME=value, or delete it.",
+                )
+            found[variable.strip()] = value.strip()
+    return found
 
 
 def exported_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.cluster.launch import TRAIN_MODULE, read_hostfile
+from toolkit.cluster.hosts import read_hostfile
+from toolkit.cluster.launch import TRAIN_MODULE
 from toolkit.cluster.words import check_host
 from toolkit.config.yaml_text import write_yaml
 from toolkit.errors import ConfigError, MachineError

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import random
-import re
 import shlex
 import shutil
 import signal
@@ -19,14 +18,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
-from toolkit.cluster.environment import deepspeed_env_lines, device_ids, export_environment, rank_environment
+from toolkit.cluster.environment import deepspeed_env_lines, device_ids, export_environment, rank_environment, users_variables
+from toolkit.cluster.hosts import check_reachable, read_hostfile
 from toolkit.cluster.stalls import REQUEUE, SUMMARY
 from toolkit.cluster.words import check_exports, check_host, check_place, exported_by_deepspeed, packed
 from toolkit.errors import ConfigError, MachineError, ToolkitError
@@ -39,18 +39,14 @@ __all__ = [
     "export_environment",
     "free_port",
     "local_command",
-    "read_hostfile",
     "run_local",
 ]
 
 logger = logging.getLogger(__name__)
 
 TRAIN_MODULE = "toolkit.train"
-LOCAL = {"localhost", "127.0.0.1"}  # in a hostfile: no ssh is needed
 POLL_S = 0.2
-SSH_TIMEOUT_S = 10
 PORTS = range(21000, 29000)  # Linux gives those from 32768 on, and a run of a cluster has 29500
-SSH_OPTIONS = ["-o", "BatchMode=yes"]  # it must never ask
 SECOND_SIGNAL_S = 1.0
 STALL_GRACE_S = 15.0  # for a run that has reported that it makes no progress to end by itself
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -204,7 +200,7 @@ def run_on_hosts(
     command = cluster_command(config_path, overrides, hostfile=hostfile, master_addr=master_addr, master_port=master_port, runner=runner)
     command.insert(1, "--no_ssh_check")
     env = launcher_environment()
-    if "DS_ENV_FILE" not in env and not any(Path(place, ".deepspeed_env").exists() for place in (".", Path.home())):
+    if "DS_ENV_FILE" not in env and not users_variables(env):
         variables = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "toolkit" / "deepspeed_env"
         export_environment(variables)
         env["DS_ENV_FILE"] = str(variables)
@@ -255,51 +251,6 @@ def launcher_environment(environ: Mapping[str, str] | None = None) -> dict[str, 
     env = {name: value for name, value in environ.items() if name not in exported or not is_secret(name)}
     check_exports(env, exported_by_deepspeed(env))
     return {**env, "PATH": rank_environment(1, environ=environ)["PATH"]}
-
-
-def check_reachable(hosts: Iterable[str]) -> None:
-    """Raise MachineError naming a host on which ssh cannot run a command without a password, as the launcher will have to."""
-    if shutil.which("ssh") is None:
-        raise MachineError("the command ssh is not on the PATH", why="other hosts are reached by it", fix="Install an ssh client.")
-    options = [*SSH_OPTIONS, "-o", f"ConnectTimeout={SSH_TIMEOUT_S}"]
-    tries = {host: subprocess.Popen(["ssh", *options, host, "true"], stderr=subprocess.PIPE, text=True) for host in hosts}
-    for host, process in tries.items():
-        error = process.communicate()[1]
-        if process.returncode != 0:
-            raise MachineError(
-                f"host {host} of the hostfile is not reachable by ssh",
-                why=(error.strip().splitlines() or ["it gave no reason"])[-1].strip().rstrip("."),
-                fix=f"Make `ssh {host} true` work without a password, or correct the name. `toolkit doctor --hostfile H` looks at all hosts.",
-            )
-
-
-def read_hostfile(path: Path) -> dict[str, int]:
-    """Slots (ranks) of each host, in the order of the ranks; raises ConfigError naming the line that is wrong."""
-    if not path.is_file():
-        raise ConfigError(
-            f"there is no hostfile {path}", fix="Copy launch/hostfile.example and name your hosts in it, one `HOST slots=RANKS` a line."
-        )
-    hosts: dict[str, int] = {}
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise ConfigError(f"the hostfile {path} cannot be read", why=why or str(error), fix="Check the path and its permissions.") from None
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        match = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)\s*", line.strip())
-        if not match:
-            raise ConfigError(
-                f"{path}:{number} is {line.strip()!r}", why="a line names a host and its ranks", fix="Write it as `HOST slots=RANKS`."
-            )
-        check_host(match[1], where=f"{path}:{number} names")
-        if match[1] in hosts:
-            raise ConfigError(f"{path}:{number} names {match[1]} a second time", fix="Give each host one line with all its slots.")
-        hosts[match[1]] = int(match[2])
-    if not hosts:
-        raise ConfigError(f"the hostfile {path} names no host", fix="Write one `HOST slots=RANKS` a line.")
-    return hosts
 
 
 def _supervise(process: subprocess.Popen[bytes], received: list[int], *, module: str) -> int:

@@ -167,6 +167,33 @@ def gpus(look: Look) -> Iterator[Finding]:
         yield Finding(status=GREEN, check="GPUs", hosts=tuple(lists), found=f"{count} × {', '.join(common)}")
 
 
+def estimated(look: Look) -> Iterator[Finding]:
+    """What the estimate says of memory, against what these hosts have."""
+    need = look.needs.get("memory_gib")
+    if not need:
+        return
+    wrong, least = False, float("inf")
+    for host, found in look.values("gpus").items():
+        memory = min((gpu["memory"] * MIB / GIB for gpu in found or [] if gpu.get("memory")), default=None)
+        if memory is None:
+            continue
+        least = min(least, memory)
+        if need["high"] > memory:
+            wrong = True
+            status = RED if need["low"] > memory else YELLOW
+            what = f"a GPU has {memory:.1f} GiB, and is likely to need {need['likely']:.1f} ({need['low']:.1f} to {need['high']:.1f})"
+            fix = "toolkit estimate says what to change."
+            yield Finding(status=status, check="estimate", hosts=(host,), found=what, fix=fix)
+        ram = (look.facts[host].get("memory") or {}).get("total")
+        if ram and need["host"] * GIB > ram:
+            wrong = True
+            what = f"{_size(ram)} RAM, and offloading is likely to need {need['host']:.1f} GiB"
+            yield Finding(status=RED, check="estimate", hosts=(host,), found=what, fix="Offload less, or to NVMe, or take more hosts.")
+    if not wrong and look.facts:
+        what = f"a GPU is likely to need {need['likely']:.1f} of {least:.1f} GiB (80 %: {need['low']:.1f} to {need['high']:.1f})"
+        yield Finding(status=GREEN, check="estimate", hosts=tuple(look.facts), found=what)
+
+
 def needs(look: Look) -> Iterator[Finding]:
     """What the config asks of each host: packages, compiler, libaio, folders; the rules; variables that can be exported."""
     for what, fix in look.refused:

@@ -25,7 +25,7 @@ def doctor(
 ) -> None:
     """Look at every host of a run before it starts: what is wrong, and how to mend it; exit code 1 where something is red."""
     from toolkit.cluster.environment import gpu_count
-    from toolkit.cluster.launch import LOCAL, read_hostfile
+    from toolkit.cluster.hosts import LOCAL, read_hostfile
     from toolkit.config.load import load_config
     from toolkit.doctor.checks import RED, judge
     from toolkit.doctor.network_checks import ALL

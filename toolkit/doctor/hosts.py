@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from toolkit import __version__
-from toolkit.cluster.environment import exported_variables
-from toolkit.cluster.launch import SSH_OPTIONS
+from toolkit.cluster.environment import exported_variables, users_variables
+from toolkit.cluster.hosts import ssh
 from toolkit.cluster.words import NAME
 from toolkit.doctor.probe import PROTOCOL
 
@@ -48,7 +48,7 @@ class Host:
         self.lines: queue.Queue[str | None] = queue.Queue()
         self.errors = ""
         self.asked = 0
-        command = probe_words() if local else ["ssh", *SSH_OPTIONS, "-o", f"ConnectTimeout={CONNECT_S}", name, probe_line()]
+        command = probe_words() if local else [*ssh(timeout_s=CONNECT_S), name, probe_line()]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, **pipes, errors="replace")
         self.readers = [threading.Thread(target=read, daemon=True) for read in (self._read_answers, self._read_errors)]
@@ -158,7 +158,8 @@ def probe_words(python: str = sys.executable) -> list[str]:
 def probe_line(environ: Mapping[str, str] | None = None, *, folder: str | None = None, python: str = sys.executable) -> str:
     """The line for another host's shell: the working folder, the exported environment, the interpreter by its path."""
     environ = os.environ if environ is None else environ
-    variables = {k: v for k, v in environ.items() if k.startswith("PYTHON") and NAME.fullmatch(k)} | exported_variables(environ)
+    variables = {k: v for k, v in environ.items() if k.startswith("PYTHON") and NAME.fullmatch(k)}
+    variables |= users_variables(environ) or exported_variables(environ)
     words = ["env", *(f"{name}={value}" for name, value in sorted(variables.items())), *probe_words(python)]
     there, program = shlex.quote(folder or os.getcwd()), shlex.quote(python)
     return f"cd {there} 2>/dev/null || exit {NO_FOLDER}; test -x {program} || exit {NO_PYTHON}; exec {shlex.join(words)}"

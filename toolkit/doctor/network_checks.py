@@ -206,6 +206,7 @@ ALL: tuple[checks.Check, ...] = (
     links,
     all_reduce,
     checks.gpus,
+    checks.estimated,
     checks.needs,
     checks.builds,
     checks.folders,

@@ -16,7 +16,9 @@ from toolkit.config.schema import RunConfig
 from toolkit.doctor.checks import BYTES_PER_PARAMETER, Look
 from toolkit.doctor.hosts import Host, clock_offset, each, rounds
 from toolkit.errors import ToolkitError
+from toolkit.hardware.catalogue import gpu_of_device
 from toolkit.parallel.rules import Machine, check
+from toolkit.plan.ask import estimate
 
 MOST_ROUNDS = 7  # of measured links: with 8 hosts or fewer every pair, with more 7 other hosts for each
 BUILD_S = 1800.0
@@ -45,6 +47,7 @@ def examine(
         present = [host for host in hosts if host.problem is None]
         _gather(look, present, config, extra or {})
         look.refused = _refused(config, look)
+        look.needs["memory_gib"] = None if look.refused else _memory(config, look)
         if look.several:
             _between(look, [host for host in present if host.name in look.facts])
         _all_reduce(look, [host for host in present if host.name in look.facts])
@@ -138,6 +141,21 @@ def _refused(config: RunConfig | None, look: Look) -> list[tuple[str, str]]:
         except ToolkitError as error:
             found.append((error.what if not error.why else f"{error.what}: {error.why}", error.fix or "Change what each line names."))
     return found
+
+
+def _memory(config: RunConfig | None, look: Look) -> dict[str, float] | None:
+    """GiB that the estimate gives a GPU (likely, and the ends of its interval) and a host; None without GPUs of one known kind."""
+    kinds = {gpu_of_device(gpu["name"]) for gpus in look.values("gpus").values() if isinstance(gpus, list) for gpu in gpus if gpu["name"]}
+    gpu = kinds.pop() if len(kinds) == 1 else None
+    if config is None or gpu is None or len(set(look.slots.values())) > 1:
+        return None
+    hardware = f"{gpu.name}:{next(iter(look.slots.values()))}x{len(look.slots)}"
+    try:
+        said = estimate(config, hardware)
+    except ToolkitError:
+        return None  # data that is not prepared yet: the run says what is wrong with it
+    low, high = said["range"]["peak_device_gib"]
+    return {"likely": said["peak_device_gib"], "low": low, "high": high, "host": said["host_gib_per_node"]}
 
 
 def _between(look: Look, hosts: list[Host]) -> None:

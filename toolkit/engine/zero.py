@@ -26,6 +26,7 @@ from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import set_z3_leaf_modules
 from megatron.core import parallel_state as state
 
 from toolkit.config.schema import RunConfig
@@ -58,12 +59,12 @@ class Chunks(torch.nn.Module):
         return self.chunks[index](*args, **kwargs)
 
 
-def partitioner(config: RunConfig, ds_config: dict[str, Any]) -> Callable[[torch.nn.Parameter], None] | None:
+def partitioner(config: RunConfig, ds_config: dict[str, Any], *, trains: bool = True) -> Callable[[torch.nn.Parameter], None] | None:
     """What frees all but a rank's part of each new parameter (ZeRO-3), None for lower stages.
 
-    Parameter offload to NVMe swaps through the engine's own buffers, so there the engine partitions.
+    In training, parameter offload to NVMe swaps through the engine's own buffers, so there the engine partitions.
     """
-    if config.zero.stage < 3 or config.zero.offload_param == "nvme":
+    if config.zero.stage < 3 or (trains and config.zero.offload_param == "nvme"):
         return None
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)  # else Init takes the world for one process
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -74,6 +75,16 @@ def partitioner(config: RunConfig, ds_config: dict[str, Any]) -> Callable[[torch
         context._convert_to_zero_parameters([parameter])
 
     return partition
+
+
+def bring_weights(module: torch.nn.Module, ds_config: dict[str, Any], *, whole: type[torch.nn.Module]) -> Any:
+    """Have ZeRO-3 bring the weights of each `whole` module within a module as it is called; the engine, which must be kept.
+
+    Without an optimizer DeepSpeed makes of it what it calls ZeRO-Inference.
+    """
+    set_z3_leaf_modules(module, [whole])
+    partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None  # fact 3
+    return deepspeed.initialize(model=module, config=ds_config, mpu=Mpu(), dist_init_required=False)[0]
 
 
 class Engine:
@@ -202,9 +213,7 @@ class Engine:
             held += [self.optimizer, self.engine]
         for one in held:
             vars(one).clear()
-        for name in vars(deepspeed_groups):  # made for this layout, and looked up before a new engine makes its own
-            if name in ("mpu", "mesh_device") or name.endswith("_GROUP"):
-                setattr(deepspeed_groups, name, None)
+        _forget_groups()
 
     # -- ZeRO-0 and ZeRO-1: flat gradients, reduced once (fact 11) ------------------------------------
 
@@ -331,6 +340,18 @@ class Engine:
 
     def _scale(self, loss: Tensor) -> Tensor:
         return loss * self.optimizer.loss_scale
+
+
+def release(engine: Any) -> None:
+    """Let go of what bring_weights() made."""
+    engine.destroy()
+    _forget_groups()
+
+
+def _forget_groups() -> None:
+    for name in vars(deepspeed_groups):  # made for this layout, and looked up before a new engine makes its own
+        if name in ("mpu", "mesh_device") or name.endswith("_GROUP"):
+            setattr(deepspeed_groups, name, None)
 
 
 def _device() -> torch.device:

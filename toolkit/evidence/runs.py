@@ -36,13 +36,13 @@ class MeasuredRun:
     steps: int
 
 
-def read_run(folder: Path, *, hardware: str | None = None, hardware_file: Path | None = None) -> MeasuredRun:
+def read_run(folder: Path, *, hardware: str | None = None, hardware_file: Path | None = None, profiled: bool = True) -> MeasuredRun:
     """What `toolkit profile` left in a run folder (profile.json), else `toolkit train` (metrics.jsonl, config.yaml, ds_config.json).
 
-    hardware: `GPU:PER_NODExNODES`; null: what the folder records. Raises ConfigError naming the folder and what it lacks,
+    hardware: `GPU:PER_NODExNODES`; null: what the folder records; profiled: whether a profile counts before the training. Raises ConfigError naming the folder and what it lacks,
     DataError for a damaged profile.json.
     """
-    config, gpus, rate, steps = _profiled(folder) or _trained(folder)
+    config, gpus, rate, steps = (_profiled(folder) if profiled else None) or _trained(folder)
     cluster = parse_hardware(hardware, extra=hardware_file) if hardware else _recorded(folder, gpus, hardware_file)
     if cluster.count < gpus:
         raise ConfigError(f"run folder {str(folder)!r} is of {gpus} ranks, and {cluster} has {cluster.count}", fix="Name what it ran on.")

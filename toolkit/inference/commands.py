@@ -16,7 +16,7 @@ from toolkit.errors import ConfigError, at_least_one
 Dtype = Literal["fp32", "bf16", "fp16"]
 Bits = Literal["none", "int8", "int4"]
 Kv = Literal["none", "int8", "cpu"]
-Place = Literal["none", "cpu", "disk"]
+Place = Literal["none", "cpu", "disk", "zero", "zero-cpu", "zero-nvme"]
 
 
 def generate(
@@ -42,6 +42,7 @@ def generate(
     grow: Annotated[bool, typer.Option("--kv-grow", help="take memory for keys and values as it fills, not for all at once")] = False,
     prune: Annotated[str, typer.Option(help="set this share of each layer's weights to 0, or 2:4")] = "none",
     offload: Annotated[Place, typer.Option(help="keep layers there, and two of them in memory")] = "none",
+    nvme_path: Annotated[Path | None, typer.Option(help="folder on a local disk for --offload zero-nvme")] = None,
     memory_limit: Annotated[float | None, typer.Option(help="let a rank take only so many GiB beside its libraries")] = None,
     auto: Annotated[bool, typer.Option("--auto", help="choose cut, offload and quantisation for the devices that are there")] = False,
     interactive: Annotated[bool, typer.Option("--interactive", help="a conversation; devices may come and go between lines")] = False,
@@ -80,8 +81,20 @@ def generate(
         grow=grow,
         prune=prune,
         offload=offload,
+        nvme_path=None if nvme_path is None else str(nvme_path),
         memory_limit=memory_limit,
     )
+    if offload.startswith("zero") and (auto or interactive):
+        raise ConfigError(
+            f"--offload {offload} beside --{'auto' if auto else 'interactive'}",
+            why="it makes as many copies of the model as there are devices, and they share out the layers",
+            fix="Leave one of the two out.",
+        )
+    if offload == "zero-nvme" and not (nvme_path and nvme_path.is_dir()):
+        what = f"--nvme-path {nvme_path} is no folder" if nvme_path else "--offload zero-nvme without --nvme-path"
+        raise ConfigError(what, why="parts of weights are written there", fix="Name a folder on a local disk.")
+    if nvme_path and offload != "zero-nvme":
+        raise ConfigError("--nvme-path without --offload zero-nvme", why="nothing is written there", fix="Leave one of the two out.")
     fixed = [name for name in ("weights", "offload") if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if interactive:
         from toolkit.inference.interactive import converse

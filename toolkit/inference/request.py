@@ -73,6 +73,7 @@ class Request:
     grow: bool = False
     prune: str = "none"
     offload: str = "none"
+    nvme_path: str | None = None
     memory_limit: float | None = None
     auto: list[str] = field(default_factory=list)
     bench: str | None = None

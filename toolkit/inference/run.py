@@ -61,6 +61,7 @@ class Session:
         names = ("weights", "kv", "grow", "prune", "offload")
         savings = Savings(**{name: getattr(request, name) for name in names})
         files = ExitStack()
+        sharding = self._sharding(request)
 
         def load() -> None:
             read = files.enter_context(self.model.weights(self.config.model.spec))
@@ -80,6 +81,7 @@ class Session:
                         device=self.world.device,
                         read=read_part,
                         savings=savings,
+                        sharding=sharding,
                     )
                 )
 
@@ -94,6 +96,16 @@ class Session:
             self.files = files  # layers are read from them for as long as the model generates
         else:
             files.close()
+        if sharding is not None:
+            self.files.callback(sharding.close)
+
+    def _sharding(self, request: Request) -> Any:
+        """What shares out the layers among the copies of the model, for --offload zero…; None otherwise."""
+        if not request.offload.startswith("zero"):
+            return None
+        from toolkit.inference.zero import Sharding
+
+        return Sharding(self.config, self.layout, place=request.offload, nvme_path=request.nvme_path)
 
     def _memory(self, what: str) -> AbstractContextManager[None]:
         from toolkit.inference.memory import said_when_memory_ends
@@ -111,6 +123,7 @@ class Session:
             self.config.model.spec,
             tp=self.layout.tp,
             pp=self.layout.pp,
+            copies=self.layout.dp,
             weights=request.weights,
             kv=request.kv,
             grow=request.grow,
@@ -128,12 +141,18 @@ class Session:
         from toolkit.inference.memory import peak
         from toolkit.model.savings import weight_bytes
 
-        stage, stream = self.stage, self.stage.decoder.stream
+        stage, stream, sharded = self.stage, self.stage.decoder.stream, self.stage.decoder.sharded
         width = 4 if self.config.train.precision == "fp32" else 2
+        weights = held = weight_bytes(stage.model)
+        if stream is not None:
+            weights, held = stage.resident + stream.nbytes, stage.resident + stream.held
+        elif sharded is not None:
+            away = self.request.offload == "zero-nvme" or (self.request.offload == "zero-cpu" and stage.device.type != "cpu")
+            weights, held = stage.resident + sharded.parts, stage.resident + sharded.whole + (0 if away else sharded.parts)
         return {
             "model": self.config.model.spec.parameters * width,
-            "weights": stage.resident + stream.nbytes if stream else weight_bytes(stage.model),
-            "held": stage.resident + stream.held if stream else weight_bytes(stage.model),
+            "weights": weights,
+            "held": held,
             "read": stream.moved if stream else 0,
             "peak": peak(stage.device),
         }
@@ -173,6 +192,7 @@ class Session:
         show = on_token if on_token is not None and self.world.rank == 0 else lambda _number, _token: None
         with self._memory("activations, keys and values" + (", and its layers" if r.offload != "none" else "")):
             answers = generator(mine, max_new_tokens=r.max_new_tokens, sampling=r.sampling, on_token=show)
+            self.stage.keep_up()
         self.times = generator.times
         if self.layout.dp == 1:
             return answers if self.world.rank == 0 else None

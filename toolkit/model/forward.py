@@ -17,6 +17,7 @@ from torch import Tensor
 
 from toolkit.model.cache import KeyValueCache
 from toolkit.model.messages import Messages
+from toolkit.model.sharded import ShardedLayers
 from toolkit.model.streaming import LayerStream
 
 Norm = Callable[[Tensor], Tensor]
@@ -42,6 +43,8 @@ class Decoder:
             self.output = modules.embedding.word_embeddings if tied else modules.output_layer
         self.stream: LayerStream | None = None
         """Brings each layer's weights where they are not all in memory."""
+        self.sharded: ShardedLayers | None = None
+        """The same layers, where the copies of the model share them out."""
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Activations [b, s, h] of tokens [b, s], on a first stage."""
@@ -63,6 +66,8 @@ class Decoder:
 
     def hidden(self, x: Tensor, cache: KeyValueCache) -> Tensor:
         """Through the layers, [b, s, h] to [b, s, h]; cache.begin() has been called."""
+        if self.sharded is not None:
+            return self.sharded.run(x, cache)
         for number, layer in enumerate(self.layers):
             if self.stream is not None:
                 self.stream.enter(number)

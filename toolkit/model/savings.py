@@ -30,7 +30,7 @@ class Savings:
     kv: Literal["none", "int8", "cpu"] = "none"
     grow: bool = False
     prune: str = "none"
-    offload: Literal["none", "cpu", "disk"] = "none"
+    offload: Literal["none", "cpu", "disk", "zero", "zero-cpu", "zero-nvme"] = "none"
 
     @property
     def name(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,14 +19,24 @@ from toolkit.model.cache_offload import OffloadedCache
 from toolkit.model.forward import Decoder
 from toolkit.model.messages import Kind, Messages
 from toolkit.model.savings import NO_SAVINGS, Savings, apply_savings, weight_bytes
+from toolkit.model.sharded import ShardedLayers
 from toolkit.model.streaming import LayerStream
 from toolkit.parallel.layout import Coordinates, Layout
+
+
+class Sharding(Protocol):
+    """Shares out weights among the copies of a model."""
+
+    def partition(self, parameter: torch.nn.Parameter) -> None: ...
+
+    def engage(self, layers: ShardedLayers) -> None: ...
 
 
 class Stage:
     """The layers of this rank, for forward passes alone; process groups must be up.
 
-    read: gives this rank's part of a weight. savings: what to keep smaller than it is.
+    read: gives this rank's part of a weight. savings: what to keep smaller than it is. sharding: what shares out the layers among the
+    copies of the model.
     """
 
     def __init__(
@@ -38,21 +48,24 @@ class Stage:
         device: torch.device,
         read: Callable[[WeightSpec], Tensor],
         savings: Savings = NO_SAVINGS,
+        sharding: Sharding | None = None,
     ) -> None:
         self.config, self.layout, self.device, self.savings = config, layout, device, savings
         self.at = layout.coordinates(rank)
         self.first, self.last = self.at.pp == 0, self.at.pp == layout.pp - 1
         self.dtype = DTYPES[config.train.precision]
-        streamed = savings.offload != "none"
-        (chunk,) = build_chunks(config, layout, device=device, read=read, leave=(lambda w: w.number is not None) if streamed else None)
+        apart = savings.offload != "none"
+        (chunk,) = build_chunks(config, layout, device=device, read=read, leave=(lambda w: w.number is not None) if apart else None)
         self.model: Any = chunk.eval().requires_grad_(False)
         assert config.model.vocab_size is not None, "a model with weights has a vocabulary"
         self.messages = Messages(device)
         self.decoder = Decoder(self.model, vocab=config.model.vocab_size, messages=self.messages)
         self.resident = weight_bytes(self.model)
         """Bytes of the weights that stay in memory."""
-        if savings.offload != "none":
-            layers = self.model.decoder.layers
+        layers = self.model.decoder.layers
+        if sharding is not None:
+            self.decoder.sharded = self._shared_out(layers, read=read, sharding=sharding)
+        elif savings.offload in ("cpu", "disk"):
             self.decoder.stream = LayerStream(
                 layers,
                 [self._weights_of(layer) for layer in layers],
@@ -71,6 +84,27 @@ class Stage:
         """What each parameter of a layer is."""
         prefix, spec = LAYER.replace("{i}", str(layer.layer_number - 1)), self.config.model.spec
         return {name: spec.weight(prefix + name) for name, _ in layer.named_parameters()}
+
+    def _shared_out(self, layers: Any, *, read: Callable[[WeightSpec], Tensor], sharding: Sharding) -> ShardedLayers:
+        """Layers of which this copy of the model keeps its part; no more than one weight is whole while they are read."""
+        parts, copies = 0, parallel_state.get_data_parallel_world_size()
+        for layer in layers:
+            for name, weight in self._weights_of(layer).items():
+                owner, _, leaf = name.rpartition(".")
+                value = read(weight).to(device=self.device, dtype=self.dtype)
+                parameter = torch.nn.Parameter(value, requires_grad=False)
+                setattr(layer.get_submodule(owner), leaf, parameter)
+                parts += -(-value.numel() // copies) * value.itemsize
+                sharding.partition(parameter)
+        sharded = ShardedLayers(layers, self.decoder.layers, device=self.device)
+        sharded.parts = parts
+        sharding.engage(sharded)
+        return sharded
+
+    def keep_up(self) -> None:
+        """Run along with other copies that still generate, where each holds a part of all layers."""
+        if self.decoder.sharded is not None:
+            self.decoder.sharded.keep_up()
 
     def close(self) -> None:
         """End what reads layers ahead."""

@@ -13,7 +13,7 @@ from toolkit.parallel.table import Rule
 INT4_GROUPS = (64, 32)  # columns that share a scale and a zero in int4: the larger where all widths are multiples of it
 BITS = ("none", "int8", "int4")
 KV = ("none", "int8", "cpu")
-PLACES = ("none", "cpu", "disk")
+PLACES = ("none", "cpu", "disk", "zero", "zero-cpu", "zero-nvme")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +21,12 @@ class GenerationCase:
     """One way to generate with a model. weights, kv, prune, offload: as the options of toolkit generate, "none" for none.
 
     columns: of a rank's part of each linear layer's weight. by_part: whether single weights can be read from the model's file.
-    cuda: whether ranks have GPUs.
+    copies: of the model, with prompts of their own. cuda: whether ranks have GPUs.
     """
 
     tp: int = 1
     pp: int = 1
+    copies: int = 1
     weights: str = "none"
     kv: str = "none"
     grow: bool = False
@@ -107,6 +108,15 @@ GENERATION_RULES: tuple[Rule[GenerationCase], ...] = (
         what=lambda c: "--offload disk with a GGUF file",
         options=lambda c: choices({"--offload": "none"}),
         hint="import the model first (toolkit convert import)",
+    ),
+    Rule(
+        id="offload-zero",
+        title="`--offload zero` needs two copies of the model, or more",
+        why="the copies share out the layers, and one alone keeps them all",
+        broken=lambda c: c.offload == "zero" and c.copies == 1,
+        what=lambda c: "--offload zero with one copy of the model",
+        options=lambda c: choices({"--offload": "zero-cpu"} if c.cuda else {"--offload": "disk"}, {"--offload": "none"}),
+        hint="set a higher --num-procs",
     ),
     Rule(
         id="kv-cpu",

@@ -8,6 +8,7 @@ from typing import Any
 
 from toolkit.config.schema import RunConfig
 from toolkit.cost.memory import GIB, MemoryEstimate, estimate
+from toolkit.cost.ranges import ranges
 from toolkit.cost.step import TimeEstimate, step_time
 from toolkit.cost.workload import Workload
 from toolkit.hardware import calibration
@@ -108,20 +109,6 @@ def estimate_text(config: RunConfig, hardware: Hardware, *, calibrated: Path | N
     out.print(f"in brackets: what holds in four of five cases, by the errors of {pages}", highlight=False, style="italic")
     text = out.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
-
-
-def ranges(memory: MemoryEstimate, time: TimeEstimate) -> dict[str, list[float]]:
-    """The 80 % intervals: seconds a step, tokens a second, GiB of the worst rank."""
-    rates = time.spread.interval(time.tokens / time.step)
-    alone = time.spread.interval(time.tokens_per_s_per_gpu)
-    worst = memory.worst
-    sizes = {"peak_allocated_gib": worst.allocated, "peak_reserved_gib": worst.reserved, "peak_device_gib": worst.device}
-    return {
-        "step_s": list(time.step_range),
-        "tokens_per_s": list(rates),
-        "tokens_per_s_per_gpu": list(alone),
-        **{name: [round(end / GIB, 3) for end in memory.spread.interval(nbytes)] for name, nbytes in sizes.items()},
-    }
 
 
 def fits(config: RunConfig, hardware: Hardware) -> bool:

@@ -6,10 +6,11 @@ import io
 from typing import Any
 
 from toolkit.cost.memory import GIB
+from toolkit.cost.ranges import ranges
 from toolkit.plan.reasons import degree_words, duration, layout_words, limits, memory_words, safer, state_words, why_not
 from toolkit.plan.rehearsals import Rehearsed
 from toolkit.plan.search import Plan
-from toolkit.plan.show import count, mfu, ranges
+from toolkit.plan.show import count, mfu
 from toolkit.plan.space import AXES, spec
 from toolkit.plan.trials import Trial
 from toolkit.plan.tune import Answer

@@ -7,6 +7,8 @@ from typing import Any
 
 from toolkit.cost import own_engine
 from toolkit.cost.memory import estimate
+from toolkit.cost.ranges import ranges
+from toolkit.cost.spread import memory_spread
 from toolkit.cost.step import step_time
 from toolkit.cost.workload import Workload
 from toolkit.errors import ConfigError
@@ -69,9 +71,11 @@ def hardware_here(*, gpu: str | None, ranks: int, memory_gib: float | None = Non
 
 
 def as_json(w: Workload, hardware: Hardware) -> dict[str, Any]:
-    """The part "predicted" of profile.json."""
-    stages = range(w.pp)
-    return {
-        "memory": {str(s): {k: round(v) for k, v in memory(w, hardware, s).items()} for s in stages},
-        "seconds": seconds(w, hardware),
-    }
+    """The part "predicted" of profile.json; its range holds 80 % intervals: bytes of each stage's peak, seconds a step, tokens a second."""
+    by_stage = {str(s): {k: round(v) for k, v in memory(w, hardware, s).items()} for s in range(w.pp)}
+    ends = ranges(estimate(w, hardware), step_time(w, hardware))
+    told = seconds(w, hardware)
+    found: dict[str, Any] = {"peak": {s: [round(end) for end in memory_spread(w).interval(parts["peak"])] for s, parts in by_stage.items()}}
+    if told:
+        found |= {name: ends[name] for name in ("step_s", "tokens_per_s")}
+    return {"memory": by_stage, "seconds": told, "range": found}

@@ -1,11 +1,12 @@
-"""`toolkit profile`'s tables: predicted against measured, where the step's time goes, what goes over the wire. No torch."""
+"""`toolkit profile`'s tables: predicted against measured, with the 80 % intervals, where the step's time goes, what goes over the wire. No torch."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from toolkit.evidence.expected import Figure, of_profile
 from toolkit.profile.predict import MEMORY_PARTS
 
 MIB = 2**20
@@ -48,6 +49,8 @@ def profile_text(profile: Mapping[str, Any], *, width: int = 110) -> str:
             table.add_row(name, "", f"{value / MIB:,.2f}", "")
         out.print(table)
     out.print(_time_table(profile))
+    if figures := of_profile(profile):
+        out.print(_expected_table(figures))
     out.print(_traffic_table(profile))
     text = out.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
@@ -79,6 +82,18 @@ def _time_table(profile: Mapping[str, Any]) -> Any:
     for name, told, mine in time_rows(profile):
         shown = f"{told:.4f}" if told is not None else ""
         table.add_row(name, shown, f"{mine:.4f}", percent(told, mine) if told is not None else "", style="bold" if name == "step" else "")
+    return table
+
+
+def _expected_table(figures: Sequence[Figure]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="expected, with the interval that holds four of five cases, against measured", title_justify="left")
+    for name in ("figure", "expected", "80 %", "measured", "difference", "measured lies"):
+        table.add_column(name, justify="left" if name in ("figure", "measured lies") else "right")
+    for figure in figures:
+        likely, interval, measured = figure.words
+        table.add_row(figure.name, likely, interval, measured, f"{figure.difference:+.1%}", figure.verdict)
     return table
 
 

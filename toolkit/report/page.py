@@ -7,7 +7,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from toolkit.report import hosts, inference, memory, runs, times
+from toolkit.report import expected, hosts, inference, memory, runs, times
 from toolkit.report.headline import headline
 from toolkit.report.svg import tag
 from toolkit.runfolder.read import RunFolder
@@ -23,6 +23,8 @@ def page(folders: Sequence[RunFolder], *, title: str = "", bench: Mapping[str, A
     sections = [("overview", "Runs", heads + runs.side_by_side(folders) + _notes(folders))] if folders else []
     if any(run.metrics for run in folders):
         sections.append(("training", "Training", runs.curves(folders)))
+    if told := expected.section(folders):
+        sections.append(("expected", "Expected against measured", told))
     profiled = [run for run in folders if run.profile]
     for run in profiled:
         profile = run.profile

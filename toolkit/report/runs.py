@@ -173,10 +173,25 @@ def ranking(tune: Mapping[str, Any]) -> str:
         frame.width, frame.height, "".join(content), name="tune", title="plans of toolkit tune"
     )
     rows = [
-        (str(i + 1), _plan_name(p), svg.number(rates[i]), svg.duration(float(p["step_s"])), f"{needs[i]:.1f}", str(p.get("why_not") or ""))
+        (
+            str(i + 1),
+            _plan_name(p),
+            svg.number(rates[i]),
+            _interval(p, "tokens_per_s"),
+            svg.duration(float(p["step_s"])),
+            f"{needs[i]:.1f}",
+            _interval(p, "peak_device_gib"),
+            str(p.get("why_not") or ""),
+        )
         for i, p in enumerate(plans)
     ]
-    head = ("", "plan", "tokens/s", "step", "GiB", "why it loses")
+    head = ("", "plan", "tokens/s", "80 %", "step", "GiB", "80 %", "why it loses")
     limits = "".join(tag("li", svg.escape(str(text))) for text in tune.get("limits") or ())
     said = tag("p", f"What limits the best plan on {svg.escape(str(tune.get('hardware', '')))}:") + tag("ul", limits) if limits else ""
     return picture + table(head, rows, text_columns=2, row_ids=True) + said
+
+
+def _interval(plan: Mapping[str, Any], name: str) -> str:
+    """The ends of a figure's interval; empty in a ranking of an earlier version."""
+    ends = (plan.get("range") or {}).get(name)
+    return f"{svg.number(float(ends[0]))} to {svg.number(float(ends[1]))}" if ends else ""

@@ -16,8 +16,9 @@ from typing import Annotated, Any
 import typer
 
 from toolkit.cluster.environment import gpu_count
+from toolkit.cluster.hosts import read_hostfile
 from toolkit.cluster.jobs import MASTER_PORT, Job, Pods, mpijob, no_ssh_command, slurm_script, torchrun_command, torchrun_place, trainjob
-from toolkit.cluster.launch import cluster_command, read_hostfile, run_on_hosts
+from toolkit.cluster.launch import cluster_command, run_on_hosts
 from toolkit.cluster.stalls import STALLED
 from toolkit.config.load import load_config
 from toolkit.errors import ConfigError, MachineError, at_least_one

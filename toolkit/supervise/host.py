@@ -103,13 +103,16 @@ def main() -> int:
     for work in (host.listen, host.beat):
         threading.Thread(target=work, daemon=True).start()
     host.tell(hello=socket.gethostname(), facts=facts())
-    code, failures = run_ranks(spec)
-    host.tell(ended=code, failures=failures)
+    code, failures, why = run_ranks(spec)
+    host.tell(ended=code, failures=failures, why=why)
     return code
 
 
-def run_ranks(spec: dict[str, Any]) -> tuple[int, dict[str, int]]:
-    """Start this host's ranks through torch's elastic agent; the exit code, and those of ranks that failed."""
+def run_ranks(spec: dict[str, Any]) -> tuple[int, dict[str, int], str]:
+    """Start this host's ranks through torch's elastic agent; the exit code, those of ranks that failed, and what else went wrong.
+
+    That is for the supervisor to say: agents of other hosts fail as well when the one is gone where they meet.
+    """
     quiet = "TORCH_CPP_LOG_LEVEL" not in os.environ
     if quiet:  # the agent's own connections, whose warnings no user can act on; the ranks keep theirs
         os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
@@ -139,11 +142,10 @@ def run_ranks(spec: dict[str, Any]) -> tuple[int, dict[str, int]]:
     except ChildFailedError as error:
         failures = {str(rank): failure.exitcode for rank, failure in error.failures.items()}
         own = [code for code in failures.values() if code > 0]
-        return (min(own) if own else 128 - min(failures.values(), default=-1)), failures
+        return (min(own) if own else 128 - min(failures.values(), default=-1)), failures, ""
     except Exception as error:
-        sys.stderr.write(f"{socket.gethostname()}: the agent failed: {type(error).__name__}: {error}\n")
-        return 1, {}
-    return 0, {}
+        return 1, {}, f"the agent failed: {type(error).__name__}: {error}"
+    return 0, {}, ""
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from toolkit.cluster.launch import SSH_TIMEOUT_S
+from toolkit.cluster.hosts import ssh, unreachable
 from toolkit.supervise.host import BEAT_S
 
 Event = tuple["Member", dict[str, Any]]
@@ -108,27 +108,5 @@ class Prober:
     def _ask(self) -> None:
         while not self.ended.wait(self.every_s):
             asked = sorted(self.asked)
-            failed = reachable(asked)
+            failed = unreachable(asked)
             self.back |= set(asked) - failed.keys()
-
-
-def ssh() -> Sequence[str]:
-    """The start of an ssh command that asks for nothing and does not wait for ever."""
-    return ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_TIMEOUT_S}", "-o", "ServerAliveInterval=5"]
-
-
-def reachable(hosts: Sequence[str]) -> dict[str, str]:
-    """Which hosts ssh cannot run a command on, and why; all are asked at once."""
-    tries = {host: subprocess.Popen([*ssh(), host, "true"], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for host in hosts}
-    failed = {}
-    for host, process in tries.items():
-        try:
-            error = process.communicate(timeout=SSH_TIMEOUT_S + 5)[1]
-        except subprocess.TimeoutExpired:  # it connects and then says nothing: the host hangs
-            process.kill()
-            process.communicate()
-            failed[host] = "it accepts connections and does not answer"
-            continue
-        if process.returncode:
-            failed[host] = (error.strip().splitlines() or ["it gave no reason"])[-1].strip().rstrip(".")
-    return failed

@@ -23,17 +23,19 @@ from typing import Any
 
 from toolkit.checkpoint.claim import checkpoint_folder, claim
 from toolkit.checkpoint.manifest import discover
-from toolkit.cluster.environment import PLANNED, SUPERVISED, deepspeed_env_lines
+from toolkit.cluster.environment import PLANNED, SUPERVISED, deepspeed_env_lines, users_variables
+from toolkit.cluster.hosts import unreachable
 from toolkit.cluster.jobs import MASTER_PORT
 from toolkit.cluster.stalls import STALLED, SUMMARY
 from toolkit.config.schema import RunConfig
 from toolkit.errors import MachineError
-from toolkit.runfolder.files import CONFIG, MACHINE, METRICS
+from toolkit.runfolder.files import METRICS
 from toolkit.runfolder.metrics import read_metrics
-from toolkit.runfolder.recoveries import Recovery, add_recovery
+from toolkit.runfolder.recoveries import Recovery
 from toolkit.supervise.host import facts
 from toolkit.supervise.layouts import Layouts, Start
-from toolkit.supervise.member import Event, Member, Prober, reachable
+from toolkit.supervise.member import Event, Member, Prober
+from toolkit.supervise.phases import Phases
 
 log = logging.getLogger("toolkit.supervise")
 
@@ -131,7 +133,7 @@ class Supervisor:
 
     def _look(self) -> None:
         """Find out which hosts answer, before the first start."""
-        failed = reachable(self.hosts)
+        failed = unreachable(self.hosts)
         for host, why in failed.items():
             log.warning("host %s is left out: ssh does not reach it (%s)", host, why)
             self.down.add(host)
@@ -141,7 +143,7 @@ class Supervisor:
         began = time.monotonic()
         if len(self._there()) < self.min_nodes and self.down:
             # before giving up: some may only have been cut off for a moment
-            failed = reachable(sorted(self.down))
+            failed = unreachable(sorted(self.down))
             for host in self.down - failed.keys():
                 self._restore(host)
         there = self._there()
@@ -175,7 +177,7 @@ class Supervisor:
         log.info("start %d: %d hosts (%s), %s", self.starts, len(names), ", ".join(names), start.described)
         if self.recovery is not None:
             self.recovery.hosts, self.recovery.layout = len(names), start.described
-        phases = _Phases(self, self.recovery, began)
+        phases = Phases(self.run, self.recovery, began=began, resumed_step=self.resumed_step)
         ended = Ended(1, "the supervisor failed")
         try:
             ended = self._watch(members, phases)
@@ -210,7 +212,7 @@ class Supervisor:
         )
 
     def _spec(self, start: Start, names: Sequence[str]) -> dict[str, Any]:
-        environment = dict(line.split("=", 1) for line in deepspeed_env_lines())
+        environment = users_variables() or dict(line.split("=", 1) for line in deepspeed_env_lines())
         self.port = MASTER_PORT + (self.port - MASTER_PORT + 1) % 100  # the last start's may not be free again yet
         return {
             "id": secrets.token_hex(4),
@@ -223,7 +225,7 @@ class Supervisor:
             "lost_after_s": self.lost_after_s,
         }
 
-    def _watch(self, members: Sequence[Member], phases: _Phases) -> Ended:
+    def _watch(self, members: Sequence[Member], phases: Phases) -> Ended:
         """Listen until the start has ended, in whatever way."""
         began, looked, asked, handled = time.monotonic(), 0.0, False, 0
         newest = self._newest()
@@ -288,10 +290,9 @@ class Supervisor:
             self._settle(members)
             return Ended(code, f"the ranks of {member.host} refuse to go on", final=True)
         ranks = ", ".join(f"rank {rank} ended with {_code(int(c))}" for rank, c in message.get("failures", {}).items())
-        # the first host to report may only have noticed that another one is gone
-        suspects = self._unreachable([m.host for m in members])
+        suspects = self._silent(members)  # the first host to report may only have noticed that another one is gone
         stalled = self._stalled_hosts()
-        reason = f"lost {_list(suspects)}" if suspects else f"on {member.host} {ranks or 'the agent failed'}"
+        reason = f"lost {_list(suspects)}" if suspects else f"on {member.host} {ranks or message.get('why') or 'the agent failed'}"
         return Ended(code, reason + (f" ({stalled})" if stalled else ""), suspects, silent_s=time.monotonic() - began)
 
     def _settle(self, members: Sequence[Member], seconds: float = 60.0) -> None:
@@ -300,8 +301,20 @@ class Supervisor:
         while time.monotonic() < deadline and any(m.result is None and not m.gone for m in members):
             time.sleep(POLL_S)
 
+    def _silent(self, members: Sequence[Member]) -> list[str]:
+        """Hosts that have nothing more to say, once every other one has said something again."""
+        asked = time.monotonic()
+
+        def silent() -> list[Member]:
+            return [m for m in members if m.answering and m.heard < asked and m.result is None and not m.gone]
+
+        while any(m.silent_s() <= self.lost_after_s for m in silent()):
+            time.sleep(POLL_S)
+        others = [m.host for m in members if m.result is None and (m.gone or not m.answering)]
+        return [m.host for m in silent()] + self._unreachable(others)
+
     def _unreachable(self, hosts: Sequence[str]) -> list[str]:
-        failed = reachable(hosts)
+        failed = unreachable(hosts)
         return [host for host in hosts if host in failed]
 
     def _other_version(self, member: Member) -> Ended | None:
@@ -347,41 +360,6 @@ class Supervisor:
         there = self._there()
         running = self.layouts.on(min(len(there), self.wanted)).nodes
         return running > self.nodes_now and self._newest() > newest
-
-
-class _Phases:
-    """Notices when a start has opened its run, has loaded it and has taken a step, by what appears in the run folder."""
-
-    def __init__(self, supervisor: Supervisor, recovery: Recovery | None, began: float) -> None:
-        self.supervisor, self.recovery, self.began = supervisor, recovery, began
-        self.opened = self.loaded = self.stepped = 0.0
-        self.before = supervisor._last_step()
-
-    def look(self) -> None:
-        if self.stepped:
-            return
-        run = self.supervisor.run
-        self.opened = self.opened or self._written(run / CONFIG)
-        self.loaded = self.loaded or (self._written(run / MACHINE) if self.opened else 0.0)
-        records = read_metrics(run) if self.loaded and self._written(run / METRICS) else []
-        if not records or self._written(run / METRICS) <= self.loaded:
-            return
-        self.stepped = self._written(run / METRICS)
-        if self.recovery is not None:
-            self.recovery.seconds |= {
-                "start": self.opened - self.began,
-                "load": self.loaded - self.opened,
-                "first step": self.stepped - self.loaded,
-            }
-            self.recovery.resumed_step = self.supervisor.resumed_step
-            add_recovery(run, self.recovery)
-            log.info(self.recovery.line())
-
-    def _written(self, path: Path) -> float:
-        with suppress(OSError):
-            changed = path.stat().st_mtime
-            return changed if changed > self.began else 0.0
-        return 0.0
 
 
 def _now() -> str:

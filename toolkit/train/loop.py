@@ -121,6 +121,7 @@ class Run:
         self.step_tokens = t.global_batch_size * t.seq_length
         self.flops = config.model.spec.flops_per_token(t.seq_length)
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+        self.device_name = name
         self.peak = peak_flops(name, t.precision)
         if folder is not None:
             write_machine(folder, device=name, processes=world.size, hosts=hosts())
@@ -231,6 +232,7 @@ class Run:
             processes=self.world.size,
             hosts=hosts(),
             own_data=self.own_data,
+            device=self.device_name,
         )
         for line in closing_lines(self.config, outcome):
             log.info(line)

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from toolkit.cluster.environment import SUPERVISED
 from toolkit.cluster.stalls import REQUEUE, STALLED, SUMMARY, Wait, call_all, is_called, read_reports, summary, write_report
 from toolkit.parallel.agree import everywhere
 from toolkit.parallel.group_names import group_names
@@ -36,7 +37,7 @@ from toolkit.train import guard
 log = logging.getLogger("toolkit.train")
 
 FIRST_STEP = 3  # times longer that the first step may take: kernels compile, files are read
-ANSWER_S = 10.0  # for ranks to notice the call and write their stacks
+ANSWER_S = 10.0  # for ranks to notice the call and write their stacks; less where the user wants to know sooner
 SAMPLE_S = 0.05  # between two looks at what the rank does
 DISTRIBUTED = ("torch/distributed/distributed_c10d.py", "pipeline_parallel/p2p_communication.py")
 ROOM = f"{os.sep}toolkit{os.sep}"
@@ -75,11 +76,13 @@ class Watchdog:
 
     def __init__(self, progress: Progress, party: Party, *, seconds: float, rank: int, layout: Layout) -> None:
         self.progress, self.party, self.seconds, self.rank, self.layout = progress, party, seconds, rank, layout
+        self.answer_s = min(ANSWER_S, seconds)
         self.watched = threading.get_ident()
         self.ended = threading.Event()
         self.end: Callable[[int], None] = os._exit  # the main thread may never return to Python
-        # alone, nobody waits for this rank
-        self.guard = guard.start(limit_s=2 * seconds + ANSWER_S) if len(party.hosts) > 1 else None
+        # a rank that is alone keeps nobody waiting, unless it is the last one of an elastic run
+        waited_for = len(party.hosts) > 1 or SUPERVISED in os.environ
+        self.guard = guard.start(limit_s=2 * seconds + self.answer_s) if waited_for else None
         self.busy_s, self.waiting_s = 0.0, 0.0
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.thread.start()
@@ -157,7 +160,7 @@ class Watchdog:
         return read_reports(self.party.folder)
 
     def _until(self, done: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + ANSWER_S
+        deadline = time.monotonic() + self.answer_s
         while time.monotonic() < deadline and not done():
             guard.touch(self.guard)
             time.sleep(0.05)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.config.schema import RunConfig
+from toolkit.evidence.expected import STEP, of_run
+from toolkit.hardware.catalogue import Hardware, gpu_of_device
 from toolkit.parallel.exchange import chosen_exchange
 from toolkit.runfolder.files import CONFIG
 from toolkit.runfolder.metrics import StepRecord, thousands
@@ -20,7 +22,7 @@ class Outcome:
     """record: of the last step, None where none was left to take; taken: steps of this process, of
     all that the run has; seconds: since it began; evaluated: the last step that was, None without;
     checkpoint: the newest one, None without; own_data: whether a program gave the data, so that its
-    config alone does not start the run.
+    config alone does not start the run; device: its name, "cpu" without a GPU.
     """
 
     record: StepRecord | None
@@ -32,6 +34,7 @@ class Outcome:
     processes: int
     hosts: int
     own_data: bool = False
+    device: str = "cpu"
 
 
 def closing_lines(config: RunConfig, outcome: Outcome) -> list[str]:
@@ -41,6 +44,7 @@ def closing_lines(config: RunConfig, outcome: Outcome) -> list[str]:
     lines = []
     if record is not None:
         lines.append(_did(config, outcome, record, finished=finished))
+        lines += _expected(config, outcome, record)
     commands = _commands(config, outcome, finished=finished)
     label = "next: " if finished else "go on: "
     lines += [f"{label if i == 0 else ' ' * len(label)}{command}" for i, command in enumerate(commands)]
@@ -62,6 +66,23 @@ def _did(config: RunConfig, outcome: Outcome, record: StepRecord, *, finished: b
     else:
         parts.append("no checkpoint: checkpoint.every is 0, so the weights are gone")
     return " | ".join(parts)
+
+
+def _expected(config: RunConfig, outcome: Outcome, record: StepRecord) -> list[str]:
+    """What the estimate had said of a run on GPUs that the catalogue knows, with the 80 % interval; on a CPU it says little."""
+    gpu = gpu_of_device(outcome.device)
+    if outcome.tokens_per_s is None or gpu is None or not gpu.accelerator:
+        return []
+    hosts = max(1, outcome.hosts)
+    hardware = Hardware(gpu=gpu, gpus_per_node=-(-outcome.processes // hosts), nodes=hosts, nic_gb_s=gpu.nic_gb_s)
+    figures = of_run(config, hardware, rate=outcome.tokens_per_s, peak_gib=record.memory_gib)
+    parts = []
+    for figure in figures:
+        likely, interval, _ = figure.words
+        if figure.name != STEP:  # one over the tokens a second
+            where = "as measured" if figure.verdict == "inside" else f"measured {figure.verdict} it"
+            parts.append(f"{figure.name} {likely} ({interval}), {where}")
+    return ["expected (four of five cases): " + " | ".join(parts)]
 
 
 def _commands(config: RunConfig, outcome: Outcome, *, finished: bool) -> list[str]:
