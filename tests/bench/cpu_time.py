@@ -1,7 +1,7 @@
 """`make calibrate-cpu`: the predicted and the measured step of configurations on this machine's CPU, into docs/cpu-time.md.
 
 `toolkit calibrate` comes first, and sees none of them. Ranks then take the configurations one after the other, twice: in order and
-backwards, so that a machine that grows slower shows. A step is the median of its steps after the first ones.
+backwards, so that a machine that grows slower shows. A step is what a quarter of its steps after the first ones stay below.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from toolkit.hardware.catalogue import parse_hardware
 from toolkit.hardware.cpu import CpuRates, load_cpu
 
 log = logging.getLogger("bench")
-WARM_UP, SECONDS, FEWEST, MOST = 2, 1.2, 4, 20
+WARM_UP, SECONDS, FEWEST, MOST = 2, 1.6, 5, 24
 PROFILED = 2  # steps whose parts are told apart, after the timed ones
 PARTS = {  # of an estimate, by what `toolkit profile` tells apart
     "compute": ("matmul", "attention", "memory-bound kernels", "recompute", "launches"),
@@ -207,10 +207,7 @@ def run_rank(out: Path, cases: Sequence[Case], numbers: Sequence[int]) -> None:
                 slowest = max(everyone, key=lambda r: r["parts"]["compute"])
                 with out.open("a") as file:
                     file.write(
-                        json.dumps(
-                            {**slowest, "case": i, "turn": turn, **{k: everyone[0][k] for k in ("step", "quarter", "fastest", "slowest")}}
-                        )
-                        + "\n"
+                        json.dumps({**slowest, "case": i, "turn": turn, "step": everyone[0]["step"], "times": everyone[0]["times"]}) + "\n"
                     )
     dist.destroy_process_group()
 
@@ -242,9 +239,7 @@ def _steps(run: Any, case: Case, world: Any) -> dict[str, Any]:
     return {
         "step": median(times),
         "steps": len(times),
-        "quarter": sorted(times)[len(times) // 4],
-        "fastest": min(times),
-        "slowest": max(times),
+        "times": times,
         "parts": {
             "compute": parts["forward"] + parts["backward"],
             "optimizer": parts["optimizer"],
@@ -262,12 +257,22 @@ def rows(cases: Sequence[Case], records: Sequence[Mapping[str, Any]], rates: Cpu
         mine = [r for r in records if r["case"] == i]
         if not mine:
             continue
-        step = median(r["step"] for r in mine)
+        times = sorted(seconds for r in mine for seconds in r["times"])
+        step, middle = times[len(times) // 4], median(times)
         likely, parts = predicted(case, rates)
-        measured = {part: median(r["parts"][part] for r in mine) for part in mine[0]["parts"]}
+        measured = {part: min(r["parts"][part] for r in mine) for part in mine[0]["parts"]}
         apart = max(r["step"] for r in mine) / min(r["step"] for r in mine) - 1
         found.append(
-            {"case": case, "predicted": likely, "measured": step, "error": likely / step - 1, "apart": apart, "p": parts, "m": measured}
+            {
+                "case": case,
+                "predicted": likely,
+                "measured": step,
+                "middle": likely / middle - 1,
+                "error": likely / step - 1,
+                "apart": apart,
+                "p": parts,
+                "m": measured,
+            }
         )
     return found
 
@@ -279,10 +284,12 @@ def table(found: Sequence[Mapping[str, Any]], rates: CpuRates, *, machine: str) 
     off = sorted(abs(r["error"]) for r in found)
     within = sum(e <= 0.15 for e in off)
     apart = sorted(r["apart"] for r in found)
+    middle = sum(abs(r["middle"]) <= 0.15 for r in found)
     lines = [
         fill(
             f"**{within} of {len(found)} within 15 %**; median error {median(off):.1%}, largest {off[-1]:.0%}. Two turns of the same "
-            f"configuration differ by {median(apart):.0%} (median), up to {apart[-1]:.0%}: no prediction can be nearer than that."
+            f"configuration differ by {median(apart):.0%} (median), up to {apart[-1]:.0%}: no prediction can be nearer than that. Against "
+            f"the median of all steps, {middle} are within 15 %."
         ),
         "",
         "| configuration (layers × width, micro-batches × sequences × tokens) | ranks × threads | predicted, ms | measured, ms | error "
@@ -313,7 +320,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("numbers", nargs="*", type=int, help="cases to measure; default: all")
     parser.add_argument("--tried", action="store_true", help="the cases on which the formulas were tried")
     parser.add_argument("--calibration", type=Path, help="a file of toolkit calibrate, instead of a new one")
-    parser.add_argument("--records", type=Path, help="JSON lines of measurements: added to, and what is in it is not measured again")
+    parser.add_argument(
+        "--records",
+        type=Path,
+        help="JSON lines of measurements, which new ones are added to; without numbers, cases in it are not measured again",
+    )
     parser.add_argument("--write", type=Path, help="the Markdown file with the generated markers")
     asked = parser.parse_args(arguments)
     cases = TRIED if asked.tried else CASES
@@ -332,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         assert rates is not None
         records = [json.loads(line) for line in asked.records.read_text().splitlines()] if asked.records and asked.records.exists() else []
         wanted = asked.numbers or range(len(cases))
-        known = {r["case"] for r in records}
+        known = set() if asked.numbers else {r["case"] for r in records}
         for record in measure(cases, [i for i in wanted if i not in known], folder=Path(folder)):
             records.append(record)
             if asked.records:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
+from itertools import cycle
 
 import torch
 import torch.distributed as dist
 
-from toolkit.calibrate.pieces import quarter
+from toolkit.calibrate.pieces import COLD, quarter
 
-BYTES = (64, 4 << 10, 64 << 10, 512 << 10, 4 << 20, 16 << 20)
+BYTES = (64, 4 << 10, 64 << 10, 512 << 10, 2 << 20, 8 << 20)
 ROUNDS = 12
 
 
@@ -20,12 +20,13 @@ def messages() -> dict[str, list[list[float]]]:
     rank, world = dist.get_rank(), dist.get_world_size()
     curves: dict[str, list[list[float]]] = {}
     for nbytes in BYTES:
-        whole, part = torch.zeros(nbytes // 4), torch.zeros(nbytes // 4 // world)
+        turns = max(1, min(9, COLD // nbytes))  # tensors that take turns, so that memory is as cold as in a step
+        wholes, parts = (cycle([torch.full((nbytes // 4 // n,), 1e-9) for _ in range(turns)]) for n in (1, world))
         calls: dict[str, Callable[[], object]] = {
-            "all_reduce": partial(dist.all_reduce, whole),
-            "all_gather": partial(dist.all_gather_into_tensor, whole, part),
-            "reduce_scatter": partial(dist.reduce_scatter_tensor, part, whole),
-            "send": partial(_there_and_back, whole, rank),
+            "all_reduce": lambda wholes=wholes: dist.all_reduce(next(wholes)),  # type: ignore[misc]
+            "all_gather": lambda wholes=wholes, parts=parts: dist.all_gather_into_tensor(next(wholes), next(parts)),  # type: ignore[misc]
+            "reduce_scatter": lambda wholes=wholes, parts=parts: dist.reduce_scatter_tensor(next(parts), next(wholes)),  # type: ignore[misc]
+            "send": lambda wholes=wholes: _there_and_back(next(wholes), rank),  # type: ignore[misc]
         }
         for name, call in calls.items():
             taken = _seconds(call) / (2 if name == "send" else 1)

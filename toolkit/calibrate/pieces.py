@@ -6,7 +6,9 @@ the opposite order, so that memory is as cold as it is in a step.
 
 from __future__ import annotations
 
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle, product
@@ -21,7 +23,7 @@ TOKENS, WIDTHS = (32, 128, 512, 2048), (64, 256, 1024)
 SEQUENCES, HEADS, HEAD_WIDTHS = (64, 128, 256, 512, 1024), 8, (32, 64)
 ELEMENTS = (1 << 10, 1 << 14, 1 << 17, 1 << 19, 1 << 21)
 WEIGHTS = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22)  # of the optimizer's pass and of plain copies
-COLD = 32 << 20  # bytes of tensors that take turns, more than a core's caches hold
+COLD, MOST = 64 << 20, 48  # bytes of tensors that take turns, more than caches hold; and how many at most
 WIDTH = 256
 
 Grid = list[list[float]]
@@ -48,17 +50,30 @@ def multiplies(dtype: torch.dtype) -> dict[str, Grid]:
     """Rows of tokens, outputs, inputs and seconds a FLOP, for each way in which a weight is multiplied."""
     rows: dict[str, Grid] = {"forward": [], "data": [], "weight": []}
     for tokens, out, inner in product(TOKENS, WIDTHS, WIDTHS):
-        weights = cycle([torch.randn(out, inner, dtype=dtype) for _ in range(max(2, min(12, COLD // (4 * out * inner))))])
-        x, y = torch.randn(tokens, inner, dtype=dtype), torch.randn(tokens, out, dtype=dtype)
+        weights, x, y = (_in_turn(shape, dtype) for shape in ((out, inner), (tokens, inner), (tokens, out)))
         for way, multiply in _WAYS.items():
-            rows[way].append([tokens, out, inner, seconds(partial(multiply, x, y, weights)) / (2.0 * tokens * out * inner)])
+            kept: deque[Tensor] = deque(maxlen=_turns(tokens * max(out, inner)))  # as autograd keeps results
+            rows[way].append([tokens, out, inner, seconds(partial(multiply, x, y, weights, kept)) / (2.0 * tokens * out * inner)])
     return rows
 
 
-_WAYS: dict[str, Callable[[Tensor, Tensor, Iterator[Tensor]], Tensor]] = {
-    "forward": lambda x, y, weights: torch.matmul(x, next(weights).t()),
-    "data": lambda x, y, weights: torch.matmul(y, next(weights)),
-    "weight": lambda x, y, weights: next(weights).addmm_(y.t(), x, beta=0.5),
+def _turns(elements: int) -> int:
+    return max(3, min(MOST, COLD // (4 * elements)))
+
+
+def _in_turn(shape: Sequence[int], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Tensors of a shape, one after the other and from the first again; an odd number, so that pairs change.
+
+    Each is written once: zeros would all be read from the one page that the system keeps of them.
+    """
+    return cycle([torch.full(tuple(shape), 0.5, dtype=dtype) for _ in range(_turns(math.prod(shape)) | 1)])
+
+
+Turn = Iterator[Tensor]
+_WAYS: dict[str, Callable[[Turn, Turn, Turn, deque[Tensor]], object]] = {
+    "forward": lambda x, y, weights, kept: kept.append(torch.matmul(next(x), next(weights).t())),
+    "data": lambda x, y, weights, kept: kept.append(torch.matmul(next(y), next(weights))),
+    "weight": lambda x, y, weights, kept: next(weights).addmm_(next(y).t(), next(x), beta=0.5),
 }
 
 
@@ -79,7 +94,7 @@ def passes(call: Callable[[], Tensor], nbytes: int) -> tuple[float, float]:
     """Seconds of forward and backward passes, of as many in a row as make memory cold."""
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(3):
-        turns = max(3, min(16, COLD // max(1, nbytes)))
+        turns = max(3, min(MOST, COLD // max(1, nbytes)))
         found: tuple[list[float], list[float]] = ([], [])
         kept: list[Tensor] = []
         for _ in range(turns):
@@ -112,7 +127,7 @@ def pieces(dtype: torch.dtype) -> dict[str, Curves]:
         "embedding": _embedding,
     }
     curves = {name: _curves(make, dtype) for name, make in makers.items()}
-    for name, run in (("copy", _copy), ("add", _add), ("adam", _adam)):
+    for name, run in (("copy", _copy), ("add", _add), ("fresh", _fresh), ("adam", _adam)):
         points = [[n, seconds(run(n, dtype))] for n in WEIGHTS]
         curves[name] = [points, points]
     return curves
@@ -198,18 +213,20 @@ def _embedding(n: int, dtype: torch.dtype) -> Callable[[], Tensor]:
     return lambda: F.embedding(ids, table)
 
 
-def _in_turn(n: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    return cycle([torch.zeros(n, dtype=dtype) for _ in range(max(3, min(13, COLD // (4 * n)) | 1))])
-
-
 def _copy(n: int, dtype: torch.dtype) -> Callable[[], object]:
-    tensors = _in_turn(n, dtype)
+    tensors = _in_turn((n,), dtype)
     return lambda: next(tensors).copy_(next(tensors))
 
 
 def _add(n: int, dtype: torch.dtype) -> Callable[[], object]:
-    tensors = _in_turn(n, dtype)
-    return lambda: next(tensors).add_(next(tensors))
+    tensors = _in_turn((n,), dtype)
+    return lambda: next(tensors).add_(next(tensors), alpha=1e-3)
+
+
+def _fresh(n: int, dtype: torch.dtype) -> Callable[[], object]:
+    """A copy into memory that the system gives anew and takes back, as it does with what is larger than 32 MiB."""
+    tensors = _in_turn((n,), dtype)
+    return lambda: torch.empty(max(n, 1 << 24), dtype=dtype).narrow(0, 0, n).copy_(next(tensors))
 
 
 def _adam(n: int, dtype: torch.dtype) -> Callable[[], object]:

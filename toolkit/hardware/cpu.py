@@ -22,7 +22,7 @@ FORMAT = 1
 WAYS = ("forward", "data", "weight")  # multiplies of a weight: Y = X Wᵀ, dX = dY W, dW += dYᵀ X
 PIECES = (
     *("rms_norm", "layer_norm", "rotary", "swiglu", "gelu", "residual", "bias", "copy"),
-    *("loss", "embedding", "adam", "add"),
+    *("loss", "embedding", "adam", "add", "fresh"),
 )
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "send")
 
