@@ -41,6 +41,16 @@ def prepared(asked: dict[str, Any]) -> tuple[list[Any], str]:
         return [], str(error)
 
 
+def warm_up(asked: dict[str, Any]) -> None:
+    """Take once, before a limit counts, what a process takes at its first use of anything."""
+    import ctypes
+    import gc
+
+    tokens_and_memory(asked)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def limited(asked: dict[str, Any]) -> dict[str, Any]:
     """Tokens by layers as measured where the kernel lets rank 1 take only asked["limit"] GiB more, and what it says to the even cut."""
     import ctypes
@@ -53,7 +63,9 @@ def limited(asked: dict[str, Any]) -> dict[str, Any]:
     from toolkit.train.world import World
 
     asked, world = dict(asked), World.from_environment()
-    ids, limit = asked.pop("ids"), asked.pop("limit")
+    limit = asked.pop("limit")
+    warm_up(asked)
+    ids = asked.pop("ids")
     asked |= {"tokenizer": "bytes", "memory_limit": limit if world.rank == 1 else None}
     before = resource.getrlimit(resource.RLIMIT_DATA)
     found: dict[str, Any] = {}
@@ -88,8 +100,10 @@ def fuller(asked: dict[str, Any]) -> dict[str, Any]:
     from toolkit.train.world import World
 
     asked, world = dict(asked), World.from_environment()
-    ids, limit = asked.pop("ids"), asked.pop("limit") if world.rank == 1 else None
+    limit = asked.pop("limit") if world.rank == 1 else None
     asked.pop("limit", None)
+    warm_up(asked)
+    ids = asked.pop("ids")
     before = resource.getrlimit(resource.RLIMIT_DATA)
     ctypes.CDLL(None).malloc_trim(0)
     other = []

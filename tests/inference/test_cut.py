@@ -73,6 +73,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made(tmp_path_factory.mktemp("large"), layers=8, width=512)
 
 
+@pytest.mark.all_cells  # the kernel counts what every library of the process takes
 def test_a_rank_with_less_memory_gets_fewer_layers(pool: Pool, large: Path) -> None:
     """The kernel refuses the even cut on that rank; the measured one fits and says the same."""
     asked = {"model": str(large), "ids": IDS, "max_new_tokens": NEW}
@@ -84,6 +85,7 @@ def test_a_rank_with_less_memory_gets_fewer_layers(pool: Pool, large: Path) -> N
     assert first["tokens"] == pool.run(TOKENS, 1, asked, deadline_s=300)[0]
 
 
+@pytest.mark.all_cells  # the kernel counts what every library of the process takes
 def test_a_rank_that_becomes_fuller_gives_layers_away_between_batches(pool: Pool, large: Path) -> None:
     ids = [[5, 9, 77], [40], [8, 3, 60, 61], [7, 7], [11]]
     asked = {"model": str(large), "ids": ids, "max_new_tokens": NEW, "batch": 2}

@@ -203,6 +203,10 @@ def ahead(items: Sequence[Item], make: Callable[[Item], Made]) -> Iterator[tuple
 
     What `make` raises is raised when it is the item's turn.
     """
+    if len(items) == 1:  # nothing follows, and a thread would take memory of a rank that may have none left
+        started = time.perf_counter()
+        yield make(items[0]), time.perf_counter() - started
+        return
     with ThreadPoolExecutor(1, thread_name_prefix="prompts") as thread:
         coming = [thread.submit(make, item) for item in items[:1]]
         for following in range(1, len(items) + 1):
