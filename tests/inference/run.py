@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+M_MMAP_THRESHOLD = -3  # malloc.h
+
 
 def tokens(asked: dict[str, Any]) -> list[tuple[list[int], str]] | None:
     """(tokens, finish) of each prompt in order, on rank 0; None elsewhere.
@@ -42,13 +44,15 @@ def prepared(asked: dict[str, Any]) -> tuple[list[Any], str]:
 
 
 def warm_up(asked: dict[str, Any]) -> None:
-    """Take once, before a limit counts, what a process takes at its first use of anything."""
+    """Take once, before a limit counts, what a process takes at its first use of anything; and give back what is large as it is freed."""
     import ctypes
     import gc
 
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 17)  # malloc raises it by itself, and freed layers then lie in the heap between other things
     tokens_and_memory(asked)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    libc.malloc_trim(0)
 
 
 def limited(asked: dict[str, Any]) -> dict[str, Any]:
