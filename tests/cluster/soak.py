@@ -100,7 +100,7 @@ class Outlived:
         rows = [self._row(kind.replace("_", " "), found) for kind, found in sorted(self.recoveries.items())]
         said = f"{self.faults} faults (seed {seed}, {minutes:.0f} minutes), {self.starts} recoveries, {self.steps} steps compared"
         every = self._row("**all**", [r for found in self.recoveries.values() for r in found])
-        return f"{said}: no wrong step, no hang, and none lost beyond the promise.\n\n{HEAD}" + "\n".join([*rows, every])
+        return f"{said}: no wrong step, no hang, and\nnone lost beyond the promise.\n\n{HEAD}" + "\n".join([*rows, every])
 
     @staticmethod
     def _row(name: str, found: list[Recovery]) -> str:

@@ -21,9 +21,9 @@ Event = tuple["Member", dict[str, Any]]
 
 
 class Member:
-    """One host of one start. Events of all members come together in one queue."""
+    """One host of one start. Events of all members come together in one queue. timeout_s: for ssh to connect."""
 
-    def __init__(self, host: str, events: queue.Queue[Event], *, python_path: str) -> None:
+    def __init__(self, host: str, events: queue.Queue[Event], *, python_path: str, timeout_s: int) -> None:
         self.host, self.events = host, events
         self.heard = time.monotonic()
         self.facts: dict[str, Any] | None = None
@@ -34,7 +34,12 @@ class Member:
         remote = ["env", f"PYTHONPATH={python_path}", sys.executable, "-u", "-m", "toolkit.supervise.host"]
         command = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(remote)}"
         self.process = subprocess.Popen(
-            [*ssh(), self.host, command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None, text=True, start_new_session=True
+            [*ssh(timeout_s=timeout_s), self.host, command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None,
+            text=True,
+            start_new_session=True,
         )
         self.writing = threading.Lock()
         self.ended = threading.Event()

@@ -24,7 +24,7 @@ from typing import Any
 from toolkit.checkpoint.claim import checkpoint_folder, claim
 from toolkit.checkpoint.manifest import discover
 from toolkit.cluster.environment import PLANNED, SUPERVISED, deepspeed_env_lines, users_variables
-from toolkit.cluster.hosts import unreachable
+from toolkit.cluster.hosts import SSH_TIMEOUT_S, unreachable
 from toolkit.cluster.jobs import MASTER_PORT
 from toolkit.cluster.stalls import STALLED, SUMMARY
 from toolkit.config.schema import RunConfig
@@ -170,7 +170,8 @@ class Supervisor:
         self.events = queue.Queue()
         began = time.time()
         self.nodes_now, self.resumed_step = len(names), self._newest()
-        members = [Member(host, self.events, python_path=os.environ.get("PYTHONPATH", "")) for host in names]
+        python_path, timeout_s = os.environ.get("PYTHONPATH", ""), min(SSH_TIMEOUT_S, max(1, round(self.lost_after_s)))
+        members = [Member(host, self.events, python_path=python_path, timeout_s=timeout_s) for host in names]
         spec = self._spec(start, names)
         for member in members:
             member.begin(spec)
@@ -269,7 +270,9 @@ class Supervisor:
         if "gone" in message and member.result is None:
             if self.signals:
                 return Ended(128 + self.signals[0], "stopped by a signal", final=True)
-            return Ended(1, f"lost {member.host}: its agent is gone", self._unreachable([member.host]), silent_s=member.silent_s())
+            # one that has never answered has just been asked
+            lost = self._unreachable([member.host]) if member.answering else [member.host]
+            return Ended(1, f"lost {member.host}: its agent is gone", lost, silent_s=member.silent_s())
         if "ended" not in message:
             return None
         code = int(message["ended"])
