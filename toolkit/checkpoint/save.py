@@ -91,9 +91,14 @@ class Saver:
         return time.perf_counter() - started
 
     def commit(self) -> None:
-        """Let the checkpoint count from now on: whatever else belongs to its step is on disk."""
+        """Let the checkpoint count from now on: whatever else belongs to its step is on disk.
+
+        Without async_save it counts on return, so that no step is taken which would be lost with it.
+        """
         if self.job is not None:
             self.job.committed.set()
+            if not self.copying:
+                self.job.join()
 
     @property
     def failed(self) -> bool:
