@@ -9,7 +9,7 @@ from typing import Any
 from toolkit.arch.spec import ModelSpec
 from toolkit.errors import ConfigError
 from toolkit.parallel.options import choices
-from toolkit.parallel.table import Rule
+from toolkit.parallel.rule import Rule
 
 INT4_GROUPS = (64, 32)  # columns that share a scale and a zero in int4: the larger where all widths are multiples of it
 BITS = ("none", "int8", "int4")

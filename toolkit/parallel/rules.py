@@ -13,7 +13,8 @@ from toolkit.parallel.case import NO_GPU, Case, Machine
 from toolkit.parallel.generation import GENERATION_RULES, GenerationCase
 from toolkit.parallel.layout import Layout
 from toolkit.parallel.options import Option, layouts
-from toolkit.parallel.table import RULES, Rule
+from toolkit.parallel.rule import Rule
+from toolkit.parallel.table import RULES
 
 __all__ = [
     "GENERATION_RULES",

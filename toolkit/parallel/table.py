@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Generic, TypeVar
-
 from toolkit.arch.optimizers import OPTIMIZERS
 from toolkit.parallel.case import Case
 from toolkit.parallel.layout import split_layers
@@ -20,24 +16,7 @@ from toolkit.parallel.options import (
     splits,
     warm_ups,
 )
-
-C = TypeVar("C")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule(Generic[C]):
-    """One thing every legal run satisfies: when it is broken, how to say so, and settings that may mend it, nearest first.
-
-    C is what it looks at: a Case of training, or a GenerationCase.
-    """
-
-    id: str
-    title: str
-    why: str
-    broken: Callable[[C], bool]
-    what: Callable[[C], str]
-    options: Callable[[C], Iterator[Option]]
-    hint: str = ""
+from toolkit.parallel.rule import Rule
 
 
 def _tp_rule(id: str, key: str, attribute: str, why: str) -> Rule[Case]:
