@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from dataclasses import replace
@@ -187,11 +186,11 @@ def _degrees(overrides: list[str]) -> int:
 
 
 def _on_ranks(request: object, processes: int) -> int:
-    from toolkit.cluster.launch import run_local
+    from toolkit.inference.ranks import run_ranks
     from toolkit.inference.request import Request
 
     assert isinstance(request, Request)
     with tempfile.TemporaryDirectory(prefix="toolkit-generate-") as folder:
         path = Path(folder) / "request.json"
         request.save(path)
-        return run_local(path, num_procs=processes, module="toolkit.inference", environ=dict(os.environ))
+        return run_ranks(path, processes=processes)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import selectors
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -22,23 +21,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from toolkit.cluster.environment import gpu_count, rank_environment
-from toolkit.cluster.launch import end_with_parent
 from toolkit.errors import ConfigError, MachineError, ToolkitError
 from toolkit.inference.auto import choice_for, devices_here, with_choice
+from toolkit.inference.ranks import RankDied, start_rank
 from toolkit.inference.request import Request
 from toolkit.inference.source import Model, open_model
 
 START_S = 1800.0  # a large model comes from a slow disk
 END_S = 10.0
 HELP = "/devices N: go on with so many; /new: begin again; /quit or end of input: leave"
-
-
-class RankDied(Exception):
-    """A rank has ended that nobody asked to; code: its exit code."""
-
-    def __init__(self, rank: int, code: int) -> None:
-        self.rank, self.code = rank, code
-        super().__init__(f"rank {rank} has ended" + (f" by {signal.Signals(-code).name}" if code < 0 else f" with exit code {code}"))
 
 
 class Ranks:
@@ -57,8 +48,9 @@ class Ranks:
                 listener.settimeout(0.2)
                 request = replace(request, socket=str(path))
                 request.save(self.folder / "request.json")
+                env = rank_environment(processes)
                 for rank in range(processes):
-                    self.processes.append(self._start(rank, processes))
+                    self.processes.append(start_rank(self.folder / "request.json", rank=rank, size=processes, env=env))
                 self._accept(listener)
             first = [(self._message(c, deadline=time.monotonic() + START_S), c) for c in self.connections]
             ready = {message["ready"]: c for message, c in first}
@@ -67,16 +59,6 @@ class Ranks:
         except BaseException:
             self.close()
             raise
-
-    def _start(self, rank: int, size: int) -> subprocess.Popen[bytes]:
-        env = rank_environment(size) | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-        return subprocess.Popen(
-            [sys.executable, "-m", "toolkit.inference", str(self.folder / "request.json")],
-            env=env,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C in a terminal is this process's to handle
-            preexec_fn=end_with_parent if sys.platform == "linux" else None,
-        )
 
     def _accept(self, listener: socket.socket) -> None:
         deadline = time.monotonic() + START_S
