@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from tests.convert import models  # noqa: E402
-from toolkit.errors import CheckpointError, ConfigError, ConvertError, LayoutError, ToolkitError  # noqa: E402
+from toolkit.errors import CheckpointError, ConfigError, ConvertError, LayoutError, MachineError, ToolkitError  # noqa: E402
 from toolkit.inference.generate import check_lengths  # noqa: E402
 from toolkit.inference.plan import plan  # noqa: E402
 from toolkit.inference.source import open_model  # noqa: E402
@@ -109,6 +110,31 @@ def test_the_command_says_what_is_wrong(options: list[str], words: str, folder: 
     monkeypatch.setattr("toolkit.parallel.agree.everywhere", read)
     done = CliRunner().invoke(app, ["generate", str(folder), "--tokenizer", "bytes", *options])
     assert isinstance(done.exception, ToolkitError) and words in str(done.exception), done.exception
+
+
+def test_what_nvme_needs_is_said_before_anything_starts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from toolkit.cli import app
+
+    asked = ["generate", str(folder), "--tokenizer", "bytes", "--prompt", "a", "--offload", "zero-nvme", "--nvme-path"]
+    done = CliRunner().invoke(app, [*asked, "/proc"])
+    assert "--nvme-path /proc cannot be written to" in str(done.exception)
+    lock = tmp_path / "extensions" / "async_io" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (0, 0))
+    os.utime(lock.parent, (0, 0))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    done = CliRunner().invoke(app, [*asked, str(tmp_path)])
+    # without libaio's headers nothing is compiled, and no lock is looked at
+    words = (f"Delete {lock} and start again", "needs libaio", "needs a C++ compiler")
+    assert isinstance(done.exception, MachineError) and any(w in str(done.exception) for w in words), done.exception
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    done = CliRunner().invoke(app, [*asked, str(tmp_path)])
+    assert "--offload zero-nvme needs a C++ compiler" in str(done.exception)
 
 
 def command(folder: Path, *arguments: str) -> list[str]:

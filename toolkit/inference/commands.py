@@ -102,6 +102,12 @@ def generate(
     if offload == "zero-nvme" and not (nvme_path and nvme_path.is_dir()):
         what = f"--nvme-path {nvme_path} is no folder" if nvme_path else "--offload zero-nvme without --nvme-path"
         raise ConfigError(what, why="parts of weights are written there", fix="Name a folder on a local disk.")
+    if nvme_path and offload == "zero-nvme":
+        from toolkit.cluster.locks import check_extension_locks
+        from toolkit.cluster.needs import check_generation_on_nvme
+
+        check_generation_on_nvme(nvme_path)
+        check_extension_locks({"async_io"})
     if nvme_path and offload != "zero-nvme":
         raise ConfigError("--nvme-path without --offload zero-nvme", why="nothing is written there", fix="Leave one of the two out.")
     if (counts := counts_of(layers_per_stage)) and (auto or interactive):
