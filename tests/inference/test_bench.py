@@ -58,7 +58,7 @@ def test_bottlenecks_are_named() -> None:
 @pytest.fixture(scope="module")
 def measured(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     pytest.importorskip("transformers")
-    from tests.inference.test_offload import made
+    from tests.inference.asking import made
 
     folder = made(tmp_path_factory.mktemp("bench"), layers=4)
     asked = {"model": str(folder), "overrides": ["parallel.pp=2"], "max_new_tokens": 64}

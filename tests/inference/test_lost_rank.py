@@ -15,7 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from tests.inference.test_offload import made  # noqa: E402
+from tests.inference.asking import made  # noqa: E402
 from toolkit.inference import ranks as module  # noqa: E402
 
 DEADLINE_S = 180

@@ -17,21 +17,9 @@ from tests.pool import Pool
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from tests.convert import models  # noqa: E402
+from tests.inference.asking import DEADLINE_S, IDS, answers, made  # noqa: E402
 
-TOKENS = "tests.inference.run:tokens"
-DEADLINE_S = 300
 GIB = 2**30
-IDS = [[5, 9, 77], [40], [8, 3, 60, 61, 62, 4, 7]]
-
-
-def made(folder: Path, *, layers: int, width: int = 32, **more: Any) -> Path:
-    shape = models.draw(2, even=True) | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": width // 4, "hidden_size": width}
-    shape |= {"intermediate_size": 4 * width, "vocab_size": 257, "num_hidden_layers": layers}
-    shape |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "tie_word_embeddings": True, "mlp_bias": False}
-    shape |= {"max_position_embeddings": more.pop("max_position_embeddings", 64)}
-    dtype = more.pop("dtype", torch.float32)
-    return models.saved(models.llama(**shape, eos_token_id=None, **more), folder / "hf", dtype=dtype, shard="64MB")
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("world", "overrides"), [(1, []), (4, ["parallel.tp=2", "parallel.pp=2"])], ids=["one", "tp2 pp2"])
 def test_layers_from_disk_say_the_same(world: int, overrides: list[str], pool: Pool, folder: Path) -> None:
-    asked = {"model": str(folder), "ids": IDS, "max_new_tokens": 8}
-    plain = pool.run(TOKENS, 1, asked, deadline_s=120)[0]
-    assert pool.run(TOKENS, world, asked | {"overrides": overrides, "offload": "disk"}, deadline_s=120)[0] == plain
+    assert answers(pool, folder, world=world, overrides=overrides, offload="disk") == answers(pool, folder)
 
 
 SHARED = [  # world, how the model is cut, where parts wait; each copy has other numbers of batches and of tokens
@@ -70,7 +56,7 @@ def test_parts_on_nvme_say_the_same(
 
 def check_sharing(pool: Pool, folder: Path, world: int, overrides: list[str], **more: Any) -> None:
     asked = {"model": str(folder), "ids": IDS, "max_new_tokens": 8, "batch": 1}
-    plain = pool.run(TOKENS, 1, asked, deadline_s=120)[0]
+    plain = answers(pool, folder, batch=1)
     ranks = pool.run("tests.inference.run:tokens_and_memory", world, asked | {"overrides": overrides} | more, deadline_s=240)
     assert plain and ranks[0][0] == plain
     copies = min(world, 2)
@@ -88,10 +74,8 @@ def test_a_checkpoint_of_our_own_is_read_layer_by_layer(pool: Pool, folder: Path
     from toolkit.convert.importing import import_model
 
     import_model(folder, tmp_path / "ours")
-    asked = {"ids": IDS, "max_new_tokens": 8, "tokenizer": "bytes"}
-    theirs = pool.run(TOKENS, 1, asked | {"model": str(folder)}, deadline_s=120)[0]
-    ours = asked | {"model": str(tmp_path / "ours"), "offload": "disk", "overrides": ["parallel.tp=2"]}
-    assert pool.run(TOKENS, 2, ours, deadline_s=120)[0] == theirs
+    ours = answers(pool, tmp_path / "ours", world=2, offload="disk", overrides=["parallel.tp=2"])
+    assert ours == answers(pool, folder)
 
 
 def test_keys_and_values_on_the_cpu_say_the_same(pool: Pool, folder: Path) -> None:

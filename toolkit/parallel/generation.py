@@ -85,6 +85,10 @@ def _numbers(counts: Iterable[int]) -> str:
     return ",".join(map(str, counts))
 
 
+def _asked(c: GenerationCase) -> str:
+    return f"--layers-per-stage {_numbers(c.layers_per_stage)}"
+
+
 def _counts_near(c: GenerationCase) -> Iterator[dict[str, Any]]:
     """The same shares of as many layers as there are."""
     wanted = [max(1, n) for n in c.layers_per_stage]
@@ -177,7 +181,7 @@ GENERATION_RULES: tuple[Rule[GenerationCase], ...] = (
         title="`--layers-per-stage` has as many numbers as `parallel.pp`",
         why="each pipeline stage has its own",
         broken=lambda c: bool(c.layers_per_stage) and len(c.layers_per_stage) != c.pp,
-        what=lambda c: f"--layers-per-stage {_numbers(c.layers_per_stage)} has {len(c.layers_per_stage)} stages, and parallel.pp={c.pp}",
+        what=lambda c: f"{_asked(c)} has {len(c.layers_per_stage)} stages, and parallel.pp={c.pp}",
         options=lambda c: choices({"--layers-per-stage": "even"}),
         hint="leave parallel.pp out",
     ),
@@ -189,9 +193,9 @@ GENERATION_RULES: tuple[Rule[GenerationCase], ...] = (
             bool(c.layers_per_stage) and c.pp <= c.layers and (min(c.layers_per_stage) < 1 or sum(c.layers_per_stage) != c.layers)
         ),
         what=lambda c: (
-            f"--layers-per-stage {_numbers(c.layers_per_stage)}: {sum(c.layers_per_stage)} layers, and model.num_layers={c.layers}"
+            f"{_asked(c)}: {sum(c.layers_per_stage)} layers, and model.num_layers={c.layers}"
             if min(c.layers_per_stage) > 0
-            else f"--layers-per-stage {_numbers(c.layers_per_stage)} leaves a stage without a layer"
+            else f"{_asked(c)} leaves a stage without a layer"
         ),
         options=lambda c: choices(*_counts_near(c)),
     ),
