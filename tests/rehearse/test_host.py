@@ -15,12 +15,17 @@ from toolkit.rehearse import match, play, show
 from toolkit.rehearse.session import Job, prepare, refuse_errors, run
 
 HARDWARE = "h100-80gb:2x1"
-OFFLOADS = {
+NOT_LOCKED = {"zero_optimization": {name: {"pin_memory": False} for name in ("offload_optimizer", "offload_param")}}
+OFFLOADS: dict[str, dict[str, Any]] = {
     "files": {"stage": 3, "offload_optimizer": "nvme"},
     "files, parameters too": {"stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme"},
     "zero3, parameters too": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"},
     "zero1": {"stage": 1, "offload_optimizer": "cpu"},
     "zero2": {"stage": 2, "offload_optimizer": "cpu"},
+    "zero3, small groups": {"stage": 3, "offload_optimizer": "cpu", "deepspeed": {"zero_optimization": {"sub_group_size": 1_000_000}}},
+    "zero3, not locked": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu", "deepspeed": NOT_LOCKED},
+    "zero1, not locked": {"stage": 1, "offload_optimizer": "cpu", "deepspeed": NOT_LOCKED},
+    "zero2, not locked": {"stage": 2, "offload_optimizer": "cpu", "deepspeed": NOT_LOCKED},
 }
 
 
