@@ -17,7 +17,6 @@ from toolkit.evidence.published import read_row
 from toolkit.hardware import calibration
 from toolkit.hardware.catalogue import find_gpu
 
-
 # so few rows leave every constant at its prior: these are the values that their fit assumes
 PRIORS = {name: float(constants.about(name)["prior"]) for name in constants.fitted_names()}
 
