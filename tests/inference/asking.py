@@ -26,6 +26,8 @@ def made(folder: Path, *, layers: int, width: int = 32, **more: Any) -> Path:
 
 
 def answers(pool: Pool, model: Path, *, ids: Any = IDS, new: int = 8, world: int = 1, **more: Any) -> Any:
-    """(tokens, finish) of each prompt, which is ids or text, on so many ranks. more: the request's other values."""
+    """(tokens, finish) of each prompt, which is ids or text, on so many ranks. more: the request's
+    other values.
+    """
     asked = {"model": str(model), "ids": ids, "max_new_tokens": new, **more}
     return pool.run("tests.inference.run:tokens", world, asked, deadline_s=DEADLINE_S)[0]

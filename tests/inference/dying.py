@@ -1,7 +1,8 @@
-"""`python -m tests.inference.dying …`: the command line, of whose ranks one is killed while several micro-batches are in flight.
+"""`python -m tests.inference.dying …`: the command line, of whose ranks one is killed while several
+micro-batches are in flight.
 
-$DYING is "RANK FILE": that rank writes how many micro-batches wait for their token, and how many tokens have come, into the file, and is
-gone at once.
+$DYING is "RANK FILE": that rank writes how many micro-batches wait for their token, and how many
+tokens have come, into the file, and is gone at once.
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ def rank(number: int, **more: Any) -> dict[str, Any]:
 
 
 def test_the_change_that_helps_most_is_named() -> None:
-    """The largest saving that costs neither answers nor time comes first, a larger one that does comes after it."""
+    """The largest saving that costs neither answers nor time comes first, a larger one that does
+    comes after it.
+    """
     variants = [
         variant("plain"),
         variant("weights int8", weights=500e6, perplexity=20.1, decode=12.0),

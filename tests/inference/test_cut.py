@@ -1,4 +1,6 @@
-"""Stages of unequal length: what each one holds, what is refused, and that the tokens stay those of one process."""
+"""Stages of unequal length: what each one holds, what is refused, and that the tokens stay those of
+one process.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def test_an_uneven_cut_says_the_same(world: int, overrides: list[str], counts: s
 
 @pytest.mark.parametrize("layout", [(2, "parallel.pp=2"), pytest.param((3, "parallel.pp=3"), marks=pytest.mark.all_cells)])
 def test_micro_batches_in_flight_say_the_same(layout: tuple[int, str], pool: Pool, folder: Path) -> None:
-    """Seven prompts in batches of five: two and three rows at once in one, one in the other; answers end at different places."""
+    """Seven prompts in batches of five: two and three rows at once in one, one in the other;
+    answers end at different places.
+    """
     ids = [[5 + 3 * n, 9, 77 + n][: 1 + n % 3] for n in range(7)]
     asked: dict[str, Any] = {"ids": ids, "new": 60, "batch": 5, "sampling": {"temperature": 0.9, "seed": 3}}
     assert answers(pool, folder, world=layout[0], overrides=[layout[1]], **asked) == answers(pool, folder, **asked)

@@ -1,4 +1,6 @@
-"""A conversation goes on where devices come and go, and the answers are those of one process; --auto says what it chose."""
+"""A conversation goes on where devices come and go, and the answers are those of one process;
+--auto says what it chose.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def request_of(folder: Path, **more: Any) -> Request:
 
 
 def test_a_rank_that_dies_in_an_answer_leaves_the_conversation_whole(folder: Path, pool: Pool) -> None:
-    """Killed when its first words are on the screen: the model is cut over what is left, and nothing is shown twice."""
+    """Killed when its first words are on the screen: the model is cut over what is left, and
+    nothing is shown twice.
+    """
     talk = Conversation(request_of(folder, chat=True, max_new_tokens=60), devices=2)
     shown: list[str] = []
     notes: list[str] = []
@@ -73,7 +77,9 @@ def test_a_rank_that_dies_in_an_answer_leaves_the_conversation_whole(folder: Pat
 
 @pytest.mark.all_cells
 def test_layers_leave_a_rank_that_becomes_slower(pool: Pool, tmp_path: Path) -> None:
-    """Its core is given to busy processes too: the cut moves between prompts, and the answers stay those of one process."""
+    """Its core is given to busy processes too: the cut moves between prompts, and the answers stay
+    those of one process.
+    """
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         pytest.skip("on one core every rank becomes slower")

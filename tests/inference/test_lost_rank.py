@@ -1,4 +1,6 @@
-"""A rank that dies while it generates ends the command, with one message that names it, and leaves no process behind."""
+"""A rank that dies while it generates ends the command, with one message that names it, and leaves
+no process behind.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A model whose layers come from disk, or keys and values from the CPU, says the same; and one larger than its memory runs."""
+"""A model whose layers come from disk, or keys and values from the CPU, says the same; and one
+larger than its memory runs.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ SHARED = [  # world, how the model is cut, where parts wait; each copy has other
 
 @pytest.mark.parametrize(("world", "overrides", "place"), SHARED)
 def test_copies_that_share_out_the_layers_say_the_same(world: int, overrides: list[str], place: str, pool: Pool, folder: Path) -> None:
-    """DeepSpeed's ZeRO-Inference. A copy that has answered all its prompts brings its parts for the other's, to the last token."""
+    """DeepSpeed's ZeRO-Inference. A copy that has answered all its prompts brings its parts for the
+    other's, to the last token.
+    """
     check_sharing(pool, folder, world, overrides, offload=place)
 
 
@@ -87,7 +91,9 @@ def test_keys_and_values_on_the_cpu_say_the_same(pool: Pool, folder: Path) -> No
 
 
 def test_a_model_several_times_larger_than_its_memory(tmp_path: Path) -> None:
-    """The kernel refuses what the plain model asks for, and the streamed one gives the plain one's tokens within the limit."""
+    """The kernel refuses what the plain model asks for, and the streamed one gives the plain one's
+    tokens within the limit.
+    """
     folder, limit = made(tmp_path, layers=56, width=256), 0.06
     done = subprocess.run(
         [sys.executable, "-m", "tests.inference.limited", str(folder), str(limit)], capture_output=True, text=True, timeout=DEADLINE_S

@@ -1,4 +1,6 @@
-"""The next prompts are encoded while others are computed, and what is wrong with one is said when its turn has come, or sooner."""
+"""The next prompts are encoded while others are computed, and what is wrong with one is said when
+its turn has come, or sooner.
+"""
 
 from __future__ import annotations
 

@@ -68,7 +68,9 @@ def test_the_estimate_counts_it(name: str, answers: dict[str, dict[str, Any]], t
 
 
 def test_a_step_reads_and_writes_what_is_in_files(answers: dict[str, dict[str, Any]]) -> None:
-    """A rank's half of the matrices: master weights and two moments, and gradients of a MiB or more; norms and biases stay in RAM."""
+    """A rank's half of the matrices: master weights and two moments, and gradients of a MiB or
+    more; norms and biases stay in RAM.
+    """
     step = answers["files"]["step"]
     halves = [x.count // 2 for x in parse_config(raw(OFFLOADS["files"], Path("unused"))).model.spec.weights() if x.group != "vector"]
     moved = sum(12 * n + (4 * n if 4 * n >= host.MIN_SWAPPED else 0) for n in halves)

@@ -1,4 +1,6 @@
-"""What a run needs of this machine beside its processes, checked before any of them starts: a compiler, libaio, a disk, packages."""
+"""What a run needs of this machine beside its processes, checked before any of them starts: a
+compiler, libaio, a disk, packages.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ LIBAIO = "#include <libaio.h>\nint main(void) { return io_submit(0, 0, 0); }\n"
 
 
 def check_needs(config: RunConfig) -> None:
-    """Raise MachineError or ConfigError for what the run would stumble over minutes later, with what to install or set."""
+    """Raise MachineError or ConfigError for what the run would stumble over minutes later, with
+    what to install or set.
+    """
     for check in _checks(config):
         check()
 

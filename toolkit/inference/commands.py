@@ -152,7 +152,9 @@ def bench_inference(
     num_procs: Annotated[int | None, typer.Option(help="processes on this machine; default: as many as the degrees make")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
 ) -> None:
-    """Measure what each memory saving buys and costs: bytes, tokens a second, perplexity, agreement with the plain model."""
+    """Measure what each memory saving buys and costs: bytes, tokens a second, perplexity, agreement
+    with the plain model.
+    """
     from toolkit.inference.request import Request
     from toolkit.plan.commands import log_to_stderr
 
@@ -182,7 +184,9 @@ def bench_inference(
 
 
 def _degrees(overrides: list[str]) -> int:
-    """Processes that one copy of the model takes; what is no number is refused later, with all else that is wrong."""
+    """Processes that one copy of the model takes; what is no number is refused later, with all else
+    that is wrong.
+    """
     product = 1
     for override in overrides:
         key, _, value = override.partition("=")

@@ -1,7 +1,8 @@
 """`toolkit generate --interactive`: a conversation that outlives the ranks that hold the model.
 
-This process holds the conversation, and no torch. The ranks hold the model. When there are other devices than before, or a rank has
-died, it ends them, has the model cut anew from its files over the devices that there are, and goes on where the conversation was.
+This process holds the conversation, and no torch. The ranks hold the model. When there are other
+devices than before, or a rank has died, it ends them, has the model cut anew from its files over
+the devices that there are, and goes on where the conversation was.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ class Ranks:
                 raise RankDied(rank, code)
 
     def ask(self, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Send a prompt to all ranks; the pieces of the answer as they come, and the answer at the end. Raises RankDied."""
+        """Send a prompt to all ranks; the pieces of the answer as they come, and the answer at the
+        end. Raises RankDied.
+        """
         line = (json.dumps(asked) + "\n").encode()
         for connection in self.connections:
             try:
@@ -137,7 +140,9 @@ class Ranks:
 
 @dataclass
 class Conversation:
-    """What has been said, and the ranks that answer. request: without prompts; devices: to use, None for those that are there."""
+    """What has been said, and the ranks that answer. request: without prompts; devices: to use,
+    None for those that are there.
+    """
 
     request: Request
     devices: int | None = None
@@ -153,7 +158,9 @@ class Conversation:
     _model: Model | None = None
 
     def say(self, words: str, *, show: Callable[[str], Any] = lambda _piece: None) -> dict[str, Any]:
-        """The answer to a line. Where a rank dies, the model is cut over the devices that are left, and the line asked again."""
+        """The answer to a line. Where a rank dies, the model is cut over the devices that are left,
+        and the line asked again.
+        """
         asked = {"messages": [*self.messages, {"role": "user", "content": words}]} if self.request.chat else {"text": self.text + words}
         shown = ""
         while True:
@@ -179,7 +186,9 @@ class Conversation:
         return answer
 
     def _rebalance(self) -> None:
-        """Have the ranks move the cut where the answer has shown that another one is faster, or that this one no longer fits."""
+        """Have the ranks move the cut where the answer has shown that another one is faster, or
+        that this one no longer fits.
+        """
         assert self.ranks is not None
         try:
             (message,) = self.ranks.ask({"rebalance": True})
@@ -224,7 +233,8 @@ class Conversation:
         way = choice.way
         self.cut = f"tp {way.tp} x pp {way.pp}"
         self.note(f"{there} device{'s' * (there > 1)}: {'; '.join(choice.reasons)}")
-        # a conversation has one prompt in flight, which the fastest device alone would answer soonest: measured only where it is asked for
+        # a conversation has one prompt in flight, which the fastest device alone would answer
+        # soonest: measured only where it is asked for
         measured = self.request.layers_per_stage == "measured" and way.pp > 1 and way.offload == "none"
         request = replace(with_choice(self.request, choice), batch=1, layers_per_stage="measured" if measured else "even")
         self._rebalances = request.rebalance

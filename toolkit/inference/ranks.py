@@ -1,4 +1,6 @@
-"""The processes that generate: started here, without a launcher, so that whoever waits for them knows which one died. No torch."""
+"""The processes that generate: started here, without a launcher, so that whoever waits for them
+knows which one died. No torch.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,13 @@ def start_rank(request: Path, *, rank: int, size: int, env: Mapping[str, str]) -
 
 
 def run_ranks(request: Path, *, processes: int) -> int:
-    """Generate over so many ranks of this machine and return their exit code: 0, a ToolkitError's, or 128 + n after signal n.
+    """Generate over so many ranks of this machine and return their exit code: 0, a ToolkitError's,
+    or 128 + n after signal n.
 
-    SIGINT and SIGTERM end all ranks, a second one kills them. Raises MachineError, which names the rank, where one was ended by a
-    signal that did not come from here: the others wait for it, and are killed. Raises MachineError for more ranks than GPUs.
+    SIGINT and SIGTERM end all ranks, a second one kills them. Raises MachineError, which names the
+    rank, where one was ended by a
+    signal that did not come from here: the others wait for it, and are killed. Raises MachineError
+    for more ranks than GPUs.
     """
     env = rank_environment(processes)
     devices = device_ids(processes, environ=env)
@@ -76,9 +81,11 @@ def run_ranks(request: Path, *, processes: int) -> int:
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -> None:
-    """Until all ranks have ended, by themselves or by the signals that are received. Raises RankDied for the one that is the cause.
+    """Until all ranks have ended, by themselves or by the signals that are received. Raises
+    RankDied for the one that is the cause.
 
-    A rank that has lost another one may end with an error of its own before this process looks, but never by a signal.
+    A rank that has lost another one may end with an error of its own before this process looks, but
+    never by a signal.
     """
     handled = 0
     while True:

@@ -1,4 +1,6 @@
-"""Which savings of a generation go together: its own table of rules, beside the one that a training run is checked against."""
+"""Which savings of a generation go together: its own table of rules, beside the one that a training
+run is checked against.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,11 @@ PLACES = ("none", "cpu", "disk", "zero", "zero-cpu", "zero-nvme")
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationCase:
-    """One way to generate with a model. weights, kv, prune, offload: as the options of toolkit generate, "none" for none.
+    """One way to generate with a model. weights, kv, prune, offload: as the options of toolkit
+    generate, "none" for none.
 
-    columns: of a rank's part of each linear layer's weight. by_part: whether single weights can be read from the model's file.
+    columns: of a rank's part of each linear layer's weight. by_part: whether single weights can be
+    read from the model's file.
     copies: of the model, with prompts of their own. cuda: whether ranks have GPUs.
     """
 
@@ -58,7 +62,9 @@ class GenerationCase:
 
 
 def counts_of(layers_per_stage: str) -> tuple[int, ...]:
-    """Layers of each stage as --layers-per-stage has them, () where it names no numbers; ConfigError for what is none of its words."""
+    """Layers of each stage as --layers-per-stage has them, () where it names no numbers;
+    ConfigError for what is none of its words.
+    """
     if layers_per_stage in CUTS:
         return ()
     numbers = [part.strip() for part in layers_per_stage.split(",")]
