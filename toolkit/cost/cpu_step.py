@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import inf, log
 
 from toolkit.cost.spread import Spread
 from toolkit.cost.step import PARTS, TimeEstimate
@@ -17,6 +18,7 @@ from toolkit.cost.workload import Workload
 from toolkit.hardware.catalogue import Hardware
 from toolkit.hardware.cpu import CpuRates, Setting
 
+OPERATORS = ("matmul", "attention", "memory-bound kernels", "recompute", "optimizer")  # parts that are operators of PyTorch's
 SHARED = "shared cores"  # the part in which ranks wait for a core
 # of tokens a second: what four of five of the configurations of docs/cpu-time.md stay within
 SPREAD = Spread(low=-0.19, high=0.12)
@@ -55,12 +57,25 @@ class StepParts:
         return self.forward.total + self.backward.total
 
 
-def cpu_step_time(w: Workload, hardware: Hardware) -> TimeEstimate:
-    """Time of one optimizer step of a workload on a CPU whose figures hardware.cpu holds."""
+def cpu_step_time(w: Workload, hardware: Hardware, *, handover_s: float = 0.0) -> TimeEstimate:
+    """Time of one optimizer step of a workload on a CPU whose figures hardware.cpu holds.
+
+    handover_s: how far the cores are from each other while it runs; 0.0: as far as not, so the mean of the distances that were
+    measured.
+    """
     cpu, ranks = _rates(hardware), min(hardware.gpus_per_node, w.world)
     threads = threads_of(hardware, ranks)
-    setting = cpu.setting(threads=threads, ranks=ranks, precision=w.precision)
-    stages = [stage_work(w, cpu, setting, stage) for stage in range(w.pp)]
+    settings = cpu.settings_for(threads=threads, ranks=ranks, precision=w.precision)
+    if handover_s:
+        settings = (min(settings, key=lambda s: abs(log(s.handover_s / handover_s)) if s.handover_s else inf),)
+    each = [_parts(w, cpu, setting, ranks, threads) for setting in settings]
+    parts = {name: sum(one[name] for one in each) / len(each) for name in each[0]}
+    return TimeEstimate(parts=parts, tokens=float(w.batch * w.seq), world=w.world, spread=SPREAD)
+
+
+def _parts(w: Workload, cpu: CpuRates, setting: Setting, ranks: int, threads: int) -> dict[str, float]:
+    """Seconds of a step by part, at the rates of a setting."""
+    stages = [_together(stage_work(w, cpu, setting, stage), setting) for stage in range(w.pp)]
     slowest = max(range(w.pp), key=lambda stage: stages[stage].micro)
     parts = dict.fromkeys((*PARTS, SHARED), 0.0)
     m = w.microbatches
@@ -75,7 +90,16 @@ def cpu_step_time(w: Workload, hardware: Hardware) -> TimeEstimate:
     alike = w.tp * w.cp * w.dp * ranks / w.world  # ranks of one host that do the same
     needed = sum(alike * _core_seconds(stage, m, threads) for stage in stages) / cpu.cores
     parts[SHARED] = max(0.0, needed - sum(parts.values()))
-    return TimeEstimate(parts=parts, tokens=float(w.batch * w.seq), world=w.world, spread=SPREAD)
+    return parts
+
+
+def _together(stage: StepParts, setting: Setting) -> StepParts:
+    """The same with what operators take one after the other: halves of their results lie with another core."""
+    for work in (stage.forward, stage.backward, stage.step):
+        for name in OPERATORS:
+            if name in work.parts:
+                work.parts[name] *= setting.together
+    return stage
 
 
 def _core_seconds(stage: StepParts, microbatches: int, threads: int) -> float:

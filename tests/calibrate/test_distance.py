@@ -1,0 +1,71 @@
+"""How far cores are from each other: the measurement, and figures kept by it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cost.machines import made_up
+from toolkit.calibrate import distance, session
+from toolkit.calibrate.modes import WIDER, wider
+from toolkit.cost.cpu_step import OPERATORS, cpu_step_time
+from toolkit.cost.workload import Workload
+from toolkit.hardware.catalogue import parse_hardware
+
+
+def test_a_hand_over_is_measured_and_the_process_keeps_its_cores() -> None:
+    cores = os.sched_getaffinity(0)
+    times = [distance.handover_seconds() for _ in range(3)]
+    assert os.sched_getaffinity(0) == cores
+    # 0.0: the cores had other work throughout, which the test's machine may have
+    assert all(0.0 <= seconds < 1.0 for seconds in times)
+    assert any(times) or len(cores) < 2 or os.getloadavg()[0] > 0.5 * len(cores)
+
+
+def test_figures_taken_while_the_cores_were_moved_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near, moved in between, far, and far again: two sets of figures, each measured once."""
+    near, far = 2e-7, 4e-7
+    seen = iter([near, near, near, far, far, far, far, near, near])
+    monkeypatch.setattr(distance, "handover_seconds", lambda: next(seen))
+    taken: list[Any] = []
+    kept = distance.Distances(["a"])
+    for number in range(5):
+        kept.take("a" if number != 1 else "moved", lambda number=number: taken.append(number) or number)
+    assert taken == [0, 1, 2]
+    assert kept.complete(lambda: pytest.fail("nothing lacks")) == [(near, {"a": 0}), (far, {"a": 2})]
+
+
+def test_what_was_never_taken_whole_is_tried_again_and_then_an_error() -> None:
+    tried: list[int] = []
+    with pytest.raises(TimeoutError, match="moved"):
+        distance.Distances(["a"]).complete(lambda: tried.append(1))
+    assert len(tried) == distance.ATTEMPTS
+
+
+def test_a_step_lies_between_the_distances_unless_it_is_known() -> None:
+    slow = made_up(slower=2.0)
+    near, far = replace(made_up().settings[1], handover_s=2e-7), replace(slow.settings[1], handover_s=4e-7)
+    machine = replace(made_up(), settings=(made_up().settings[0], near, far))
+    w = Workload.of(wider("llama", 128, folder=Path("runs")), 1)
+
+    def step(handover_s: float = 0.0) -> float:
+        return cpu_step_time(w, replace(parse_hardware("cpu:1"), cpu=machine, threads=2), handover_s=handover_s).step
+
+    assert step(2.1e-7) < step() < step(3.9e-7)
+    assert step() == pytest.approx((step(2e-7) + step(4e-7)) / 2)
+
+
+def test_operators_that_take_longer_one_after_the_other_are_found_behind_runs() -> None:
+    """Runs of a machine whose operators take 1.3 times as long in a step as alone give back 1.3."""
+    machine = made_up()
+    team = replace(machine.settings[1], together=1.3)
+    hardware = replace(parse_hardware("cpu:1"), threads=2, cpu=replace(machine, settings=(team,)))
+    estimates = [cpu_step_time(Workload.of(wider(family, width, folder=Path("runs")), 1), hardware) for family, width in WIDER]
+    assert all(sum(e.parts[name] for name in OPERATORS) > 0 for e in estimates)
+    found = session.with_steps(machine, [None, [e.step for e in estimates], None])
+    assert found.settings[1].together == pytest.approx(1.3)
+    assert found.settings[0].together == found.settings[2].together == 1.0
