@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import median
 from typing import Any
 
 import yaml
 
 from toolkit.calibrate.modes import WIDER, keys_of, program, ranks_of, wider
 from toolkit.cluster.environment import rank_environment, usable_cores
-from toolkit.cost.cpu_step import OPERATORS, cpu_step_time
+from toolkit.cost.cpu_step import cpu_step_time, handed_elements
 from toolkit.cost.workload import Workload
 from toolkit.errors import ConfigError, MachineError
 from toolkit.files import write_durably
@@ -113,19 +113,19 @@ def assemble(found: Sequence[Mapping[str, Any]], *, processor: str, cores: int, 
 
 
 def with_steps(rates: CpuRates, steps: Sequence[Sequence[float] | None]) -> CpuRates:
-    """The figures with each setting's `together`, where it has seconds a step of modes.WIDER: the geometric mean of what their
-    operators take in a step over what they take alone.
+    """The figures with each setting's handed_s, where it has seconds a step of modes.WIDER: the median of what these take beyond
+    their operators, by elements that are handed on.
     """
     settings = []
     for setting, times in zip(rates.settings, steps, strict=True):
         if times is not None and setting.precision == "fp32":  # what the runs compute in
             hardware = replace(parse_hardware("cpu:1"), threads=setting.threads, cpu=replace(rates, settings=(setting,)))
-            ratios = []
+            each = []
             for seconds, (family, width) in zip(times, WIDER, strict=True):
-                parts = cpu_step_time(Workload.of(wider(family, width, folder=Path("runs")), 1), hardware).parts
-                operators = sum(parts[name] for name in OPERATORS)
-                ratios.append((seconds - sum(parts.values()) + operators) / operators)
-            setting = replace(setting, together=geometric_mean(ratios))
+                w = Workload.of(wider(family, width, folder=Path("runs")), 1)
+                elements = 3 * handed_elements(w) * w.model.layers * w.microbatches
+                each.append((seconds - cpu_step_time(w, hardware).step) / elements)
+            setting = replace(setting, handed_s=max(0.0, median(each)))
         settings.append(setting)
     return replace(rates, settings=tuple(settings))
 

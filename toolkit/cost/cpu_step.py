@@ -18,7 +18,6 @@ from toolkit.cost.workload import Workload
 from toolkit.hardware.catalogue import Hardware
 from toolkit.hardware.cpu import CpuRates, Setting
 
-OPERATORS = ("matmul", "attention", "memory-bound kernels", "recompute", "optimizer")  # parts that are operators of PyTorch's
 SHARED = "shared cores"  # the part in which ranks wait for a core
 # of tokens a second: what four of five of the configurations of docs/cpu-time.md stay within
 SPREAD = Spread(low=-0.19, high=0.12)
@@ -75,7 +74,7 @@ def cpu_step_time(w: Workload, hardware: Hardware, *, handover_s: float = 0.0) -
 
 def _parts(w: Workload, cpu: CpuRates, setting: Setting, ranks: int, threads: int) -> dict[str, float]:
     """Seconds of a step by part, at the rates of a setting."""
-    stages = [_together(stage_work(w, cpu, setting, stage), setting) for stage in range(w.pp)]
+    stages = [stage_work(w, cpu, setting, stage) for stage in range(w.pp)]
     slowest = max(range(w.pp), key=lambda stage: stages[stage].micro)
     parts = dict.fromkeys((*PARTS, SHARED), 0.0)
     m = w.microbatches
@@ -91,15 +90,6 @@ def _parts(w: Workload, cpu: CpuRates, setting: Setting, ranks: int, threads: in
     needed = sum(alike * _core_seconds(stage, m, threads) for stage in stages) / cpu.cores
     parts[SHARED] = max(0.0, needed - sum(parts.values()))
     return parts
-
-
-def _together(stage: StepParts, setting: Setting) -> StepParts:
-    """The same with what operators take one after the other: halves of their results lie with another core."""
-    for work in (stage.forward, stage.backward, stage.step):
-        for name in OPERATORS:
-            if name in work.parts:
-                work.parts[name] *= setting.together
-    return stage
 
 
 def _core_seconds(stage: StepParts, microbatches: int, threads: int) -> float:
@@ -125,6 +115,7 @@ def stage_work(w: Workload, cpu: CpuRates, setting: Setting, stage: int) -> Step
         work.add("matmul", layers * _matmuls(w, setting, back))
         work.add("attention", layers * attention(w, setting, back))
         work.add("memory-bound kernels", layers * _passes(w, setting, back))
+        work.add("memory-bound kernels", layers * (2 if back else 1) * handed_elements(w) * setting.handed_s)
         work.add("tensor parallel", layers * _tensor_parallel(w, cpu, back))
     if w.recompute == "full":
         backward.add("recompute", forward.total)
@@ -192,14 +183,22 @@ def _both(setting: Setting, way: str, back: bool, tokens: float, out: float, inn
 
 
 def _matmuls(w: Workload, setting: Setting, back: bool) -> float:
-    s, t = w.model, w.tokens
-    shapes = (
+    return sum(_both(setting, "weight", back, w.tokens, out, inner) for out, inner in _weight_shapes(w))
+
+
+def handed_elements(w: Workload) -> float:
+    """Elements that the multiplies of a layer read and write in the forward pass of a micro-batch, weights aside; backward: twice."""
+    return float(w.tokens * sum(out + inner for out, inner in _weight_shapes(w)))
+
+
+def _weight_shapes(w: Workload) -> tuple[tuple[int, int], ...]:
+    s = w.model
+    return (
         ((s.query + s.key_value) // w.tp, s.hidden),
         (s.hidden, s.query // w.tp),
         ((2 if s.gated else 1) * s.ffn // w.tp, s.hidden),
         (s.hidden, s.ffn // w.tp),
     )
-    return sum(_both(setting, "weight", back, t, out, inner) for out, inner in shapes)
 
 
 def piece(setting: Setting, name: str, elements: float, back: bool) -> float:

@@ -86,8 +86,9 @@ class Setting:
 
     multiplies: seconds a FLOP by tokens, outputs and inputs, for each of WAYS. attention: seconds of one query head's s² d by
     sequence and head width, forward and backward. pieces: forward and backward seconds by elements. handover_s: seconds until one of
-    the cores sees what another has written, meanwhile; 0.0: not known. together: what operators take one after the other in a step,
-    over what each takes alone.
+    the cores sees what another has written, meanwhile; 0.0: not known. handed_s: seconds by which an
+    element of what a layer's multiplies read and write makes a step longer than the operators alone, since half of it lies with
+    another core.
     """
 
     threads: int
@@ -97,7 +98,7 @@ class Setting:
     attention: Mapping[str, Grid]
     pieces: Mapping[str, tuple[Curve, Curve]]
     handover_s: float = 0.0
-    together: float = 1.0
+    handed_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +151,7 @@ def to_yaml(rates: CpuRates) -> dict[str, Any]:
         "settings": [
             {
                 **{name: getattr(s, name) for name in ("threads", "ranks", "precision")},
-                **{name: _short(getattr(s, name)) for name in ("handover_s", "together")},
+                **{name: _short(getattr(s, name)) for name in ("handover_s", "handed_s")},
                 "multiplies": {way: _grid(grid) for way, grid in s.multiplies.items()},
                 "attention": {way: _grid(grid) for way, grid in s.attention.items()},
                 "pieces": {name: [_points(forward), _points(backward)] for name, (forward, backward) in s.pieces.items()},
@@ -171,7 +172,7 @@ def from_yaml(raw: Any, *, path: Path) -> CpuRates:
                 ranks=int(s["ranks"]),
                 precision=str(s["precision"]),
                 handover_s=float(s.get("handover_s", 0.0)),
-                together=float(s.get("together", 1.0)),
+                handed_s=float(s.get("handed_s", 0.0)),
                 multiplies={way: _read_grid(s["multiplies"][way]) for way in WAYS},
                 attention={way: _read_grid(s["attention"][way]) for way in ("forward", "backward")},
                 pieces={name: (_read_points(s["pieces"][name][0]), _read_points(s["pieces"][name][1])) for name in PIECES},
