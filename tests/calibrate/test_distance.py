@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from toolkit.hardware.catalogue import parse_hardware
 
 def test_a_hand_over_is_measured_and_the_process_keeps_its_cores() -> None:
     cores = os.sched_getaffinity(0)
-    times = [distance.handover_seconds() for _ in range(3)]
-    assert os.sched_getaffinity(0) == cores
-    # 0.0: the cores had other work throughout, which the test's machine may have
-    assert all(0.0 <= seconds < 1.0 for seconds in times)
-    assert any(times) or len(cores) < 2 or os.getloadavg()[0] > 0.5 * len(cores)
+    end, seconds = time.monotonic() + 120, 0.0
+    while not seconds and len(cores) > 1 and time.monotonic() < end:  # 0.0: the cores had other work throughout
+        seconds = distance.handover_seconds()
+        assert os.sched_getaffinity(0) == cores
+    assert 0.0 < seconds < 0.1 or len(cores) < 2
 
 
 def test_figures_taken_while_the_cores_were_moved_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
