@@ -18,7 +18,7 @@ def _candidates(count: int) -> list[Workload]:
         for cut, shardings in space.structures()
         for dp in space.copies(cut)
         for micro in space.micros(dp)
-        for recompute in space.recomputes()
+        for recompute in space.recomputes
         for sharding in shardings
         if space.legal(cut, dp, micro, recompute, sharding)
     ]

@@ -51,7 +51,7 @@ def test_the_space_holds_every_legal_candidate_and_counts_them() -> None:
         for cut, shardings in space.structures()
         for dp in space.copies(cut)
         for micro in space.micros(dp)
-        for recompute in space.recomputes()
+        for recompute in space.recomputes
         for sharding in shardings
         if space.legal(cut, dp, micro, recompute, sharding)
     }

@@ -259,7 +259,7 @@ def _gpus(question: Question) -> str:
 
 def _all_sized(question: Question) -> list[tuple[MemoryEstimate, Workload]]:
     """Every legal candidate of the smallest micro-batch and most recomputation, with its memory."""
-    space, recompute = question.space(), question.space().recomputes()[-1]
+    space, recompute = question.space(), question.space().recomputes[-1]
     sized = []
     for cut, shardings in space.structures():
         for dp in space.copies(cut):
