@@ -50,5 +50,5 @@ def test_a_known_plan_changes_no_answer(gib: float) -> None:
     fitting = asked.ask(top=10).plans
     too_large = best.workload.laid_out(micro=8, dp=1, tp=1, pp=1, recompute="none", zero=0)
     for known in (best.workload, fitting[-1].workload, too_large, best.workload.laid_out(dp=7)):
-        (found,) = asked.ask(top=1, known=known).plans
+        (found,) = asked.ask(top=1, known=[known]).plans
         assert identity(found.workload) == identity(best.workload)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from toolkit.cost.workload import Workload
 from toolkit.hardware import calibration
 from toolkit.hardware.catalogue import Hardware
 from toolkit.plan.bounds import Bounds
-from toolkit.plan.space import Sharding, Space, Structure
+from toolkit.plan.space import Sharding, Space, Structure, sharding_of, structure_of
 
 Objective = Literal["tokens/s", "cost", "fewest-gpus"]
 Key = tuple[float, float]
@@ -121,8 +121,7 @@ def key(objective: Objective, *, step_s: float, gpus: int) -> Key:
 
 def plan_of(w: Workload, space: Space, limits: Limits, *, scale: float | None = None) -> Plan | None:
     """A candidate as a plan; None where it is not legal in the space, does not fit, or does not meet the targets."""
-    cut = Structure(tp=w.tp, pp=w.pp, vpp=w.vpp, cp=w.cp, sp=w.sp)
-    sharding = w.zero, w.offload_optimizer, w.offload_param
+    cut, sharding = structure_of(w), sharding_of(w)
     if w.world > space.max_gpus or not space.legal(cut, w.dp, w.micro, w.recompute, sharding):
         return None
     here = space.workload(cut, w.dp, w.micro, w.recompute, sharding)
@@ -137,20 +136,22 @@ def search(
     limits: Limits | None = None,
     top: int = 10,
     scale: float | None = None,
-    known: Workload | None = None,
+    known: Iterable[Workload] = (),
 ) -> SearchResult:
     """The best plans of a space that fit; at most PER_KIND with the same tp, pp, cp and dp.
 
     Nodes of growing detail wait in a heap by a lower bound of their key: a structure with its data-parallel degree, then with
     micro-batch and recompute (see toolkit.plan.bounds). The search ends when no bound is below the last plan it would list.
 
-    known: with top=1 a candidate that is probably good: if it fits, nothing slower is looked at.
+    known: with top=1 candidates that are probably good: nothing slower than the best of them that fits is looked at.
     """
     return _Search(space, objective, limits or Limits(), top, scale, known).run()
 
 
 class _Search:
-    def __init__(self, space: Space, objective: Objective, limits: Limits, top: int, scale: float | None, known: Workload | None) -> None:
+    def __init__(
+        self, space: Space, objective: Objective, limits: Limits, top: int, scale: float | None, known: Iterable[Workload]
+    ) -> None:
         self.space, self.objective, self.limits, self.top = space, objective, limits, top
         self.hardware: Hardware = space.hardware
         self.scale = calibration.scale_for(self.hardware.gpu, space.base.precision) if scale is None else scale
@@ -162,7 +163,9 @@ class _Search:
         self.bounds = Bounds(space, scale=self.scale)
         self.sizes: dict[Any, tuple[int, float]] = {}
         self.spreads: dict[Sharding, Spread] = {}
-        self.reached = self._key_of(known) if known is not None and top == 1 else (inf, inf)
+        self.reached: Key = inf, inf
+        for workload in known if top == 1 else ():
+            self._reach(workload)
 
     def run(self) -> SearchResult:
         recomputes = self.space.recomputes
@@ -177,13 +180,17 @@ class _Search:
         self.result.plans = [plan for _, _, plan in self.best[: self.top]]
         return self.result
 
-    def _key_of(self, w: Workload) -> Key:
-        """A key that is certainly reached, a trifle above that of a candidate of this space; beyond all where it is none, or does not fit."""
+    def _reach(self, w: Workload) -> None:
+        """Lower the key that is certainly reached to a trifle above that of a candidate; nothing where it is none, or does not fit."""
+        if not self.space.holds(w):
+            return
+        bound = self.bounds.steps_s(structure_of(w), w.dp, w.micro)[self.space.recomputes.index(w.recompute)]
+        if key(self.objective, step_s=bound, gpus=w.world) >= self.reached:
+            return
         plan = plan_of(w, self.space, self.limits, scale=self.scale)
-        if plan is None:
-            return inf, inf
-        first, second = key(self.objective, step_s=plan.expected_s, gpus=plan.gpus)
-        return first * (1 + 1e-9), second * (1 + 1e-9)
+        if plan is not None:
+            first, second = key(self.objective, step_s=plan.expected_s, gpus=plan.gpus)
+            self.reached = min(self.reached, (first * (1 + 1e-9), second * (1 + 1e-9)))
 
     def _threshold(self, kind: Kind | None = None) -> Key:
         """The key that a candidate must stay below to be listed."""

@@ -127,6 +127,16 @@ class Structure:
         return self.tp * self.pp * self.cp
 
 
+def structure_of(w: Workload) -> Structure:
+    """How a workload cuts its model."""
+    return Structure(tp=w.tp, pp=w.pp, vpp=w.vpp, cp=w.cp, sp=w.sp)
+
+
+def sharding_of(w: Workload) -> Sharding:
+    """How a workload shards its states and where they lie."""
+    return w.zero, w.offload_optimizer, w.offload_param
+
+
 @dataclass(frozen=True, kw_only=True)
 class Space:
     """All candidates for a config on at most max_gpus GPUs: what the axes span, whole nodes at a time; legality is the rules'."""
@@ -200,6 +210,16 @@ class Space:
         if not (self._open and self._sharding_legal(sharding) and self.batch_legal(cut, dp, micro)):
             return False
         return bool(self.legal_shardings(cut, dp, micro, recompute, [sharding]))
+
+    def holds(self, w: Workload) -> bool:
+        """Whether a layout is one of these candidates."""
+        cut, sharding = structure_of(w), sharding_of(w)
+        axes: dict[str, Any] = {"tp": w.tp, "pp": w.pp, "vpp": w.vpp, "sp": w.sp, "recompute": w.recompute, "micro": w.micro}
+        axes |= {"zero": w.zero, "offload_optimizer": w.offload_optimizer, "offload_param": w.offload_param}
+        if not all(self.allows(axis, value) for axis, value in axes.items()):
+            return False
+        within = w.cp in self._contexts() and w.dp in self.copies(cut)
+        return within and self.legal(cut, w.dp, w.micro, w.recompute, sharding)
 
     def batch_legal(self, cut: Structure, dp: int, micro: int) -> bool:
         """Whether the degrees and the micro-batch break no rule, whatever the recomputation and the sharding."""
