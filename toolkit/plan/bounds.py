@@ -138,7 +138,10 @@ def _stages(space: Space, cut: Structure, passes: _Passes) -> tuple[float, float
     each, saved_at_ends = split_layers(layers, cut.pp * cut.vpp) or (layers // (cut.pp * cut.vpp), 2)
     between = each * cut.vpp
     first, last = between - (saved_at_ends > 1), between - (saved_at_ends > 0)
-    ends = max(first * launch, first * layer + embedding), max(last * launch, last * layer + head)
-    middle = between * max(launch, layer)
-    slowest = max(*ends, middle) if cut.pp > 2 else max(ends)
-    return slowest, sum(ends) + (cut.pp - 2) * middle - slowest
+    at_first, at_last, middle = first * layer + embedding, last * layer + head, between * (launch if launch > layer else layer)
+    if launch > 0.0:  # a stage is no faster than the host launches it
+        at_first, at_last = max(first * launch, at_first), max(last * launch, at_last)
+    slowest = at_first if at_first > at_last else at_last
+    if cut.pp > 2 and middle > slowest:
+        slowest = middle
+    return slowest, at_first + at_last + (cut.pp - 2) * middle - slowest

@@ -169,9 +169,11 @@ class _Search:
 
     def run(self) -> SearchResult:
         recomputes = self.space.recomputes
+        batches: dict[int, list[tuple[int, list[int]]]] = {}  # by the GPUs of one copy, of which its number and micro-batches follow
         for cut, shardings in self.space.structures():
-            for dp in self.space.copies(cut):
-                micros = self.space.micros(dp)
+            if cut.ranks not in batches:
+                batches[cut.ranks] = [(dp, self.space.micros(dp)) for dp in self.space.copies(cut)]
+            for dp, micros in batches[cut.ranks]:
                 self.result.candidates += len(micros) * len(recomputes) * len(shardings)
                 if micros:
                     self._add_copies(cut, dp, micros, shardings)
@@ -199,9 +201,10 @@ class _Search:
         return min(worst, same[-1]) if len(same) >= PER_KIND else worst
 
     def _push(self, bound_s: float, gpus: int, work: Callable[[], None]) -> None:
-        if self.limits.allow(bound_s, gpus):
+        bound = key(self.objective, step_s=bound_s, gpus=gpus)
+        if bound < self.reached and self.limits.allow(bound_s, gpus):
             self.counter += 1
-            heapq.heappush(self.heap, (key(self.objective, step_s=bound_s, gpus=gpus), self.counter, work))
+            heapq.heappush(self.heap, (bound, self.counter, work))
 
     def _add_copies(self, cut: Structure, dp: int, micros: list[int], shardings: list[Sharding]) -> None:
         """Queue a structure with dp copies, by the bound of its best micro-batch and least recompute."""
