@@ -14,6 +14,7 @@ from toolkit.cost.workload import Workload
 from toolkit.hardware.catalogue import parse_hardware
 from toolkit.parallel import rules
 from toolkit.parallel.case import Machine
+from toolkit.plan.space import Space
 from toolkit.plan.tune import Question
 
 GPUS = Machine(cuda=True, transformer_engine=True)
@@ -66,6 +67,19 @@ def one_by_one(asked: Question) -> Iterator[tuple[Workload, float]]:
             memory = estimate(w, hardware)
             if asked.limits.fit(memory):
                 yield w, step_time(w, hardware, scale=asked.scale).step / memory.chance
+
+
+def candidates(space: Space) -> list[Workload]:
+    """Every legal candidate of a space, one by one."""
+    return [
+        space.workload(cut, dp, micro, recompute, sharding)
+        for cut, shardings in space.structures()
+        for dp in space.copies(cut)
+        for micro in space.micros(dp)
+        for recompute in space.recomputes
+        for sharding in shardings
+        if space.legal(cut, dp, micro, recompute, sharding)
+    ]
 
 
 def identity(w: Workload) -> tuple[Any, ...]:

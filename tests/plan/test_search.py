@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.plan.questions import GPUS, identity, one_by_one, question, smaller_memory
+from tests.plan.questions import GPUS, candidates, identity, one_by_one, question, smaller_memory
 from toolkit.cost.memory import GIB
 from toolkit.hardware.catalogue import parse_hardware
 from toolkit.parallel import rules
@@ -46,15 +46,7 @@ def test_the_best_plan_is_that_of_trying_everything(gib: float, model: dict[str,
 def test_the_space_holds_every_legal_candidate_and_counts_them() -> None:
     asked = question(batch=4, fixed={"cp": (1, 2)})
     space = asked.space()
-    ours = {
-        identity(space.workload(cut, dp, micro, recompute, sharding))
-        for cut, shardings in space.structures()
-        for dp in space.copies(cut)
-        for micro in space.micros(dp)
-        for recompute in space.recomputes()
-        for sharding in shardings
-        if space.legal(cut, dp, micro, recompute, sharding)
-    }
+    ours = {identity(w) for w in candidates(space)}
     tried = {identity(w) for w, _ in one_by_one(asked)}
     assert tried and tried <= ours
     assert len(ours) <= asked.ask(top=1).candidates

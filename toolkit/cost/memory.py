@@ -106,14 +106,24 @@ def estimate(
 
 
 def at_least(w: Workload, hardware: Hardware) -> float:
-    """A lower bound of the bytes that the first stage's ranks need, much quicker than estimate(): states and kept activations.
+    """A lower bound of the bytes that the first stage's ranks need, much quicker than estimate(); 0 where none is known."""
+    state_bytes = states_at_least(w, hardware)
+    return state_bytes + kept_at_least(w, hardware) if state_bytes else 0.0
 
-    0 where none is known: for software that is not our own, and where gradients come late (ZeRO-1 with its optimizer offloaded).
+
+def states_at_least(w: Workload, hardware: Hardware) -> float:
+    """The states' part of at_least(), which neither the micro-batch nor the recomputation changes.
+
+    0 where no bound is known: for software that is not our own, and where gradients come late (ZeRO-1 with its optimizer offloaded).
     """
     if w.stack.sharding != "toolkit" or not own.known(w) or (w.zero < 2 and w.offload_optimizer != "none"):
         return 0.0
-    cpu = not hardware.gpu.accelerator
-    return sum(own.on_device(w, 0, cpu=cpu).values()) + own.kept_by_first(w, cpu=cpu)
+    return sum(own.on_device(w, 0, cpu=not hardware.gpu.accelerator).values())
+
+
+def kept_at_least(w: Workload, hardware: Hardware) -> float:
+    """The activations' part of at_least(), which the sharding doesn't change."""
+    return own.kept_by_first(w, cpu=not hardware.gpu.accelerator)
 
 
 def states(w: Workload, params: float) -> dict[str, float]:

@@ -216,7 +216,8 @@ def norm_saved(w: Workload, width: int, *, cpu: bool) -> float:
 
 def _saved_by_chunk(w: Workload, stage: int, *, cpu: bool) -> list[float]:
     """Bytes that each model chunk of a stage keeps of one micro-batch."""
-    each = [w.layers_in(stage, chunk) * layer_saved(w, cpu=cpu) for chunk in range(w.vpp)]
+    layer = layer_saved(w, cpu=cpu)
+    each = [w.layers_in(stage, chunk) * layer for chunk in range(w.vpp)]
     if stage == 0:
         each[0] += w.tokens * (8 + (1 if w.tp > 1 else 0))  # token ids, and which of them are this rank's
         each[0] += 8 * w.tokens if w.model.positions and _own_positions(w) else 0
@@ -281,10 +282,11 @@ def _fullest(w: Workload, stage: int, each: list[float], logits: float) -> tuple
         return sum(n * size for n, size in zip(begun, each, strict=True)), logits
     # chunks that differ take turns in being held: all moments until they recur
     now, best = 0.0, (0.0, 0.0)
-    for work in order(stage=stage, pp=w.pp, vpp=w.vpp, microbatches=min(w.microbatches, 3 * w.pp)):
-        now += each[work.chunk] if work.kind == "forward" else -each[work.chunk]
-        there = logits if stage == w.pp - 1 and work.kind == "forward" and work.chunk == w.vpp - 1 else 0.0
-        best = max(best, (now, there), key=sum)
+    for forward, chunk in _turns(stage, w.pp, w.vpp, min(w.microbatches, 3 * w.pp)):
+        now += each[chunk] if forward else -each[chunk]
+        there = logits if stage == w.pp - 1 and forward and chunk == w.vpp - 1 else 0.0
+        if now + there > best[0] + best[1]:
+            best = now, there
     return best
 
 
@@ -381,13 +383,15 @@ def _grow(w: Workload, stage: int, found: dict[str, dict[str, float]], *, cpu: b
     made: set[int] = set()
     for forward, chunk in _turns(stage, w.pp, w.vpp, w.microbatches):
         now += each[chunk] if forward else 0.0
-        best = max(best, (now, absent), key=lambda moment: moment[0] - moment[1])
+        if now - absent > best[0] - best[1]:
+            best = now, absent
         if not forward:
             now -= each[chunk]
             if chunk not in made:
                 made.add(chunk)
                 absent = float(total - sum(gradients[other] for other in made))
-            first = max(first, (now, absent), key=lambda moment: moment[0] - moment[1]) if chunk == 0 else first
+            if chunk == 0 and now - absent > first[0] - first[1]:
+                first = now, absent
     fullest = stage_saved(w, stage, cpu=cpu)["activations"]
     for name in ("backward", "weight gradient"):
         found[name]["activations"] = max(0.0, found[name]["activations"] - max(0.0, fullest - best[0]))
@@ -396,10 +400,12 @@ def _grow(w: Workload, stage: int, found: dict[str, dict[str, float]], *, cpu: b
         found["embedding"] |= {"activations": first[0], "gradients": -first[1]}
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=32)
 def _turns(stage: int, pp: int, vpp: int, microbatches: int) -> tuple[tuple[bool, int], ...]:
     """Whether each pass of a step is a forward, and its chunk."""
-    return tuple((work.kind == "forward", work.chunk) for work in order(stage=stage, pp=pp, vpp=vpp, microbatches=microbatches))
+    turns = {(forward, chunk): (forward, chunk) for forward in (False, True) for chunk in range(vpp)}  # each kept once
+    passes = order(stage=stage, pp=pp, vpp=vpp, microbatches=microbatches)
+    return tuple(turns[work.kind == "forward", work.chunk] for work in passes)
 
 
 def _step_copies(w: Workload, stage: int) -> float:

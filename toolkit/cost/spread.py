@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from math import erf, exp, inf, log, sqrt
 from typing import TYPE_CHECKING
 
@@ -95,6 +96,7 @@ def _of(part: str, w: Workload, unknown: int) -> Spread:
     return Spread(low=low, high=high).wider(unknown)
 
 
+@lru_cache(maxsize=16)
 def _normal_quantile(share: float) -> float:
     """Standard deviations from the middle below which a share of a normal distribution lies."""
     from statistics import NormalDist

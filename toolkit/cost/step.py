@@ -69,7 +69,7 @@ def step_time(w: Workload, hardware: Hardware, *, scale: float | None = None, un
         scale = calibration.scale_for(hardware.gpu, w.precision)
     # layouts that differ in how states are cut and where they lie compute alike
     alike = w.laid_out(zero=1 if w.zero < 2 else 2, offload_optimizer="none", offload_param="none")
-    stages, waits, micro = _micro_batch(alike, hardware, scale)
+    stages, waits, micro, every = _micro_batch(alike, hardware, scale)
     slowest = max(micro, key=lambda stage: micro[stage])
     f, b, r = stages[slowest]
     m = w.microbatches
@@ -85,13 +85,12 @@ def step_time(w: Workload, hardware: Hardware, *, scale: float | None = None, un
     gathers = _zero_gathers(w, hardware, slowest, f, b, r)
     parts["zero gathers"] = m * gathers
     if w.pp > 1:
-        others = sum(micro[_stands_for(stage, w)] for stage in range(w.pp)) - micro[slowest] + (w.pp - 1) * gathers
+        others = every - micro[slowest] + (w.pp - 1) * gathers
         parts["pipeline bubble"] = others / w.vpp
-        parts["pipeline sends"] = _sends(w, hardware)
+        parts["pipeline sends"] = pipeline_sends(w, hardware)
     parts["data parallel"] = _data_parallel(w, hardware, f, b + r)
     parts["optimizer"], parts["offload"] = _optimizer(w, hardware, micro[slowest] * m)
-    nodes = max(1.0, w.world / hardware.gpus_per_node)
-    parts["stragglers"] = VALUES.node_spread * sqrt(2 * log(nodes)) * sum(parts.values()) if nodes > 1 else 0.0
+    parts["stragglers"] = straggling(w.world, hardware) * sum(parts.values())
     return TimeEstimate(parts=parts, tokens=float(w.batch * w.seq), world=w.world, spread=rate_spread(w, unknown=unknown))
 
 
@@ -99,18 +98,29 @@ Stages = dict[int, tuple[Pass, Pass, Pass]]
 
 
 @cached(maxsize=256)
-def _micro_batch(w: Workload, hardware: Hardware, scale: float) -> tuple[Stages, dict[int, float], dict[int, float]]:
-    """Of each distinct stage: its passes for one micro-batch, the GPU's waits for the host, and all seconds of one."""
+def _micro_batch(w: Workload, hardware: Hardware, scale: float) -> tuple[Stages, dict[int, float], dict[int, float], float]:
+    """Of each distinct stage: its passes for one micro-batch, the GPU's waits for the host, and all seconds of one; of all stages, their sum."""
     forward, backward, again = layer_passes(w, hardware, scale=scale)
     stages = {stage: _stage(w, hardware, scale, stage, forward, backward, again) for stage in _distinct_stages(w)}
-    launches = (2 if w.recompute in ("none", "selective") else 3) * host_time(w) if hardware.gpu.accelerator else 0.0
+    launches = launch_seconds(w, hardware)
     waits = {  # of the GPU for the host: for each launch, or where it runs its kernels faster than they are launched
         stage: w.layers_on(stage) * launches - (0.0 if w.stack.blocking_launches else f.total + b.total + r.total)
         for stage, (f, b, r) in stages.items()
     }
     waits = {stage: max(0.0, seconds) for stage, seconds in waits.items()}
     micro = {stage: f.total + b.total + r.total + waits[stage] for stage, (f, b, r) in stages.items()}
-    return stages, waits, micro
+    return stages, waits, micro, sum(micro[_stands_for(stage, w)] for stage in range(w.pp))
+
+
+def launch_seconds(w: Workload, hardware: Hardware) -> float:
+    """Seconds of the host for launching one layer's passes of a micro-batch; 0 where there is no GPU to launch on."""
+    return (2 if w.recompute in ("none", "selective") else 3) * host_time(w) if hardware.gpu.accelerator else 0.0
+
+
+def straggling(gpus: int, hardware: Hardware) -> float:
+    """Share by which the slowest of the nodes lengthens a step: the expected largest of so many normal deviations."""
+    nodes = gpus / hardware.gpus_per_node
+    return VALUES.node_spread * sqrt(2 * log(nodes)) if nodes > 1 else 0.0
 
 
 def _distinct_stages(w: Workload) -> set[int]:
@@ -142,7 +152,7 @@ def _stage(
     return f, b, r
 
 
-def _sends(w: Workload, hardware: Hardware) -> float:
+def pipeline_sends(w: Workload, hardware: Hardware) -> float:
     """Activations to the next stage and gradients back, per micro-batch and chunk, where they are not overlapped; seconds a step."""
     nbytes = w.tokens * w.model.hidden * w.width / w.sequence_shards
     if not w.sp and w.stack.split_sends:

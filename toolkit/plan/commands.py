@@ -48,6 +48,7 @@ def tune(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables")] = False,
 ) -> None:
     """Choose TP, PP, VPP, CP, DP, ZeRO, offload, recompute and micro-batch for a config on a cluster, without a GPU."""
+    import gc
     import json
     import shlex
     import shutil
@@ -77,6 +78,7 @@ def tune(
     limits.max_step_s, limits.max_cost, limits.price = max_step, max_cost, price
     if host_gib is not None:
         question = question.with_host_gib(host_gib)
+    gc.freeze()  # a search makes many objects; modules, which stay, need not be looked through for garbage each time
     answer, rehearsed = answer_to(question, top=max(top, trials, rehearse), what_if=what_if and not rehearse), None
     if rehearse:
         from toolkit.plan.rehearsals import rehearse_plans

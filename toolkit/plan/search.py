@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from math import inf, log, sqrt
+from math import inf
 from typing import Any, Literal
 
-from toolkit.cost.constants import VALUES
-from toolkit.cost.layer import embedding_passes, head_passes, layer_passes
-from toolkit.cost.memory import GIB, MemoryEstimate, StageMemory, at_least, estimate, states
+from toolkit.cost.memory import GIB, MemoryEstimate, StageMemory, estimate, states
 from toolkit.cost.spread import RISK, Spread, memory_spread
 from toolkit.cost.step import TimeEstimate, step_time
 from toolkit.cost.workload import Workload
 from toolkit.hardware import calibration
 from toolkit.hardware.catalogue import Hardware
-from toolkit.plan.space import Sharding, Space, Structure
+from toolkit.plan.bounds import Bounds
+from toolkit.plan.space import Sharding, Space, Structure, sharding_of, structure_of
 
 Objective = Literal["tokens/s", "cost", "fewest-gpus"]
 Key = tuple[float, float]
@@ -122,8 +121,7 @@ def key(objective: Objective, *, step_s: float, gpus: int) -> Key:
 
 def plan_of(w: Workload, space: Space, limits: Limits, *, scale: float | None = None) -> Plan | None:
     """A candidate as a plan; None where it is not legal in the space, does not fit, or does not meet the targets."""
-    cut = Structure(tp=w.tp, pp=w.pp, vpp=w.vpp, cp=w.cp, sp=w.sp)
-    sharding = w.zero, w.offload_optimizer, w.offload_param
+    cut, sharding = structure_of(w), sharding_of(w)
     if w.world > space.max_gpus or not space.legal(cut, w.dp, w.micro, w.recompute, sharding):
         return None
     here = space.workload(cut, w.dp, w.micro, w.recompute, sharding)
@@ -138,21 +136,22 @@ def search(
     limits: Limits | None = None,
     top: int = 10,
     scale: float | None = None,
-    known: Workload | None = None,
+    known: Iterable[Workload] = (),
 ) -> SearchResult:
     """The best plans of a space that fit; at most PER_KIND with the same tp, pp, cp and dp.
 
     Nodes of growing detail wait in a heap by a lower bound of their key: a structure with its data-parallel degree, then with
-    micro-batch and recompute. A bound is the compute and tensor-parallel time of the cheapest ZeRO stage, with the pipeline's
-    bubble; whatever else a step holds only adds to it. The search ends when no bound is below the last plan it would list.
+    micro-batch and recompute (see toolkit.plan.bounds). The search ends when no bound is below the last plan it would list.
 
-    known: with top=1 a candidate that is probably good: if it fits, nothing slower is looked at.
+    known: with top=1 candidates that are probably good: nothing slower than the best of them that fits is looked at.
     """
     return _Search(space, objective, limits or Limits(), top, scale, known).run()
 
 
 class _Search:
-    def __init__(self, space: Space, objective: Objective, limits: Limits, top: int, scale: float | None, known: Workload | None) -> None:
+    def __init__(
+        self, space: Space, objective: Objective, limits: Limits, top: int, scale: float | None, known: Iterable[Workload]
+    ) -> None:
         self.space, self.objective, self.limits, self.top = space, objective, limits, top
         self.hardware: Hardware = space.hardware
         self.scale = calibration.scale_for(self.hardware.gpu, space.base.precision) if scale is None else scale
@@ -161,15 +160,20 @@ class _Search:
         self.best: list[tuple[Key, int, Plan]] = []
         self.heap: list[tuple[Key, int, Callable[[], None]]] = []
         self.counter = 0
-        self.layers: dict[Any, tuple[float, float, float]] = {}
+        self.bounds = Bounds(space, scale=self.scale)
         self.sizes: dict[Any, tuple[int, float]] = {}
-        self.reached = self._key_of(known) if known is not None and top == 1 else (inf, inf)
+        self.spreads: dict[Sharding, Spread] = {}
+        self.reached: Key = inf, inf
+        for workload in known if top == 1 else ():
+            self._reach(workload)
 
     def run(self) -> SearchResult:
-        recomputes = self.space.recomputes()
+        recomputes = self.space.recomputes
+        batches: dict[int, list[tuple[int, list[int]]]] = {}  # by the GPUs of one copy, of which its number and micro-batches follow
         for cut, shardings in self.space.structures():
-            for dp in self.space.copies(cut):
-                micros = self.space.micros(dp)
+            if cut.ranks not in batches:
+                batches[cut.ranks] = [(dp, self.space.micros(dp)) for dp in self.space.copies(cut)]
+            for dp, micros in batches[cut.ranks]:
                 self.result.candidates += len(micros) * len(recomputes) * len(shardings)
                 if micros:
                     self._add_copies(cut, dp, micros, shardings)
@@ -178,13 +182,17 @@ class _Search:
         self.result.plans = [plan for _, _, plan in self.best[: self.top]]
         return self.result
 
-    def _key_of(self, w: Workload) -> Key:
-        """A key that is certainly reached, a trifle above that of a candidate of this space; beyond all where it is none, or does not fit."""
+    def _reach(self, w: Workload) -> None:
+        """Lower the key that is certainly reached to a trifle above that of a candidate; nothing where it is none, or does not fit."""
+        if not self.space.holds(w):
+            return
+        bound = self.bounds.steps_s(structure_of(w), w.dp, w.micro)[self.space.recomputes.index(w.recompute)]
+        if key(self.objective, step_s=bound, gpus=w.world) >= self.reached:
+            return
         plan = plan_of(w, self.space, self.limits, scale=self.scale)
-        if plan is None:
-            return inf, inf
-        first, second = key(self.objective, step_s=plan.expected_s, gpus=plan.gpus)
-        return first * (1 + 1e-9), second * (1 + 1e-9)
+        if plan is not None:
+            first, second = key(self.objective, step_s=plan.expected_s, gpus=plan.gpus)
+            self.reached = min(self.reached, (first * (1 + 1e-9), second * (1 + 1e-9)))
 
     def _threshold(self, kind: Kind | None = None) -> Key:
         """The key that a candidate must stay below to be listed."""
@@ -193,15 +201,14 @@ class _Search:
         return min(worst, same[-1]) if len(same) >= PER_KIND else worst
 
     def _push(self, bound_s: float, gpus: int, work: Callable[[], None]) -> None:
-        if self.limits.allow(bound_s, gpus):
+        bound = key(self.objective, step_s=bound_s, gpus=gpus)
+        if bound < self.reached and self.limits.allow(bound_s, gpus):
             self.counter += 1
-            heapq.heappush(self.heap, (key(self.objective, step_s=bound_s, gpus=gpus), self.counter, work))
+            heapq.heappush(self.heap, (bound, self.counter, work))
 
     def _add_copies(self, cut: Structure, dp: int, micros: list[int], shardings: list[Sharding]) -> None:
-        """Queue a structure with dp copies, ordered by the bound of its best micro-batch and least recompute."""
-        recompute = self.space.recomputes()[0]
-        bound = min(self._bound(cut, dp, micro, recompute) for micro in micros)
-        self._push(bound, cut.ranks * dp, lambda: self._expand(cut, dp, micros, shardings))
+        """Queue a structure with dp copies, by the bound of its best micro-batch and least recompute."""
+        self._push(self.bounds.copies_s(cut, dp, micros), cut.ranks * dp, lambda: self._expand(cut, dp, micros, shardings))
 
     def _expand(self, cut: Structure, dp: int, micros: list[int], shardings: list[Sharding]) -> None:
         fitting = [s for s in shardings if self._states_fit(cut, dp, s)]
@@ -209,22 +216,25 @@ class _Search:
             self.result.too_large += 1
             return
         for micro in micros:
-            for recompute in self.space.recomputes():
-                bound = self._bound(cut, dp, micro, recompute)
+            if not self.space.batch_legal(cut, dp, micro):
+                continue
+            for recompute, bound in zip(self.space.recomputes, self.bounds.steps_s(cut, dp, micro), strict=True):
                 self._push(bound, cut.ranks * dp, lambda m=micro, r=recompute: self._evaluate(cut, dp, m, r, fitting))  # type: ignore[misc]
 
     def _evaluate(self, cut: Structure, dp: int, micro: int, recompute: str, shardings: list[Sharding]) -> None:
         """Compute time and memory of a node's shardings. Offload never makes a step faster: it is tried only where less does not fit.
 
-        Time comes first: it takes less to compute than memory, and most candidates are too slow to be listed.
+        What takes least to compute comes first: a bound of the memory, then the time, by which most are ruled out, then the memory.
         """
-        space, gpus = self.space, cut.ranks * dp
-        legal = [s for s in shardings if space.legal(cut, dp, micro, recompute, s)]
+        space, gpus, kind = self.space, cut.ranks * dp, (cut.tp, cut.pp, cut.cp, dp)
+        legal = space.legal_shardings(cut, dp, micro, recompute, shardings)
         for sharding in legal:
+            if not self._may_fit(cut, dp, micro, recompute, sharding):
+                continue
             w = space.workload(cut, dp, micro, recompute, sharding)
             time = step_time(w, self.hardware, scale=self.scale)
             self.result.timed += 1
-            threshold = self._threshold((cut.tp, cut.pp, cut.cp, dp))
+            threshold = self._threshold(kind)
             if not self.limits.allow(time.step, gpus) or key(self.objective, step_s=time.step, gpus=gpus) >= threshold:
                 continue
             less = [other for other in legal[: legal.index(sharding)] if _within(other, sharding)]
@@ -250,18 +260,30 @@ class _Search:
         w = self.space.workload(cut, dp, 1, "full", sharding)
         state_bytes = max(sum(states(w, w.parameters_on(stage)).values()) for stage in (0, w.pp - 1))
         least = 0.99 * state_bytes  # the 1 %: the estimate counts weights one by one, this does not
-        return self.limits.fit_bytes(least, memory_spread(w), self.capacity)
+        return self.limits.fit_bytes(least, self._spread(sharding), self.capacity)
+
+    def _may_fit(self, cut: Structure, dp: int, micro: int, recompute: str, sharding: Sharding) -> bool:
+        """Whether neither what is known of other micro-batches nor the bound of the memory rules a candidate out."""
+        name = (cut, dp, recompute, sharding)
+        low, high = self.sizes.get(name, (0, inf))
+        if low < micro < high:
+            spread = self._spread(sharding)
+            if self.limits.fit_bytes(0.999 * self.bounds.nbytes(cut, dp, micro, recompute, sharding), spread, self.capacity):
+                return True
+            self.sizes[name] = low, micro
+        return micro <= low
 
     def _fits(self, cut: Structure, dp: int, micro: int, recompute: str, sharding: Sharding) -> bool:
         """Whether a candidate fits; memory never falls with the micro-batch, so one that fits or not answers for smaller or larger ones."""
+        if not self._may_fit(cut, dp, micro, recompute, sharding):
+            return False
         name = (cut, dp, recompute, sharding)
         low, high = self.sizes.get(name, (0, inf))  # up to low they fit, from high on they do not
-        if low < micro < high:
+        if low < micro:
             self.result.sized += 1
             w = self.space.workload(cut, dp, micro, recompute, sharding)
-            alone = None
-            fits = self.limits.fit_bytes(0.999 * at_least(w, self.hardware), memory_spread(w), self.capacity)
-            if fits and w.pp > 1:  # the first stage keeps most micro-batches in flight, so it often decides
+            alone, fits = None, True
+            if w.pp > 1:  # the first stage keeps most micro-batches in flight, so it often decides
                 alone = estimate(w, self.hardware, only=0)
                 fits = self.limits.fit(alone)
             if fits and self.limits.fit(estimate(w, self.hardware, known=alone.stages if alone else ())):
@@ -271,34 +293,13 @@ class _Search:
             self.sizes[name] = low, high
         return micro <= low
 
-    def _bound(self, cut: Structure, dp: int, micro: int, recompute: str) -> float:
-        """A lower bound of the seconds of a step with these degrees; none for a measured CPU, whose few layouts are all timed."""
-        if self.hardware.cpu is not None:
-            return 0.0
-        microbatches = max(1, self.space.case.batch // (micro * dp))
-        layer, again, ends = self._seconds(cut, micro, recompute, single=microbatches == 1)
-        stage = self.space.base.model.layers // cut.pp * (layer + again)
-        seconds = microbatches * (stage + ends) + (cut.pp - 1) * stage / cut.vpp
-        nodes = cut.ranks * dp / self.hardware.gpus_per_node
-        return seconds * (1 + VALUES.node_spread * sqrt(2 * log(nodes))) if nodes > 1 else seconds
-
-    def _seconds(self, cut: Structure, micro: int, recompute: str, *, single: bool) -> tuple[float, float, float]:
-        """A layer's forward and backward, its recomputation, and the stage ends', by the ZeRO stage that takes least; seconds."""
-        one_stage = cut.pp == 1
-        name = (cut.tp, cut.cp, cut.sp, one_stage, micro, recompute, single)
-        if name not in self.layers:
-            least = (inf, inf, inf)
-            for stage in (1, 2):
-                w = self.space.workload(cut, self.space.case.batch // micro if single else 1, micro, recompute, (stage, "none", "none"))
-                f, b, r = layer_passes(w, self.hardware, scale=self.scale)
-                hf, hb = head_passes(w, self.hardware, scale=self.scale)
-                ends = hf.total + hb.total
-                if one_stage:
-                    ef, eb = embedding_passes(w, self.hardware)
-                    ends += ef.total + eb.total
-                least = (min(least[0], f.total + b.total), min(least[1], r.total), min(least[2], ends))
-            self.layers[name] = least
-        return self.layers[name]
+    def _spread(self, sharding: Sharding) -> Spread:
+        """How far off the memory of a sharding may be, which the layout doesn't change."""
+        if sharding not in self.spreads:
+            zero, optimizer, param = sharding
+            w = self.space.base.laid_out(zero=zero, offload_optimizer=optimizer, offload_param=param)
+            self.spreads[sharding] = memory_spread(w)
+        return self.spreads[sharding]
 
 
 _FAR = {"none": 0, "cpu": 1, "nvme": 2}

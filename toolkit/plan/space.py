@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from toolkit.config.explain import nearest
@@ -12,8 +13,8 @@ from toolkit.config.schema import RunConfig
 from toolkit.cost.workload import Workload
 from toolkit.errors import ConfigError
 from toolkit.hardware.catalogue import Hardware
-from toolkit.parallel import rules
 from toolkit.parallel.case import Case
+from toolkit.parallel.narrow import Broken, rules_by_group
 from toolkit.parallel.options import chunk_counts, divisors
 
 # an axis, its config key (dp follows from the GPUs and has none) and, where few, its values
@@ -36,6 +37,37 @@ LEAST_TOKENS = (
     4096  # of a context-parallel rank: with fewer, copies or tensor parallel ranks are the better use of GPUs, and the search takes longer
 )
 Sharding = tuple[int, str, str]  # ZeRO stage, optimizer offload, parameter offload
+# what a search changes of a Case, by what it changes together
+_CHANGED = {
+    "cut": ("tp", "pp", "vpp", "cp", "sp"),
+    "batch": ("world", "micro"),
+    "recompute": ("recompute",),
+    "sharding": ("stage", "opt_offload", "param_offload"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """The rules by when a search has to ask them; each list is independent of what the others look at."""
+
+    once: list[Broken]  # they look at nothing that a search changes
+    of_sharding: list[Broken]  # at the sharding alone
+    of_batch: list[Broken]  # at degrees and micro-batch alone
+    of_recompute: list[Broken]  # at the recomputation, perhaps beside those
+    of_both: list[Broken]  # at the sharding and anything else
+
+    @classmethod
+    def sorted_out(cls) -> _Asked:
+        asked = cls(once=[], of_sharding=[], of_batch=[], of_recompute=[], of_both=[])
+        for looked_at, rules in rules_by_group(_CHANGED).items():
+            if "sharding" in looked_at:
+                place = asked.of_sharding if len(looked_at) == 1 else asked.of_both
+            elif "recompute" in looked_at:
+                place = asked.of_recompute
+            else:
+                place = asked.of_batch if looked_at else asked.once
+            place += rules
+        return asked
 
 
 def parse_fixes(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
@@ -95,6 +127,16 @@ class Structure:
         return self.tp * self.pp * self.cp
 
 
+def structure_of(w: Workload) -> Structure:
+    """How a workload cuts its model."""
+    return Structure(tp=w.tp, pp=w.pp, vpp=w.vpp, cp=w.cp, sp=w.sp)
+
+
+def sharding_of(w: Workload) -> Sharding:
+    """How a workload shards its states and where they lie."""
+    return w.zero, w.offload_optimizer, w.offload_param
+
+
 @dataclass(frozen=True, kw_only=True)
 class Space:
     """All candidates for a config on at most max_gpus GPUs: what the axes span, whole nodes at a time; legality is the rules'."""
@@ -128,9 +170,10 @@ class Space:
         ]
         return sorted(allowed, key=lambda s: (s[1] != "none", s[2] != "none"))
 
-    def recomputes(self) -> list[str]:
+    @cached_property
+    def recomputes(self) -> tuple[str, ...]:
         """Recompute modes, least work first."""
-        return [r for r in AXES["recompute"][1] or () if self.allows("recompute", r)]
+        return tuple(r for r in AXES["recompute"][1] or () if self.allows("recompute", r))
 
     def structures(self) -> Iterator[tuple[Structure, list[Sharding]]]:
         """Every way to cut the model that breaks no rule with one copy and micro-batches of one, with its legal shardings.
@@ -139,7 +182,8 @@ class Space:
         that is illegal beside degrees of 1, or a sharding on the fewest GPUs it can have (one, or hpZ's group), is left out at once.
         """
         whole = Structure(tp=1, pp=1, vpp=1, cp=1, sp=False)
-        shardings = self._legal(whole, self.shardings())
+        shardings = [s for s in self.shardings() if self._sharding_legal(s)] if self._open else []
+        shardings = self._legal(whole, shardings)
         for tp in self._degrees("tp", self.case.heads):
             for cp in self._contexts() if self._legal(replace(whole, tp=tp), shardings) else ():
                 for pp in self._pipelines() if self._legal(replace(whole, tp=tp, cp=cp), shardings) else ():
@@ -163,12 +207,37 @@ class Space:
 
     def legal(self, cut: Structure, dp: int, micro: int, recompute: str, sharding: Sharding) -> bool:
         """What the table of rules says of one candidate."""
-        case = self.case
-        case.world = cut.ranks * dp
-        case.tp, case.pp, case.vpp, case.cp, case.sp = cut.tp, cut.pp, cut.vpp, cut.cp, cut.sp
-        case.micro, case.recompute = micro, recompute
-        case.stage, case.opt_offload, case.param_offload = sharding
-        return rules.legal(case)
+        if not (self._open and self._sharding_legal(sharding) and self.batch_legal(cut, dp, micro)):
+            return False
+        return bool(self.legal_shardings(cut, dp, micro, recompute, [sharding]))
+
+    def holds(self, w: Workload) -> bool:
+        """Whether a layout is one of these candidates."""
+        cut, sharding = structure_of(w), sharding_of(w)
+        axes: dict[str, Any] = {"tp": w.tp, "pp": w.pp, "vpp": w.vpp, "sp": w.sp, "recompute": w.recompute, "micro": w.micro}
+        axes |= {"zero": w.zero, "offload_optimizer": w.offload_optimizer, "offload_param": w.offload_param}
+        if not all(self.allows(axis, value) for axis, value in axes.items()):
+            return False
+        within = w.cp in self._contexts() and w.dp in self.copies(cut)
+        return within and self.legal(cut, w.dp, w.micro, w.recompute, sharding)
+
+    def batch_legal(self, cut: Structure, dp: int, micro: int) -> bool:
+        """Whether the degrees and the micro-batch break no rule, whatever the recomputation and the sharding."""
+        self._put(cut, dp, micro)
+        return not any(broken(self.case) for broken in self._asked.of_batch)
+
+    def legal_shardings(self, cut: Structure, dp: int, micro: int, recompute: str, shardings: Sequence[Sharding]) -> list[Sharding]:
+        """Those of a structure's shardings that are legal with a legal batch."""
+        case, found = self.case, []
+        self._put(cut, dp, micro)
+        case.recompute = recompute
+        if any(broken(case) for broken in self._asked.of_recompute):
+            return []
+        for sharding in shardings:
+            case.stage, case.opt_offload, case.param_offload = sharding
+            if not any(broken(case) for broken in self._asked.of_both):
+                found.append(sharding)
+        return found
 
     def workload(self, cut: Structure, dp: int, micro: int, recompute: str, sharding: Sharding) -> Workload:
         """The candidate as the estimator takes it."""
@@ -202,7 +271,33 @@ class Space:
 
     def _legal(self, cut: Structure, shardings: Sequence[Sharding]) -> list[Sharding]:
         fewest = max(1, self.case.hpz)  # hpZ's groups are made of whole copies, so there are at least as many as one group holds
-        return [s for s in shardings if any(self.legal(cut, fewest, 1, recompute, s) for recompute in self.recomputes())]
+        if not shardings or not self.batch_legal(cut, fewest, 1):
+            return []
+        legal: set[Sharding] = set()
+        for recompute in self.recomputes:
+            legal |= {*self.legal_shardings(cut, fewest, 1, recompute, shardings)}
+            if len(legal) == len(shardings):
+                return list(shardings)
+        return [s for s in shardings if s in legal]
+
+    @cached_property
+    def _asked(self) -> _Asked:
+        return _Asked.sorted_out()
+
+    @cached_property
+    def _open(self) -> bool:
+        """Whether the rules that no choice can mend hold."""
+        return not any(broken(self.case) for broken in self._asked.once)
+
+    def _sharding_legal(self, sharding: Sharding) -> bool:
+        case = self.case
+        case.stage, case.opt_offload, case.param_offload = sharding
+        return not any(broken(case) for broken in self._asked.of_sharding)
+
+    def _put(self, cut: Structure, dp: int, micro: int) -> None:
+        case = self.case
+        case.world, case.micro = cut.tp * cut.pp * cut.cp * dp, micro
+        case.tp, case.pp, case.vpp, case.cp, case.sp = cut.tp, cut.pp, cut.vpp, cut.cp, cut.sp
 
 
 def spec(hardware: Hardware, gpus: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,8 +45,8 @@ class Question:
         """The candidates of this question."""
         return Space.of(self.config, self.hardware, max_gpus=self.max_gpus, fixed=self.fixed)
 
-    def ask(self, *, top: int, known: Workload | None = None) -> SearchResult:
-        """Search it; known: of a plan that may be good here too."""
+    def ask(self, *, top: int, known: Iterable[Workload] = ()) -> SearchResult:
+        """Search it; known: of plans that may be good here too."""
         return search(self.space(), objective=self.objective, limits=self.limits, top=top, scale=self.scale, known=known)
 
 
@@ -260,7 +260,7 @@ def _gpus(question: Question) -> str:
 
 def _all_sized(question: Question) -> list[tuple[MemoryEstimate, Workload]]:
     """Every legal candidate of the smallest micro-batch and most recomputation, with its memory."""
-    space, recompute = question.space(), question.space().recomputes()[-1]
+    space, recompute = question.space(), question.space().recomputes[-1]
     sized = []
     for cut, shardings in space.structures():
         for dp in space.copies(cut):
@@ -306,8 +306,8 @@ def _remedies(question: Question, least: float | None) -> Iterator[str]:
         yield f"A GPU of {size(gib)} would do, such as {larger[0].name.upper()}."
 
 
-def _tried(question: Question, *, known: Workload | None = None) -> Plan | None:
-    plans = question.ask(top=1, known=known).plans or (question.ask(top=1).plans if known is not None else [])
+def _tried(question: Question, *, known: Iterable[Workload] = ()) -> Plan | None:
+    plans = question.ask(top=1, known=known).plans or (question.ask(top=1).plans if known else [])
     return plans[0] if plans else None
 
 
@@ -343,8 +343,19 @@ def _scale_of(gpu: Gpu, question: Question) -> float | None:
     return calibration.scale_for(gpu, question.config.train.precision)
 
 
+def _neighbours(plans: Sequence[Plan]) -> Iterator[Workload]:
+    """Layouts that may be good where something else than the layout has changed: those listed, with more recomputation, more
+    context-parallel ranks or more copies. The first ones are the likeliest."""
+    for recompute in (None, *(AXES["recompute"][1] or ())):
+        for cp, dp in ((1, 1.0), (2, 0.5), (1, 2.0), (2, 1.0)):
+            for plan in plans:
+                w = plan.workload
+                if recompute != w.recompute and (w.dp * dp).is_integer():
+                    yield w.laid_out(recompute=recompute or w.recompute, cp=w.cp * cp, dp=int(w.dp * dp))
+
+
 def _what_if(answer: Answer, change: str, question: Question) -> WhatIf:
-    best, plan = answer.best, _tried(question, known=answer.best.workload)
+    best, plan = answer.best, _tried(question, known=list(_neighbours(answer.result.plans)))
     if plan is None:
         return WhatIf(change=change, plan=None, text="nothing fits or meets the target")
     text = f"{share(plan.tokens_per_s, best.tokens_per_s)} tokens/s"
