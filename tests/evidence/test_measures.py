@@ -43,14 +43,14 @@ def test_predictions_of_the_sample_are_the_golden_ones(rows: list[dict[str, Any]
 
 
 def test_every_constant_of_time_and_memory_moves_a_golden_figure(rows: list[dict[str, Any]]) -> None:
-    """But those of software that the sample lacks: old drivers, pipelines with blocking sends, drives, misaligned heads, our own engine."""
+    """But those of software that the sample lacks: old drivers, blocking launches, drives, misaligned heads, our own engine."""
     known = golden(rows)
     absent = {
         "narrow_head",
         "nvme",
         "old_context",
         "old_communicator",
-        "blocked",
+        "launch_wait",
         "misaligned",
         "operator_host",
         "own_spare",

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from toolkit.cost.network import port
 from toolkit.errors import ConfigError
 from toolkit.evidence.published import predict, predict_file, read_row
 
@@ -189,6 +190,30 @@ def test_norms_that_are_not_fused_cost_memory_and_time() -> None:
     )
     assert chains["peak_allocated_gib"] > 1.04 * fused["peak_allocated_gib"]
     assert chains["tokens_per_s_per_gpu"] < 0.95 * fused["tokens_per_s_per_gpu"]
+
+
+def test_launches_that_block_cost_each_kernel_a_wait() -> None:
+    """The page with BigScience's runs says that those on 320 GPUs or more ran so; the wait is per launch, whatever its size."""
+    page = "https://github.com/bigscience-workshop/bigscience/blob/master/train/tr11-176B-ml/chronicles-prequel.md"
+    runs = {("framework",): "Megatron-DeepSpeed", ("attention",): "unfused", ("attention_as_printed",): "no flash"}
+    runs |= {("parallel", "tp"): 8, ("parallel", "pp"): 4}
+
+    def lost(gpus: int, micro: int) -> float:
+        sized = {("hardware", "count"): gpus, ("parallel", "dp"): gpus // 32, ("batch", "global"): 32 * gpus, ("batch", "micro"): micro}
+        rates = [predict(_with(runs | sized | {("url",): url}))["tokens_per_s_per_gpu"] for url in ("", page)]
+        return float(1 - rates[1] / rates[0])
+
+    assert lost(160, 1) == 0
+    assert lost(320, 1) > 1.5 * lost(320, 4) > 0
+
+
+def test_a_network_gives_what_was_measured_of_it() -> None:
+    """NCCL reached 40.5 of a port's 100 Gb/s over Omni-Path (bigscience, all_reduce_bench-a100-n4.txt)."""
+    rates = [
+        port(read_row(_with({("hardware", "interconnect"): f"NVLink; {ports}"}))[1]) * 8 * 8 / 4
+        for ports in ("4x Omni-Path per node", "4x HDR InfiniBand 100 Gb/s per node")
+    ]
+    assert rates == pytest.approx([40.5, 90.0])
 
 
 def test_what_cannot_be_answered_is_said() -> None:

@@ -69,6 +69,10 @@ class Constants:
         part="time",
         why="seconds in which Python and PyTorch's dispatcher launch one operator",
     )
+    launch_wait: float = _stated(
+        15e-6,
+        "from a kernel's end to the next launch with CUDA_LAUNCH_BLOCKING=1, beside operator_host: it took 80 GPUs of BigScience from 97.2 to 91.0 TFLOPs (chronicles-prequel.md, dealing with JZ hanging), 3.6 ms a layer and micro-batch for 3 times 52 operators",
+    )
     # links
     fabric_share: float = _stated(
         0.72,
@@ -104,14 +108,6 @@ class Constants:
     )
     whole_hidden: float = _fitted(
         "whole_hidden", prior=0.8, low=0.3, high=0.95, part="time", why="the same with user buffers or their like"
-    )
-    blocked: float = _fitted(
-        "blocked",
-        prior=0.05,
-        low=0.0,
-        high=0.2,
-        part="time",
-        why="share of a stage's time lost where its sends block: each stage waits for its neighbours' late micro-batches (single_sends)",
     )
     node_spread: float = _fitted(
         "node_spread", prior=0.008, low=0.0, high=0.03, part="time", why="standard deviation of a node's step time; the slowest counts"

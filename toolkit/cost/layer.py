@@ -150,7 +150,10 @@ OPERATORS = 40
 
 
 def host_time(w: Workload) -> float:
-    """Seconds the host needs to launch one layer's forward; its backward takes about as long. A GPU that is faster waits for it."""
+    """Seconds the host needs to launch one layer's forward; its backward takes about as long. A GPU that is faster waits for it.
+
+    Where launches block, each has a wait for its kernel's end too, in which the GPU does nothing.
+    """
     if w.stack.graphed:
         return 0.0
     s, operators = w.model, OPERATORS
@@ -158,7 +161,7 @@ def host_time(w: Workload) -> float:
     operators += 10 if s.norm == "rms" and not w.stack.norm_fused else 0
     operators += 0 if w.stack.elementwise_fused else 8
     operators += 12 if w.tp > 1 else 0  # each collective: its autograd function, buffers and waits
-    return operators * VALUES.operator_host
+    return operators * (VALUES.operator_host + (VALUES.launch_wait if w.stack.blocking_launches else 0.0))
 
 
 def weight_multiply(w: Workload, hardware: Hardware, tokens: int, out: int, inner: int, scale: float, *, backward: bool) -> float:

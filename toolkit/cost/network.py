@@ -29,6 +29,11 @@ class Group:
         return max(0, hops - far) * VALUES.fabric_step + far * VALUES.network_step
 
 
+def port(hardware: Hardware) -> float:
+    """GB/s of the network that collectives give one GPU while all GPUs of a node send."""
+    return hardware.nic_gb_s * (hardware.nic_share or VALUES.network_share)
+
+
 @cached(maxsize=4096)
 def group(hardware: Hardware, *, size: int, stride: int) -> Group:
     """The group of `size` ranks that lie `stride` apart in rank order (tp fastest, then cp, dp, pp).
@@ -44,7 +49,7 @@ def group(hardware: Hardware, *, size: int, stride: int) -> Group:
         fabric = gpu.pcie_gb_s * VALUES.pcie_share
     if inside >= size:
         return Group(size=size, inside=size, gb_s=fabric)
-    return Group(size=size, inside=inside, gb_s=min(fabric, hardware.nic_gb_s * VALUES.network_share * inside))
+    return Group(size=size, inside=inside, gb_s=min(fabric, port(hardware) * inside))
 
 
 def gather_time(nbytes: float, *, over: Group) -> float:
@@ -83,5 +88,5 @@ def send_time(nbytes: float, *, hardware: Hardware, distance: int) -> float:
     near = distance < hardware.domain
     gpu = hardware.gpu
     fabric = gpu.link_gb_s * VALUES.fabric_share if gpu.link_gb_s > 0 else gpu.pcie_gb_s * VALUES.pcie_share
-    rate = fabric if near else hardware.nic_gb_s * VALUES.network_share
+    rate = fabric if near else port(hardware)
     return VALUES.collective_start + (VALUES.fabric_step if near else VALUES.network_step) + nbytes / (rate * GB)

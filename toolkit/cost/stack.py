@@ -46,6 +46,7 @@ class Stack:
     saved_gathers: under sequence parallelism the gathered inputs of the weight multiplies are kept for the backward;
     whole_reduce: ZeRO-1 all-reduces whole gradients; gate_reduces: without sequence parallelism the two multiplies of a gated MLP
     each all-reduce their input's gradient; split_sends: pipeline sends of equal tensors are split over TP (arXiv 2104.04473, 4.1);
+    blocking_launches: each kernel is waited for before the next one is launched (CUDA_LAUNCH_BLOCKING=1);
     single_sends: a stage's sends and receives run one after the other (DeepSpeed, runtime/pipe/schedule.py: one instruction each);
     parallel_block: attention and MLP read one norm, and their results are added and reduced together;
     old_driver: CUDA before 11.7 and NCCL before 2.14: all kernels loaded, every peer of a communicator given its buffers.
@@ -76,6 +77,7 @@ class Stack:
     whole_reduce: bool = False
     gate_reduces: bool = False
     split_sends: bool = True
+    blocking_launches: bool = False
     single_sends: bool = False
     parallel_block: bool = False
     old_driver: bool = False

@@ -88,8 +88,6 @@ def step_time(w: Workload, hardware: Hardware, *, scale: float | None = None, un
         others = every - micro[slowest] + (w.pp - 1) * gathers
         parts["pipeline bubble"] = others / w.vpp
         parts["pipeline sends"] = pipeline_sends(w, hardware)
-        if w.stack.single_sends:
-            parts["pipeline sends"] += VALUES.blocked * m * micro[slowest]
     parts["data parallel"] = _data_parallel(w, hardware, f, b + r)
     parts["optimizer"], parts["offload"] = _optimizer(w, hardware, micro[slowest] * m)
     parts["stragglers"] = straggling(w.world, hardware) * sum(parts.values())
@@ -105,9 +103,11 @@ def _micro_batch(w: Workload, hardware: Hardware, scale: float) -> tuple[Stages,
     forward, backward, again = layer_passes(w, hardware, scale=scale)
     stages = {stage: _stage(w, hardware, scale, stage, forward, backward, again) for stage in _distinct_stages(w)}
     launches = launch_seconds(w, hardware)
-    waits = {  # of the GPU for the host, where it runs its kernels faster than they are launched
-        stage: max(0.0, w.layers_on(stage) * launches - f.total - b.total - r.total) for stage, (f, b, r) in stages.items()
+    waits = {  # of the GPU for the host: for each launch, or where it runs its kernels faster than they are launched
+        stage: w.layers_on(stage) * launches - (0.0 if w.stack.blocking_launches else f.total + b.total + r.total)
+        for stage, (f, b, r) in stages.items()
     }
+    waits = {stage: max(0.0, seconds) for stage, seconds in waits.items()}
     micro = {stage: f.total + b.total + r.total + waits[stage] for stage, (f, b, r) in stages.items()}
     return stages, waits, micro, sum(micro[_stands_for(stage, w)] for stage in range(w.pp))
 
@@ -173,7 +173,7 @@ def _zero_gathers(w: Workload, hardware: Hardware, stage: int, f: Pass, b: Pass,
     layers = w.layers_on(stage)
     over = network.group(hardware, size=w.shards, stride=w.tp)
     if w.stack.single_ring and over.across > 1:
-        over = replace(over, gb_s=hardware.nic_gb_s * VALUES.network_share)
+        over = replace(over, gb_s=network.port(hardware))
     per_layer = w.model.layer_parameters / w.tp
     rest = max(0.0, w.parameters_on(stage) - layers * per_layer)
     prefetched = w.zero == 3 or w.stack.sharding == "fsdp"

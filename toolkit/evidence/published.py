@@ -316,9 +316,13 @@ def _hardware(hw: Mapping[str, Any], gpu: Gpu, world: int) -> Hardware:
     per_node = min(_count(hw.get("gpus_per_node")) or gpu.gpus_per_node, world)
     nodes = max(1, -(-world // per_node))
     text = str(hw.get("interconnect") or "")
-    return Hardware(gpu=gpu, gpus_per_node=per_node, nodes=nodes, nic_gb_s=_nic(text, per_node) or gpu.nic_gb_s)
+    share = next((share for name, share in _REACHED if name in text.lower()), 0.0)
+    return Hardware(gpu=gpu, gpus_per_node=per_node, nodes=nodes, nic_gb_s=_nic(text, per_node) or gpu.nic_gb_s, nic_share=share)
 
 
+# the part of a port's rate that collectives reach where somebody has measured less than InfiniBand gives. Omni-Path: 40.5 of 100 Gb/s,
+# bus bandwidth of NCCL 2.10 over four nodes (bigscience, experiments/bandwidth/all_reduce_bench-a100-n4.txt)
+_REACHED = (("omni-path", 0.405), ("omnipath", 0.405))
 # Gb/s of a port of networks that are printed by name alone: their makers' datasheets
 _PORTS = (("omni-path", 100), ("omnipath", 100), ("fdr", 56), ("edr", 100), ("hdr", 200), ("ndr", 400), ("slingshot", 200))
 

@@ -160,11 +160,22 @@ _OTHERWISE: tuple[tuple[str, dict[str, Any]], ...] = (
     (r"aa-scaling|aleph", {"gradients": "autograd", "whole_reduce": True, "gate_reduces": True, "reduce_bytes": 4.0, "dp_overlap": False}),
 )
 
+# what the page that a row was read from says of all its runs on so many GPUs or more
+_PAGES: tuple[tuple[str, int, dict[str, Any]], ...] = (
+    # section "dealing with JZ hanging": without CUDA_LAUNCH_BLOCKING=1 runs on 320 GPUs "always" hang, and it stays in use
+    (r"tr11-176b-ml/chronicles-prequel", 320, {"blocking_launches": True}),
+)
+
 
 def _stated(stack: Stack, row: Mapping[str, Any], framework: str) -> Stack:
-    """The switches that a row's own words set."""
+    """The switches that a row's own words set, or the page it was read from."""
     for pattern, switches in _OTHERWISE:
         if re.search(pattern, framework):
+            stack = replace(stack, **switches)
+    hardware = row.get("hardware")
+    gpus = hardware.get("count") if isinstance(hardware, Mapping) else None
+    for pattern, least, switches in _PAGES:
+        if isinstance(gpus, int) and gpus >= least and re.search(pattern, str(row.get("url") or "").lower()):
             stack = replace(stack, **switches)
     flags = row.get("flags")
     flagged = " ".join(map(str, flags)).lower() if isinstance(flags, list) else ""

@@ -52,6 +52,7 @@ class Gpu:
 class Hardware:
     """A cluster of equal nodes: GPU, GPUs per node, nodes, and one GPU's share of the node's network.
 
+    nic_share: the part of that rate which collectives reach; 0 where nobody has measured it, for what InfiniBand reaches.
     cpu: what `toolkit calibrate` has measured of the nodes' processors, where ranks run on those; threads: of each such rank, 0 for
     its share of the cores. Neither enters a comparison: what is kept by cluster is of GPUs.
     """
@@ -60,6 +61,7 @@ class Hardware:
     gpus_per_node: int
     nodes: int
     nic_gb_s: float
+    nic_share: float = 0.0
     cpu: CpuRates | None = field(default=None, compare=False, repr=False)
     threads: int = field(default=0, compare=False)
 
