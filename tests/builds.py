@@ -10,7 +10,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-# Nobody writes to the build's standard input. It ends when the session is gone, and the group then holds all compilers.
+# Nobody writes to the build's standard input. It ends when the session is gone, and the group then
+# holds all compilers.
 _WATCH = """
 import os, signal, threading
 

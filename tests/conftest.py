@@ -25,12 +25,14 @@ settings.register_profile("suite", deadline=None, derandomize=True, suppress_hea
 settings.load_profile("suite")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# the tests' own builds: another environment's would be compiled anew each time, and its locks are not ours to judge
+# the tests' own builds: another environment's would be compiled anew each time, and its locks are
+# not ours to judge
 os.environ["TORCH_EXTENSIONS_DIR"] = str(
     Path(__file__).parents[1] / "build" / f"extensions-py{sys.version_info.major}{sys.version_info.minor}"
 )
 
-# compiled anew in each session: one that was killed while it linked would leave a library that no later session can load
+# compiled anew in each session: one that was killed while it linked would leave a library that no
+# later session can load
 INDUCTOR = tempfile.TemporaryDirectory(prefix="inductor-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = INDUCTOR.name
 
@@ -86,7 +88,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long files first, so that processes that share the tests end together; with --all-cells what waits for a compiler last."""
+    """Long files first, so that processes that share the tests end together; with --all-cells what
+    waits for a compiler last.
+    """
     if not config.option.all_cells:
         left_out = [i for i in items if i.get_closest_marker("all_cells")]
         config.hook.pytest_deselected(items=left_out)
@@ -102,7 +106,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start compiling as soon as it is clear that offload will be tested; what no test's name tells is started when it is asked for."""
+    """Start compiling as soon as it is clear that offload will be tested; what no test's name tells
+    is started when it is asked for.
+    """
     waiting = [i.name for i in session.items if "extension" in getattr(i, "fixturenames", ())]
     names = {"cpu_adam"} if any("cpu" in name or "offload" in name for name in waiting) else set()
     names |= {"cpu_adam", "async_io"} if any("nvme" in name for name in waiting) else set()

@@ -1,4 +1,5 @@
-"""The training program itself on the ranks of a pool: what `python -m toolkit.train` does, without starting a process a rank.
+"""The training program itself on the ranks of a pool: what `python -m toolkit.train` does, without
+starting a process a rank.
 
 config_of() writes the YAML of a run as a mapping, train() is what the pool calls on every rank, metrics() and tensors() read what
 the run left on the disk.
@@ -55,7 +56,9 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def tensors(checkpoint: Path) -> dict[str, str]:
-    """Digest of every tensor that a checkpoint folder holds, by file and name: weights, moments, random generators."""
+    """Digest of every tensor that a checkpoint folder holds, by file and name: weights, moments,
+    random generators.
+    """
     import torch
     from safetensors import safe_open
 

@@ -26,7 +26,8 @@ class CellFailed(Exception):
 
 
 class Pool:
-    """`size` processes; run(module:function, world_size, argument) calls function(argument) on ranks 0..world_size-1.
+    """`size` processes; run(module:function, world_size, argument) calls function(argument) on
+    ranks 0..world_size-1.
 
     Each call has its own torch.distributed world. After a failure the processes are started anew,
     so that a broken cell cannot spoil the next one.
@@ -68,7 +69,8 @@ class Pool:
         return [results[r] for r in range(world_size)]
 
     def _start(self) -> None:
-        # torch, megatron-core and deepspeed are imported once for all: by a server, or by who runs one test after the other
+        # torch, megatron-core and deepspeed are imported once for all: by a server, or by who runs
+        # one test after the other
         context: Any = mp.get_context(os.environ.get("TESTS_POOL_START", "forkserver"))
         if context.get_start_method() == "forkserver":
             context.set_forkserver_preload(["tests.preload"])

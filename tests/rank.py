@@ -41,9 +41,10 @@ def micro_batches(config: Any, layout: Any, dp: int, step: int) -> Iterator[Batc
 class Rank:
     """Config, layout, model chunks, engine and schedule of this rank, made as the training loop makes them.
 
-    data: (prepared data, training set) of a run that resumes, saves, or starts from weights; None: of one that does none of it.
-    optimizer: as the engine's argument. loss: a function to train with instead of the mean. machine: what the rules are told of this
-    machine; None: a CPU.
+    data: (prepared data, training set) of a run that resumes, saves, or starts from weights; None:
+    of one that does none of it.
+    optimizer: as the engine's argument. loss: a function to train with instead of the mean.
+    machine: what the rules are told of this machine; None: a CPU.
     """
 
     def __init__(
@@ -91,7 +92,9 @@ class Rank:
         return micro
 
     def step(self, number: int) -> tuple[float, float]:
-        """Train one step at the learning rate that is set: its loss, the mean over all ranks, and the global gradient norm."""
+        """Train one step at the learning rate that is set: its loss, the mean over all ranks, and
+        the global gradient norm.
+        """
         loss, norm = self.forward_backward(self.micro(number)), float(self.engine.finish())
         total = torch.zeros(()) if loss is None or self.at.tp else loss / self.layout.copies
         dist.all_reduce(total)

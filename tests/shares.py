@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# folders whose files share what takes seconds to set up: two hosts, prepared data, a profiled run, a tiny model
+# folders whose files share what takes seconds to set up: two hosts, prepared data, a profiled run,
+# a tiny model
 TOGETHER = {"cluster": "hosts", "train": "train", "profile": "profile", "report": "profile"}
 # the longest first: what is left at the end is short, and the processes end together
 FIRST = ("parity/", "train/", "cluster/", "test_readme.py", "profile/", "site/", "checkpoint/", "cost/", "rehearse/", "gpu_check/")

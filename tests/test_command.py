@@ -1,4 +1,6 @@
-"""The command as a user meets it: versions, Ctrl-C, numbers of processes, and the exit codes that docs name."""
+"""The command as a user meets it: versions, Ctrl-C, numbers of processes, and the exit codes that
+docs name.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def test_the_module_is_the_command() -> None:
 
 @pytest.mark.parametrize("moment", ["importing", "working"])
 def test_ctrl_c_before_a_run_starts_is_exit_code_130_without_a_traceback(moment: str, tmp_path: Path) -> None:
-    """The signal comes from a file that the command reads: a config (a pipe, so that it waits), or a module that it imports."""
+    """The signal comes from a file that the command reads: a config (a pipe, so that it waits), or
+    a module that it imports.
+    """
     if moment == "importing":
         (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
         process = subprocess.Popen(

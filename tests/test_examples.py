@@ -72,7 +72,9 @@ def test_own_dataset(ran: Ran) -> None:
 
 
 def test_early_stop(ran: Ran) -> None:
-    """A learning rate of 0 improves nothing: evaluations after steps 2, 4 and 6, and the end is agreed on in step 7."""
+    """A learning rate of 0 improves nothing: evaluations after steps 2, 4 and 6, and the end is
+    agreed on in step 7.
+    """
     first, _ = ran("early_stop.py", "optimizer.lr=0", "optimizer.min_lr=0", "train.eval_every=2", "train.eval_steps=1")
     assert re.search(r"stopped after step 7, as the hook EarlyStop: no evaluation below .* for 2 times asked", first), first
     records = ran.metrics("early-stop")

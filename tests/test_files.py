@@ -1,4 +1,6 @@
-"""A write that fails leaves the old file whole, and what a killed writer leaves is gone when the next one comes."""
+"""A write that fails leaves the old file whole, and what a killed writer leaves is gone when the
+next one comes.
+"""
 
 from __future__ import annotations
 

@@ -67,7 +67,9 @@ def test_readme_error_is_what_is_said() -> None:
 
 @pytest.mark.parametrize("name", RECIPES, ids=str)
 def test_recipe_is_legal_and_says_what_to_expect(name: Path) -> None:
-    """A recipe that names its machine fits it, and its comment is today's estimate (`make recipes` writes it)."""
+    """A recipe that names its machine fits it, and its comment is today's estimate (`make recipes`
+    writes it).
+    """
     path = ROOT / "launch" / "recipes" / name
     spec = hardware(path.read_text())
     processes = PROCESSES[name.name] if spec is None else parse_hardware(spec).count

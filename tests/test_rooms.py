@@ -73,7 +73,8 @@ def _rooms_imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_one_way(path: Path) -> None:
-    # a room's __main__ is a program over the whole house, as the commands of cli.py are, and nothing imports it
+    # a room's __main__ is a program over the whole house, as the commands of cli.py are, and
+    # nothing imports it
     room = "cli" if path.name == "__main__.py" else path.relative_to(ROOT).parts[0].removesuffix(".py")
     if room == "__init__":
         return  # the package's door: it names what it offers, and loads it when it is asked for
@@ -87,7 +88,8 @@ def test_deepspeed_is_imported_in_one_file() -> None:
     assert users == {"engine/zero.py"}
 
 
-# attributes of DeepSpeed's optimizers and of parameters that it partitions: they change with its versions, so two files know them
+# attributes of DeepSpeed's optimizers and of parameters that it partitions: they change with its
+# versions, so two files know them
 DEEPSPEED_FILES = {"engine/zero.py", "engine/deepspeed_state.py"}
 PRIVATE = re.compile(
     r"""\b(

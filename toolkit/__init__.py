@@ -1,6 +1,7 @@
 """Train GPT and Llama on megatron-core layers with DeepSpeed ZeRO, in any layout, with the same result.
 
-The Python API is in docs/api.md. Its names are loaded when they are first asked for: `import toolkit` alone loads no torch.
+The Python API is in docs/api.md. Its names are loaded when they are first asked for:
+`import toolkit` alone loads no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""`python -m toolkit`, and the command `toolkit`: Ctrl-C while it is still importing ends it without a traceback."""
+"""`python -m toolkit`, and the command `toolkit`: Ctrl-C while it is still importing ends it
+without a traceback.
+"""
 
 from __future__ import annotations
 

@@ -156,7 +156,9 @@ def estimate(
     kv: Annotated[Kv | None, typer.Option(help="--inference: as toolkit generate's")] = None,
     offload: Annotated[Place | None, typer.Option(help="--inference: as toolkit generate's")] = None,
 ) -> None:
-    """Say how much memory a run needs and how long a step takes, without a GPU; exit code 1 where it does not fit."""
+    """Say how much memory a run needs and how long a step takes, without a GPU; exit code 1 where
+    it does not fit.
+    """
     savings = {name: value for name, value in (("weights", weights), ("kv", kv), ("offload", offload)) if value is not None}
     if not inference and (batch is not None or context is not None or savings):
         name = next(iter([n for n, v in (("batch", batch), ("context", context)) if v is not None] + list(savings)))

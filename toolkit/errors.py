@@ -53,7 +53,9 @@ class TrainingError(ToolkitError):
 
 
 class Stopped(ToolkitError):
-    """A signal has ended the run after a whole step and before its last one; what was to be saved is saved."""
+    """A signal has ended the run after a whole step and before its last one; what was to be saved
+    is saved.
+    """
 
     exit_code = 143  # 128 + SIGTERM, which is what the launcher sends to the ranks whatever it has received
 
@@ -71,7 +73,9 @@ def name_of(function: Any) -> str:
 
 
 def raised_by(what: str, error: BaseException, *, rank: int | None = None, kind: type[ToolkitError] = TrainingError) -> ToolkitError:
-    """The error to show for an exception in code that the user handed in; names the innermost line that is neither ours nor a library's."""
+    """The error to show for an exception in code that the user handed in; names the innermost line
+    that is neither ours nor a library's.
+    """
     own = str(__file__).removesuffix("errors.py")
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [f for f in frames if not f.filename.startswith(own) and "site-packages" not in f.filename] or list(frames)

@@ -1,4 +1,6 @@
-"""Files and folders that are whole or not there: durable writes, folders published under their final name, folder locks."""
+"""Files and folders that are whole or not there: durable writes, folders published under their
+final name, folder locks.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +46,11 @@ def keep_others_out() -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; the file written there takes the name when the block ends, after an fsync.
+    """Yield a temporary path beside `path`; the file written there takes the name when the block
+    ends, after an fsync.
 
-    If anything raises before that, the temporary file is removed and `path` stays as it was. The folder must exist.
+    If anything raises before that, the temporary file is removed and `path` stays as it was. The
+    folder must exist.
     """
     part = path.with_name(f".{os.getpid()}.tmp.{path.name}")  # libraries choose a format by the suffix
     try:
@@ -59,7 +63,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_durably(path: Path, data: bytes | str) -> None:
-    """Replace a small file in one step, once its new content is on disk; text is written as UTF-8. OSError leaves the old file."""
+    """Replace a small file in one step, once its new content is on disk; text is written as UTF-8.
+    OSError leaves the old file.
+    """
     with replacing(path) as part:
         part.write_bytes(data.encode() if isinstance(data, str) else data)
 
@@ -71,7 +77,9 @@ def sync_file(path: Path) -> None:
 
 
 def file_sha256(path: Path, *, progress: Callable[[int], None] = lambda _: None) -> str:
-    """Return the sha256 of a file in hex; progress is called with the number of bytes read since its last call."""
+    """Return the sha256 of a file in hex; progress is called with the number of bytes read since
+    its last call.
+    """
     digest, piece = hashlib.sha256(), memoryview(bytearray(_CHUNK))
     with path.open("rb", buffering=0) as file:
         while n := file.readinto(piece):
@@ -99,7 +107,9 @@ def remove_tree(folder: Path, *, token: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> list[str]:
-    """Delete what killed runs left half-written or half-deleted; nothing else may use the folder meanwhile. Returns the names."""
+    """Delete what killed runs left half-written or half-deleted; nothing else may use the folder
+    meanwhile. Returns the names.
+    """
     left = [p for p in folder.iterdir() if p.name.startswith((".partial-", ".deleted-")) and p.is_dir()]
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
@@ -107,9 +117,11 @@ def remove_leftovers(folder: Path) -> list[str]:
 
 
 class FolderLock:
-    """Holds a folder until the process ends or release() is called; raises CheckpointError where another process has it.
+    """Holds a folder until the process ends or release() is called; raises CheckpointError where
+    another process has it.
 
-    A POSIX record lock: the system drops it however the process ends, forked readers do not inherit it, and NFS knows it.
+    A POSIX record lock: the system drops it however the process ends, forked readers do not inherit
+    it, and NFS knows it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -150,10 +162,11 @@ class FolderLock:
 
 
 class Partial:
-    """`with Partial(final) as p: write into p.folder …; p.publish()`: after the block `final` is whole, or nothing is there.
+    """`with Partial(final) as p: write into p.folder …; p.publish()`: after the block `final` is
+    whole, or nothing is there.
 
-    What killed processes left of the same `final` is removed first: a lock in each folder tells whether its writer still lives.
-    Raises OSError where the parent cannot be written.
+    What killed processes left of the same `final` is removed first: a lock in each folder tells
+    whether its writer still lives. Raises OSError where the parent cannot be written.
     """
 
     def __init__(self, final: Path) -> None:
@@ -189,7 +202,9 @@ class Partial:
 
 
 def _abandoned(folder: Path) -> bool:
-    """Whether a folder's writer has ended, so that its lock is free; a folder without a lock is just being made or published."""
+    """Whether a folder's writer has ended, so that its lock is free; a folder without a lock is
+    just being made or published.
+    """
     try:
         with (folder / LOCK).open("r+b") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
 """Secrets of the environment stay out of what is written: logs, saved configs, error messages.
 
-A variable is a secret by its name: HF_TOKEN, WANDB_API_KEY, PGPASSWORD. Where its value stands in a text, `<HF_TOKEN>` takes its
-place.
+A variable is a secret by its name: HF_TOKEN, WANDB_API_KEY, PGPASSWORD. Where its value stands in a
+text, `<HF_TOKEN>` takes its place.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ MIN_LENGTH = 6  # a shorter value would also be replaced within ordinary words
 
 
 def is_secret(name: str) -> bool:
-    """Whether a variable's name says that its value is a secret: one of its words ends in TOKEN, KEY, SECRET, PASSWORD…"""
+    """Whether a variable's name says that its value is a secret: one of its words ends in TOKEN,
+    KEY, SECRET, PASSWORD…
+    """
     return any(part.endswith(WORDS) for part in name.upper().split("_"))
 
 
 def secrets_of(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Name of the variable by secret value, longest values first, so that one within another is replaced as the whole."""
+    """Name of the variable by secret value, longest values first, so that one within another is
+    replaced as the whole.
+    """
     environ = os.environ if environ is None else environ
     found = {value.strip(): name for name, value in environ.items() if len(value.strip()) >= MIN_LENGTH and is_secret(name)}
     return {value: found[value] for value in sorted(found, key=len, reverse=True)}
@@ -65,7 +69,9 @@ class Redacted(logging.Formatter):
 
 
 def hide_secrets() -> None:
-    """Keep secrets out of what this process says from here on: the root logger's lines, and the traceback of an error nobody catches."""
+    """Keep secrets out of what this process says from here on: the root logger's lines, and the
+    traceback of an error nobody catches.
+    """
     for handler in logging.getLogger().handlers:
         if not isinstance(handler.formatter, Redacted):
             handler.setFormatter(Redacted(handler.formatter))

@@ -31,7 +31,9 @@ _CHUNK = 1 << 19  # hashed and written at a time: small enough to stay in the pr
 
 
 class Rows:
-    """A lazy concatenation of tensors along dimension 0: they are written one after the other and never copied together."""
+    """A lazy concatenation of tensors along dimension 0: they are written one after the other and
+    never copied together.
+    """
 
     def __init__(self, pieces: Sequence[Tensor]) -> None:
         self.pieces = list(pieces)
@@ -45,7 +47,9 @@ class Rows:
 
 
 def mapped(path: Path, *, dtype: torch.dtype, shape: Sequence[int], offset: int) -> Tensor:
-    """A tensor of a file through a memory map of its own: nothing is copied, and the pages are released with the tensor."""
+    """A tensor of a file through a memory map of its own: nothing is copied, and the pages are
+    released with the tensor.
+    """
     size = torch.Size(shape).numel() * dtype.itemsize
     if not size:
         return torch.empty(tuple(shape), dtype=dtype)
@@ -58,7 +62,9 @@ def mapped(path: Path, *, dtype: torch.dtype, shape: Sequence[int], offset: int)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor | Rows], *, metadata: Mapping[str, str]) -> FileRecord:
-    """Write a new safetensors file and sync it. The library's own writer neither syncs nor returns a checksum."""
+    """Write a new safetensors file and sync it. The library's own writer neither syncs nor returns
+    a checksum.
+    """
     entries = {n: (t.dtype, list(t.shape), iter(t.pieces if isinstance(t, Rows) else (t,))) for n, t in tensors.items()}
     return write_stream(path, entries, metadata=metadata)
 
@@ -66,7 +72,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | Rows], *, metadata:
 def write_stream(
     path: Path, entries: Mapping[str, tuple[torch.dtype, list[int], Iterator[Tensor]]], *, metadata: Mapping[str, str]
 ) -> FileRecord:
-    """Like write_tensors, with each tensor given as dtype, shape and its pieces in order; only one piece need exist at a time.
+    """Like write_tensors, with each tensor given as dtype, shape and its pieces in order; only one
+    piece need exist at a time.
 
     Raises ValueError where the pieces do not add up to the shape.
     """

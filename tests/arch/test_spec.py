@@ -1,4 +1,6 @@
-"""The table of a model's weights, held to the megatron-core model of every family and to what each layout makes of it."""
+"""The table of a model's weights, held to the megatron-core model of every family and to what each
+layout makes of it.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def spec_of(variant: dict[str, Any]) -> ModelSpec:
 
 
 def compare(model: dict[str, Any]) -> list[str]:
-    """In a worker: build every stage of a model for TP 1-3 and PP 1-3 on stand-in groups; what differs from the table."""
+    """In a worker: build every stage of a model for TP 1-3 and PP 1-3 on stand-in groups; what
+    differs from the table.
+    """
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state

@@ -16,9 +16,11 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
+from toolkit.calibrate.distance import alike, handover_seconds
+from toolkit.calibrate.pieces import quarter
 from toolkit.cluster.environment import rank_environment
 from toolkit.config.load import as_config
 from toolkit.config.schema import RunConfig
@@ -28,7 +30,7 @@ from toolkit.hardware.catalogue import parse_hardware
 from toolkit.hardware.cpu import CpuRates, load_cpu
 
 log = logging.getLogger("bench")
-WARM_UP, SECONDS, FEWEST, MOST = 2, 1.6, 5, 24
+WARM_UP, SECONDS, FEWEST, MOST, TRIES = 2, 1.6, 5, 24, 3
 PROFILED = 2  # steps whose parts are told apart, after the timed ones
 PARTS = {  # of an estimate, by what `toolkit profile` tells apart
     "compute": ("matmul", "attention", "memory-bound kernels", "recompute", "launches"),
@@ -146,10 +148,10 @@ TRIED = (
 )
 
 
-def predicted(case: Case, rates: CpuRates) -> tuple[float, dict[str, float]]:
-    """Seconds of a step, and its parts as `toolkit profile` tells them apart."""
+def predicted(case: Case, rates: CpuRates, *, handover_s: float = 0.0) -> tuple[float, dict[str, float]]:
+    """Seconds of a step with the cores at a distance, and its parts as `toolkit profile` tells them apart."""
     hardware = replace(parse_hardware(f"cpu:{case.ranks}"), cpu=rates, threads=case.threads)
-    estimate = cpu_step_time(Workload.of(case.config(Path("runs")), case.ranks), hardware)
+    estimate = cpu_step_time(Workload.of(case.config(Path("runs")), case.ranks), hardware, handover_s=handover_s)
     return estimate.step, {part: sum(estimate.parts[name] for name in names) for part, names in PARTS.items()}
 
 
@@ -229,14 +231,28 @@ def _steps(run: Any, case: Case, world: Any) -> dict[str, Any]:
         record, _ = run._step(number)
         return float(record.step_s)
 
+    def apart() -> float:
+        found = torch.tensor([handover_seconds() if world.rank == 0 else 0.0], dtype=torch.float64)
+        dist.broadcast(found, 0)
+        return float(found)
+
+    session = Session(run, world, run.layout, Path(), None)  # type: ignore[arg-type]
     times = [one(n + 1) for n in range(WARM_UP)]
+    done = WARM_UP
     count = torch.tensor([min(MOST, max(FEWEST, round(SECONDS / times[-1])))])
     dist.broadcast(count, 0)
-    times = [one(WARM_UP + n + 1) for n in range(int(count))]
-    session = Session(run, world, run.layout, Path(), None)  # type: ignore[arg-type]
-    session.step = WARM_UP + len(times)
-    parts = session._timed(PROFILED)["seconds"]
+    after = apart()
+    for _ in range(TRIES):  # again where the machine's host has moved the cores meanwhile
+        before = after
+        times = [one(done + n + 1) for n in range(int(count))]
+        session.step = done + len(times)
+        parts = session._timed(PROFILED)["seconds"]
+        done, after = session.step + 1, apart()
+        if alike(before, after):
+            break
     return {
+        "handover_s": before,
+        "moved": not alike(before, after),
         "step": median(times),
         "steps": len(times),
         "times": times,
@@ -257,10 +273,12 @@ def rows(cases: Sequence[Case], records: Sequence[Mapping[str, Any]], rates: Cpu
         mine = [r for r in records if r["case"] == i]
         if not mine:
             continue
-        times = sorted(seconds for r in mine for seconds in r["times"])
-        step, middle = times[len(times) // 4], median(times)
-        likely, parts = predicted(case, rates)
-        measured = {part: min(r["parts"][part] for r in mine) for part in mine[0]["parts"]}
+        # each turn beside what is predicted for the distance at which the cores were then
+        turns = [predicted(case, rates, handover_s=r["handover_s"]) for r in mine]
+        likely = mean(seconds for seconds, _ in turns)
+        parts = {part: mean(p[part] for _, p in turns) for part in turns[0][1]}
+        step, middle = mean(quarter(r["times"]) for r in mine), mean(r["step"] for r in mine)
+        measured = {part: mean(r["parts"][part] for r in mine) for part in mine[0]["parts"]}
         apart = max(r["step"] for r in mine) / min(r["step"] for r in mine) - 1
         found.append(
             {
@@ -270,6 +288,7 @@ def rows(cases: Sequence[Case], records: Sequence[Mapping[str, Any]], rates: Cpu
                 "middle": likely / middle - 1,
                 "error": likely / step - 1,
                 "apart": apart,
+                "handovers": [r["handover_s"] for r in mine],
                 "p": parts,
                 "m": measured,
             }
@@ -293,15 +312,15 @@ def table(found: Sequence[Mapping[str, Any]], rates: CpuRates, *, machine: str) 
         ),
         "",
         "| configuration (layers × width, micro-batches × sequences × tokens) | ranks × threads | predicted, ms | measured, ms | error "
-        "| turns apart | compute, ms | optimizer, ms | messages and waiting, ms |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| turns apart | hand-over, ns | compute, ms | optimizer, ms | messages and waiting, ms |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in found:
         parts = " | ".join(f"{1e3 * r['p'][part]:.1f} / {1e3 * r['m'][part]:.1f}" for part in PARTS)
         case = r["case"]
         lines.append(
             f"| {case.name} | {case.ranks} × {case.threads} | {1e3 * r['predicted']:.1f} | {1e3 * r['measured']:.1f} | {r['error']:+.0%} "
-            f"| {r['apart']:.0%} | {parts} |"
+            f"| {r['apart']:.0%} | {', '.join(f'{1e9 * s:.0f}' for s in r['handovers'])} | {parts} |"
         )
     far = [r for r in found if abs(r["error"]) > 0.15]
     if far:

@@ -36,7 +36,9 @@ def test_a_table_counts_what_is_near_and_names_what_is_off() -> None:
     for i, factor in ((0, 1.0), (1, 1.1), (2, 2.0)):
         step, parts = predicted(CASES[i], made_up())
         measured = parts | {"optimizer": parts["optimizer"] + (factor - 1) * step, "forward": 0.0, "backward": 0.0}
-        records += [{"case": i, "step": factor * step, "times": [factor * step] * 4, "parts": measured} for _ in range(2)]
+        records += [
+            {"case": i, "handover_s": 1e-7, "step": factor * step, "times": [factor * step] * 4, "parts": measured} for _ in range(2)
+        ]
     found = rows(CASES, records, made_up())
     assert [round(r["error"], 3) for r in found] == [0, -0.091, -0.5]
     text = table(found, made_up(), machine="here")

@@ -55,7 +55,7 @@ def test_the_hosts_own_time_is_found_behind_runs() -> None:
     machine, programs = made_up(), {}
     for mode, (keys, shapes) in (modes.ALONE | modes.TWO).items():
         ranks = modes.ranks_of(mode)
-        hardware = replace(parse_hardware(f"cpu:{ranks}"), cpu=machine)
+        hardware = replace(parse_hardware(f"cpu:{ranks}"), threads=1, cpu=machine)
         configs = {(n, m): modes.program(keys, layers=n, microbatches=m, ranks=ranks, folder=Path("runs")) for n, m in shapes}
         programs[mode] = [[n, m, cpu_step_time(Workload.of(c, ranks), hardware).step] for (n, m), c in configs.items()]
     assert set(programs) == set(MODES) == set(machine.host)

@@ -67,7 +67,9 @@ def config_of(folder: Path, keys: dict[str, Any], *, steps: int, checkpoint: dic
 
 
 def train(raw: dict[str, Any], *, machine: Any = None) -> dict[str, Any]:
-    """Losses and norms of the steps taken, and the digests of all parameters at the end. machine: as tests.rank's."""
+    """Losses and norms of the steps taken, and the digests of all parameters at the end. machine:
+    as tests.rank's.
+    """
     from toolkit.runfolder.metrics import StepRecord
     from toolkit.train.lr import learning_rate
 

@@ -27,8 +27,9 @@ CONTEXT.set_forkserver_preload(PRELOADED)
 class Run:
     """`python -m toolkit.train CONFIG` on each rank.
 
-    killer: (rank, n) kills that rank, and then all, before its n-th change to the checkpoints. limits: of the last rank (resource.setrlimit); that of
-    its data is what it may take beyond what it holds at its start.
+    killer: (rank, n) kills that rank, and then all, before its n-th change to the checkpoints.
+    limits: of the last rank (resource.setrlimit); that of its data is what it may take beyond what
+    it holds at its start.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class Run:
             self.processes.append(process)
 
     def wait(self, *, deadline_s: float = 600.0) -> int:
-        """The first exit code that is not 0, or 0; once a rank is gone that way the others are killed, as a launcher does."""
+        """The first exit code that is not 0, or 0; once a rank is gone that way the others are
+        killed, as a launcher does.
+        """
         end = time.monotonic() + deadline_s
         while time.monotonic() < end:
             codes = [p.exitcode for p in self.processes]
@@ -107,7 +110,9 @@ def _rank(env: dict[str, Any], arguments: list[str], output: str, kill_at: int |
 
 
 def kill_before_change(n: int) -> None:
-    """SIGKILL this process before its n-th change to a file or folder named like those of checkpoints; n = 0: never, but count."""
+    """SIGKILL this process before its n-th change to a file or folder named like those of
+    checkpoints; n = 0: never, but count.
+    """
     count = 0
 
     def event(path: Any) -> None:

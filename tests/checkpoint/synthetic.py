@@ -24,7 +24,9 @@ CHUNK = 1 << 22
 
 
 def write(folder: Path, model: dict[str, Any], *, dp: int = 1, stage: int = 1, step: int = 3) -> Path:
-    """A Llama's checkpoint as `dp` ranks save it; whole tensors lie end to end, so that no two ranks hold the same values."""
+    """A Llama's checkpoint as `dp` ranks save it; whole tensors lie end to end, so that no two
+    ranks hold the same values.
+    """
     config = parse_config(
         {"run": {"dir": str(folder)}, "model": model, "zero": {"stage": stage}, "train": {"global_batch_size": 8, "seq_length": 32}}
     )

@@ -1,4 +1,6 @@
-"""Damaged, missing, foreign and contested checkpoints: each is named, nothing is deleted, and the run goes on where it may."""
+"""Damaged, missing, foreign and contested checkpoints: each is named, nothing is deleted, and the
+run goes on where it may.
+"""
 
 from __future__ import annotations
 

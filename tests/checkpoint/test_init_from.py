@@ -1,4 +1,6 @@
-"""checkpoint.init_from: a new run begins with another's weights, in any layout, and with nothing else of it."""
+"""checkpoint.init_from: a new run begins with another's weights, in any layout, and with nothing
+else of it.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def trained(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 def test_any_layout(
     keys: dict[str, Any], trained: tuple[Path, list[float]], pool: Pool, tmp_path: Path, compiled: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Losses and norms of two steps: the second shows that moments are new, since old ones would move the weights elsewhere."""
+    """Losses and norms of two steps: the second shows that moments are new, since old ones would
+    move the weights elsewhere.
+    """
     compiled(keys)
     run, expected = trained
     found = pool.run(TRAIN, 2, config_of(tmp_path, keys, steps=2, checkpoint={"init_from": str(run)}), deadline_s=120)[0]
@@ -94,7 +98,9 @@ def test_nothing_there(trained: tuple[Path, list[float]], tmp_path: Path) -> Non
 
 
 def test_the_whole_program(text: Path, tmp_path: Path) -> None:
-    """As a user does it: a run, a second from its weights with warm-up, an interruption, and a damaged file."""
+    """As a user does it: a run, a second from its weights with warm-up, an interruption, and a
+    damaged file.
+    """
     first = write_config(tmp_path / "first", text, steps=2, every=2)
     with running(lambda: Run(first)) as run:
         assert run.wait() == 0, run.text()

@@ -32,8 +32,9 @@ def newest(checkpoints: Path) -> int:
 
 
 # A chain of runs: each goes on from what the one before left and is killed a few changes later than that one.
-# One save with its pruning is about 30 changes on rank 0 and 9 on rank 1, so each chain goes through two of them. Every test run takes
-# every sixth change, the two ways of saving in turn; `make test-all` takes every third of each.
+# One save with its pruning is about 30 changes on rank 0 and 9 on rank 1, so each chain goes
+# through two of them. Every test run takes every sixth change, the two ways of saving in turn;
+# `make test-all` takes every third of each.
 @pytest.mark.parametrize(
     ("rank", "points", "async_save"),
     [

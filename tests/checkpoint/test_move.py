@@ -112,7 +112,9 @@ def test_a_run_that_moves(chain: str, pool: Pool, tmp_path: Path, compiled: Call
 
 
 def test_offline_and_on_the_fly_are_the_same(pool: Pool, tmp_path: Path) -> None:
-    """What was cut beforehand is read back rank by rank, and gives the bits of the run that cut it while loading."""
+    """What was cut beforehand is read back rank by rank, and gives the bits of the run that cut it
+    while loading.
+    """
     base = {"train.precision": "bf16", "model.dropout": 0.1, "model.tie_embeddings": True}
     run(pool, tmp_path / "source", base, leg(2, 1, **TP), steps=LEG)
     there = leg(4, 3, **PP)
@@ -127,7 +129,9 @@ def test_offline_and_on_the_fly_are_the_same(pool: Pool, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("stage", "key"), [(2, {"round_robin_gradients": True}), (3, {"sub_group_size": 3000})])
 def test_the_same_layout_cut_otherwise(stage: int, key: dict[str, Any], pool: Pool, tmp_path: Path) -> None:
-    """DeepSpeed's own keys change what lies where in the same layout: seen in the files, and nothing but the way of reading changes."""
+    """DeepSpeed's own keys change what lies where in the same layout: seen in the files, and
+    nothing but the way of reading changes.
+    """
     base = {"model.dropout": 0.1, "model.num_layers": 2}
     whole = run(pool, tmp_path, base, leg(2, stage), steps=2 * LEG)
     shutil.rmtree(tmp_path / f"checkpoints/step-{2 * LEG:08d}")
@@ -229,7 +233,9 @@ class Ids:
 
 
 def test_the_same_samples_in_every_step(text: Path, tmp_path: Path) -> None:
-    """Real runs on 1, 4 and 2 data-parallel ranks in one chain: micro-batches of 4, 1 and 2 are derived, and the losses are one run's."""
+    """Real runs on 1, 4 and 2 data-parallel ranks in one chain: micro-batches of 4, 1 and 2 are
+    derived, and the losses are one run's.
+    """
     config = write_config(tmp_path, text, steps=2, every=2, keep=9)
     same = ("optimizer.schedule=constant", "train.micro_batch_size=4", "model.dropout=0")
     assert (one := Run(config, *same, "train.steps=6", f"run.dir={tmp_path / 'one'}")).wait() == 0, one.text()

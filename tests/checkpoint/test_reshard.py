@@ -1,4 +1,6 @@
-"""`toolkit checkpoint reshard`: there and back again gives the same bytes, in bounded memory, and what is wrong is named."""
+"""`toolkit checkpoint reshard`: there and back again gives the same bytes, in bounded memory, and
+what is wrong is named.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +116,9 @@ TO = ["parallel.tp=2", "parallel.pp=2", "zero.stage=3", "--num-procs", 4, "--wor
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Beyond what a worker takes for an empty model, most of it torch itself: two of the largest tensors and 50 MiB of buffers."""
+    """Beyond what a worker takes for an empty model, most of it torch itself: two of the largest
+    tensors and 50 MiB of buffers.
+    """
     least = peak_bytes(synthetic.write(tmp_path / "tiny", MODEL), tmp_path / "none", *TO)
     states, largest = synthetic.state_bytes(SMALL)
     bound = 2 * largest + (50 << 20)

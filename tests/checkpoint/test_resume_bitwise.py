@@ -25,7 +25,8 @@ def name(c: tuple[int, dict[str, Any]]) -> str:
     return "-".join([f"{c[0]}ranks", *(f"{k.split('.')[1]}={v}" for k, v in c[1].items() if k not in ("model.dropout", "zero.deepspeed"))])
 
 
-# the loss scale doubles after every second step: a resumed run must know it, and where between two doublings it is
+# the loss scale doubles after every second step: a resumed run must know it, and where between two
+# doublings it is
 MOVING_SCALE = {"fp16": {"initial_scale_power": 6, "loss_scale_window": 2}}
 CELLS = [
     cell(1, 0),

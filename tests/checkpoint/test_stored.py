@@ -1,6 +1,8 @@
-"""A checkpoint that an earlier version saved is read, resumed and moved: what users keep must outlive what we change.
+"""A checkpoint that an earlier version saved is read, resumed and moved: what users keep must
+outlive what we change.
 
-stored/step-00000002 is of TP 2 × ZeRO-2 in fp32, saved before model.qkv_bias and model.sliding_window were keys.
+stored/step-00000002 is of TP 2 × ZeRO-2 in fp32, saved before model.qkv_bias and
+model.sliding_window were keys.
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ import psutil
 
 
 def watched(*arguments: object) -> tuple[float, int]:
-    """Run `python ARGUMENTS`: seconds, and peak resident bytes of its largest process (the kernel's high-water mark, looked at often)."""
+    """Run `python ARGUMENTS`: seconds, and peak resident bytes of its largest process (the kernel's
+    high-water mark, looked at often).
+    """
     started = time.perf_counter()
     process = psutil.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = 0

@@ -1,4 +1,6 @@
-"""An elastic run over three hosts: started, watched from outside, and compared with a run that nothing has disturbed."""
+"""An elastic run over three hosts: started, watched from outside, and compared with a run that
+nothing has disturbed.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,9 @@ class Taken(NamedTuple):
     grad_norm: float
 
     def is_that_of(self, other: Taken) -> bool:
-        """Whether it is the same step, computed by other ranks: sums in another order differ in their last bits."""
+        """Whether it is the same step, computed by other ranks: sums in another order differ in
+        their last bits.
+        """
         return self.loss == pytest.approx(other.loss, rel=2e-5) and self.grad_norm == pytest.approx(other.grad_norm, rel=2e-4)
 
 

@@ -24,11 +24,13 @@ AT = 25  # the step at which a fault strikes: half-way between two checkpoints
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """id: of the test; title: the row's first cell; strike: does it to a run; says: a pattern of what the user then sees.
+    """id: of the test; title: the row's first cell; strike: does it to a run; says: a pattern of
+    what the user then sees.
 
-    words: options of the run beside the usual ones; before: done to the hosts before the start, returns what undoes it; code: the exit code;
-    lost_steps: most that may be taken again; recoveries: starts after the first, at least; default: whether `make test`
-    has it.
+    words: options of the run beside the usual ones; before: done to the hosts before the start,
+    returns what undoes it; code: the exit code;
+    lost_steps: most that may be taken again; recoveries: starts after the first, at least; default:
+    whether `make test` has it.
     """
 
     id: str
@@ -178,7 +180,9 @@ def another_version(hosts: TwoHosts) -> Callable[[], None]:
 
 
 def fill_disk(run: Elastic) -> None:
-    """What a rank other than 0 writes fails after 4 KB, as it does where a disk or a quota is full: its part of a checkpoint."""
+    """What a rank other than 0 writes fails after 4 KB, as it does where a disk or a quota is full:
+    its part of a checkpoint.
+    """
     run.wait_for_step(AT)
     (rank,) = [one for host in ("host-a", "host-b") for one in run.ranks(host) if one.environ().get("RANK") == "1"][:1] or run.ranks(
         "host-c"

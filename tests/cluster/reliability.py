@@ -1,4 +1,5 @@
-"""docs/reliability.md from real runs: `python -m tests.cluster.reliability [FAULT…] --write docs/reliability.md`.
+"""docs/reliability.md from real runs:
+`python -m tests.cluster.reliability [FAULT…] --write docs/reliability.md`.
 
 Each fault strikes a run over three hosts, and what came of it is a row. Rows of faults that are not
 named stay as they are.
@@ -25,7 +26,9 @@ HEAD = "| fault | what the user sees | exit code | detect, s | recover, s | of i
 def outlive(
     fault: Fault, hosts: TwoHosts, config: Path, expected: Mapping[int, Taken], *, lost_after_s: float, words: tuple[str, ...] = ()
 ) -> str:
-    """Let a fault strike a run, hold the run to what the fault's data say, and return its row; words: more options of the run."""
+    """Let a fault strike a run, hold the run to what the fault's data say, and return its row;
+    words: more options of the run.
+    """
     undo = fault.before(hosts) if fault.before else None
     try:
         run = Elastic(hosts, config, fault.id, "--min-nodes", "1", *fault.words, *words, lost_after_s=lost_after_s)

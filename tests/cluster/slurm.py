@@ -1,4 +1,6 @@
-"""A real Slurm on this machine: munged, slurmctld and slurmd of the system's packages, with one node of two CPUs."""
+"""A real Slurm on this machine: munged, slurmctld and slurmd of the system's packages, with one
+node of two CPUs.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ class Slurm:
 
 @contextmanager
 def slurm(folder: Path) -> Iterator[Slurm]:
-    """Start the daemons under folder (absolute, short, empty), wait until the node is idle, yield, and end them."""
+    """Start the daemons under folder (absolute, short, empty), wait until the node is idle, yield,
+    and end them.
+    """
     host = socket.gethostname().split(".")[0]
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)

@@ -1,4 +1,5 @@
-"""A rank for the launch tests: meets the others over gloo, adds up their ranks, then does what its arguments say.
+"""A rank for the launch tests: meets the others over gloo, adds up their ranks, then does what its
+arguments say.
 
 Usage: -m tests.cluster.smoke CONFIG [exit=CODE] [meet=SECONDS] [wait=FOLDER [deaf=1]] [kill=RANK].
 """

@@ -1,4 +1,5 @@
-"""A run over three hosts under random faults, every step compared with an uncut run: `python -m tests.cluster.soak --minutes N`.
+"""A run over three hosts under random faults, every step compared with an uncut run:
+`python -m tests.cluster.soak --minutes N`.
 
 A fault strikes, the run recovers, the host is mended, the next fault follows. It ends with an error
 at the first wrong loss or gradient norm, lost step beyond the promise, or hang; the seed makes the
@@ -29,9 +30,11 @@ from toolkit.runfolder.recoveries import Recovery
 STEPS_A_MINUTE = 90  # about as many as a run takes that is struck again and again
 LOST_AFTER_S = 5.0
 WATCHDOG = "train.watchdog_s=3"
-# most steps taken again, by how checkpoints are saved: beside a save that has not ended, steps go on until the next one is due
+# most steps taken again, by how checkpoints are saved: beside a save that has not ended, steps go
+# on until the next one is due
 SAVES = {"checkpoint.async_save=false": EVERY, "checkpoint.async_save=true": 2 * EVERY - 1}
-# at the learning rate of the other tests, sums in another order grow to more than the comparison allows within a thousand steps
+# at the learning rate of the other tests, sums in another order grow to more than the comparison
+# allows within a thousand steps
 LEARNING_RATE = 3.0e-5
 BEYOND_START = ("detect", "tear down", "plan", "load", "first step")
 BEGIN, END = "<!-- soak: begin -->", "<!-- soak: end -->"
@@ -85,7 +88,9 @@ def mend(run: Elastic, host: str) -> None:
 
 @dataclass
 class Outlived:
-    """What came of the faults. recoveries: the first one after each fault, by its kind; steps: those compared with the uncut run."""
+    """What came of the faults. recoveries: the first one after each fault, by its kind; steps:
+    those compared with the uncut run.
+    """
 
     recoveries: dict[str, list[Recovery]] = field(default_factory=lambda: defaultdict(list))
     starts: int = 0
@@ -116,7 +121,9 @@ def _spread(seconds: list[float]) -> str:
 
 
 def soak(run: Elastic, expected: dict[int, Taken], *, minutes: float, draw: random.Random) -> Outlived:
-    """Strike the run again and again for so many minutes, or until it is almost done, and compare all its steps after every recovery."""
+    """Strike the run again and again for so many minutes, or until it is almost done, and compare
+    all its steps after every recovery.
+    """
     outlived = Outlived()
     end = time.monotonic() + 60 * minutes
     while time.monotonic() < end and run.step < len(expected) - 6 * EVERY:

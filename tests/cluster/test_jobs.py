@@ -1,4 +1,6 @@
-"""What `toolkit launch` hands to other launchers and schedulers: accepted by them, quoted, and refused where it cannot work."""
+"""What `toolkit launch` hands to other launchers and schedulers: accepted by them, quoted, and
+refused where it cannot work.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The launcher: its command, the environment it gives, exit codes and signals, with real ranks on this machine."""
+"""The launcher: its command, the environment it gives, exit codes and signals, with real ranks on
+this machine.
+"""
 
 from __future__ import annotations
 

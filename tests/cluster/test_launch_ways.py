@@ -1,4 +1,6 @@
-"""Every way to start a run really starts it, and it has the losses of one process: Slurm, torchrun, mpirun, DeepSpeed without ssh."""
+"""Every way to start a run really starts it, and it has the losses of one process: Slurm, torchrun,
+mpirun, DeepSpeed without ssh.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,9 @@ load(name="slow", sources=[sys.argv[1]], is_python_module=False)
 
 
 def build(folder: Path, monkeypatch: pytest.MonkeyPatch, *, seconds: float) -> subprocess.Popen[bytes]:
-    """Start a real build of the extension `slow` with a compiler that takes that long, and return once it compiles."""
+    """Start a real build of the extension `slow` with a compiler that takes that long, and return
+    once it compiles.
+    """
     source, compiler = folder / "slow.cpp", folder / "slow-c++"
     source.write_text("int answer() { return 42; }\n")
     compiler.write_text(f'#!/bin/sh\ncase "$*" in *slow.cpp*) sleep {seconds};; esac\nexec c++ "$@"\n')

@@ -1,4 +1,6 @@
-"""What a run lacks is said before any process starts: packages, a compiler, libaio, a disk that can be written."""
+"""What a run lacks is said before any process starts: packages, a compiler, libaio, a disk that can
+be written.
+"""
 
 from __future__ import annotations
 

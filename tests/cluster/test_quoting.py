@@ -1,7 +1,8 @@
-"""Names, paths and overrides reach a rank as they were given, whatever shells lie between: nothing in them is ever executed.
+"""Names, paths and overrides reach a rank as they were given, whatever shells lie between: nothing
+in them is ever executed.
 
-Each command line that the project makes is run by a real `sh -c` (or bash), with a program that prints its arguments in the place
-of python. DeepSpeed's lines are those of its own runner.
+Each command line that the project makes is run by a real `sh -c` (or bash), with a program that
+prints its arguments in the place of python. DeepSpeed's lines are those of its own runner.
 """
 
 from __future__ import annotations

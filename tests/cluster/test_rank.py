@@ -1,4 +1,6 @@
-"""A rank's process ends with its exit code, after what was to be done at exit and without Python being taken down."""
+"""A rank's process ends with its exit code, after what was to be done at exit and without Python
+being taken down.
+"""
 
 from __future__ import annotations
 

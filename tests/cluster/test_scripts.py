@@ -1,4 +1,6 @@
-"""The scripts in launch/: what they say when called wrongly, and that errors come through. test_two_hosts_train.py trains."""
+"""The scripts in launch/: what they say when called wrongly, and that errors come through.
+test_two_hosts_train.py trains.
+"""
 
 from __future__ import annotations
 

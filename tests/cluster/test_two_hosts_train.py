@@ -51,7 +51,9 @@ def test_a_refused_config_is_one_message_with_exit_code_2(two_hosts: TwoHosts, c
 @pytest.mark.all_cells
 @pytest.mark.parametrize("frozen", ["rank", "host"])
 def test_a_frozen_host_is_named_and_does_not_hold_the_run(two_hosts: TwoHosts, config: Path, tmp_path: Path, frozen: str) -> None:
-    """The other rank's watchdog reports it; a guard kills a frozen rank, and the launcher does not wait for a frozen host."""
+    """The other rank's watchdog reports it; a guard kills a frozen rank, and the launcher does not
+    wait for a frozen host.
+    """
     run = tmp_path / "run"
     words = [f"run.dir={run}", "train.steps=2000", "train.watchdog_s=5", "--hostfile", str(two_hosts.hostfile)]
     process = two_hosts.start([sys.executable, "-m", "toolkit.cli", "launch", str(config), *words])

@@ -1,9 +1,11 @@
-"""Two hosts on one machine: Linux namespaces joined by a bridge, with sshd and pdsh, so that the cluster's own commands run.
+"""Two hosts on one machine: Linux namespaces joined by a bridge, with sshd and pdsh, so that the
+cluster's own commands run.
 
-Each host has its own network, process ids, host name, /run, /etc/hosts and ssh client configuration; the file system, and with it
-the repository and the interpreter, is shared as on a cluster. The bridge lives in a third namespace: nothing is added to the
-machine's network, and no traffic leaves. The namespaces have no name and hold no process but ours, so the kernel removes them, and
-all that runs in them, as soon as this process ends in whatever way.
+Each host has its own network, process ids, host name, /run, /etc/hosts and ssh client
+configuration; the file system, and with it the repository and the interpreter, is shared as on a
+cluster. The bridge lives in a third namespace: nothing is added to the machine's network, and no
+traffic leaves. The namespaces have no name and hold no process but ours, so the kernel removes
+them, and all that runs in them, as soon as this process ends in whatever way.
 """
 
 from __future__ import annotations
@@ -57,11 +59,15 @@ class TwoHosts:
     pids: dict[str, int]
 
     def run(self, module: str, args: Sequence[str], *, timeout: float = 900, environ: Mapping[str, str] | None = None) -> tuple[int, str]:
-        """Run a module's ranks, one on each host, by the `deepspeed` launcher given on host-a; returns exit code and output."""
+        """Run a module's ranks, one on each host, by the `deepspeed` launcher given on host-a;
+        returns exit code and output.
+        """
         return self._finish(self.launch(module, args, environ=environ), timeout=timeout)
 
     def launch(self, module: str, args: Sequence[str], *, environ: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-        """Start what run() runs, and return without waiting for it; args: the config's path and the overrides."""
+        """Start what run() runs, and return without waiting for it; args: the config's path and the
+        overrides.
+        """
         command = cluster_command(args[0], args[1:], hostfile=self.hostfile, master_addr=ADDRESSES["host-a"], module=module)
         variables = self.folder / "deepspeed_env"
         env = {**self.environment, **(environ or {})}
@@ -71,7 +77,9 @@ class TwoHosts:
     def shell(
         self, command: Sequence[str], *, host: str = "host-a", timeout: float = 300, environ: Mapping[str, str] | None = None
     ) -> tuple[int, str]:
-        """Run any command on one host, in the repository's root; exit code (124 after the timeout) and stdout with stderr."""
+        """Run any command on one host, in the repository's root; exit code (124 after the timeout)
+        and stdout with stderr.
+        """
         return self._finish(self.start(command, host=host, environ=environ), timeout=timeout)
 
     def start(self, command: Sequence[str], *, host: str = "host-a", environ: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
@@ -112,7 +120,9 @@ class TwoHosts:
 
 @contextmanager
 def two_hosts(folder: Path, addresses: Mapping[str, str] = ADDRESSES) -> Iterator[TwoHosts]:
-    """Build the hosts, their keys and configuration under folder (absolute, empty), yield them, and take them down."""
+    """Build the hosts, their keys and configuration under folder (absolute, empty), yield them, and
+    take them down.
+    """
     _write_configuration(folder, addresses)
     running: list[subprocess.Popen[str]] = []
     try:
@@ -158,7 +168,9 @@ def _host_setup(folder: Path, *, host: str) -> str:
 
 
 def _first_process(running: list[subprocess.Popen[str]], setup: str, last: str, *, log: Path) -> int:
-    """Start new namespaces, set them up and leave `last` as their process 1; returns its pid as seen from here."""
+    """Start new namespaces, set them up and leave `last` as their process 1; returns its pid as
+    seen from here.
+    """
     with log.open("w") as out:
         process = subprocess.Popen(
             [*UNSHARE, "sh", "-c", f"{setup} && touch {log}.ready && exec {last}"], stdout=out, stderr=out, text=True
@@ -197,7 +209,9 @@ def _wait_for_ssh(hosts: TwoHosts) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """A user's login on host-a: this interpreter first on the PATH, the toolkit importable, gloo told its interface."""
+    """A user's login on host-a: this interpreter first on the PATH, the toolkit importable, gloo
+    told its interface.
+    """
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "GLOO_", "LOCAL_", "PDSH_", "DS_", "SLURM_"))}
     for name in ("RANK", "WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE"):
         env.pop(name, None)

@@ -163,7 +163,9 @@ def damaged(tree: dict[str, Any], mutations: list[tuple[int, int, int]]) -> dict
 
 
 def outcome(make: Any, world_size: int) -> Layout | None:
-    """Run the whole way to DeepSpeed's JSON; a refusal must say something that any terminal and file can hold."""
+    """Run the whole way to DeepSpeed's JSON; a refusal must say something that any terminal and
+    file can hold.
+    """
     try:
         config = make()
         layout = check(config, world_size, machine=GPU)

@@ -1,4 +1,6 @@
-"""Every key that the installed DeepSpeed reads has its place in the table, and the table does what it says."""
+"""Every key that the installed DeepSpeed reads has its place in the table, and the table does what
+it says.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def merged(data: Any, **sections: Any) -> RunConfig:
 
 
 class Recorder(dict[str, Any]):
-    """A mapping that notes each key that is asked of it; a section that is not there is another one of these."""
+    """A mapping that notes each key that is asked of it; a section that is not there is another one
+    of these.
+    """
 
     asked: ClassVar[set[str]] = set()
 

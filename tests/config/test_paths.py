@@ -1,4 +1,6 @@
-"""Paths of a YAML are looked for beside it first; a run cut short on the command line just runs; two names for the data are refused."""
+"""Paths of a YAML are looked for beside it first; a run cut short on the command line just runs;
+two names for the data are refused.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,9 @@ TOKENS = 24
 
 
 def draw(seed: int, *, even: bool) -> dict[str, Any]:
-    """A Llama's shape: odd head counts, 1 to n query heads a group, heads of any width. even: heads and MLP that two ranks can share."""
+    """A Llama's shape: odd head counts, 1 to n query heads a group, heads of any width. even: heads
+    and MLP that two ranks can share.
+    """
     r = random.Random(seed)
     groups = r.choice((2, 4) if even else (1, 3, 5))
     heads = groups * r.choice((1, 2, 3))

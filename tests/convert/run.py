@@ -35,7 +35,8 @@ def start(raw: dict[str, Any]) -> Rank:
 
 @torch.no_grad()
 def logits(raw: dict[str, Any]) -> np.ndarray | None:
-    """Logits [b, s, padded vocabulary] of the model that a run starts with; on the last stage, None elsewhere.
+    """Logits [b, s, padded vocabulary] of the model that a run starts with; on the last stage, None
+    elsewhere.
 
     raw: the YAML, and as "tokens" a file of ids [b, s], if not the usual ones.
     """

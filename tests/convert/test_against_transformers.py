@@ -159,7 +159,9 @@ def test_the_command_above_the_config_is_legal(shape: dict[str, int], cut: list[
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_trained_in_another_layout(precision: str, pool: Pool, tmp_path: Path) -> None:
-    """HF -> import -> a step of TP 2 x PP 2 x ZeRO-3 with a learning rate of 0 -> save -> export: the same bits."""
+    """HF -> import -> a step of TP 2 x PP 2 x ZeRO-3 with a learning rate of 0 -> save -> export:
+    the same bits.
+    """
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     shape = models.draw(4, even=True) | {"tie_word_embeddings": precision == "bf16"}
     hf = models.saved(models.llama(**shape), tmp_path / "hf", dtype=dtype)

@@ -1,4 +1,6 @@
-"""A model written as GGUF comes back bit for bit, is to transformers what it was, and says so where it cannot be written."""
+"""A model written as GGUF comes back bit for bit, is to transformers what it was, and says so where
+it cannot be written.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def test_weights_come_back_bit_for_bit(family: str, tmp_path: Path) -> None:
 
 
 def test_gpt2_is_stored_as_llama_cpp_has_it(tmp_path: Path) -> None:
-    """Linear weights the other way round than transformers' Conv1D; its reader takes no GPT-2 of another size than the published one."""
+    """Linear weights the other way round than transformers' Conv1D; its reader takes no GPT-2 of
+    another size than the published one.
+    """
     import gguf
     from safetensors.torch import load_file
 

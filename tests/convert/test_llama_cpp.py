@@ -1,4 +1,6 @@
-"""llama.cpp computes with an exported GGUF file what the toolkit computes; `make test-llama-cpp` builds and runs it."""
+"""llama.cpp computes with an exported GGUF file what the toolkit computes; `make test-llama-cpp`
+builds and runs it.
+"""
 
 from __future__ import annotations
 

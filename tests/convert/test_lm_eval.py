@@ -1,4 +1,5 @@
-"""lm-evaluation-harness scores an exported folder as the toolkit scores the checkpoint; `make test-lm-eval` installs and runs it.
+"""lm-evaluation-harness scores an exported folder as the toolkit scores the checkpoint;
+`make test-lm-eval` installs and runs it.
 
 Nothing is fetched: the tasks are local files. Each kind of request that the harness makes has its task.
 """
@@ -112,7 +113,9 @@ def test_choices_are_as_probable_as_here(pool: Pool, scored: tuple[Path, dict[st
 
 
 def test_text_is_as_probable_as_to_evaluate(pool: Pool, scored: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    """Windows of the context's length that do not overlap, after one end of a document: `toolkit evaluate`'s own."""
+    """Windows of the context's length that do not overlap, after one end of a document:
+    `toolkit evaluate`'s own.
+    """
     from toolkit.data.prepare import prepare
     from toolkit.evaluate.resolve import Task, resolve_evaluation
 

@@ -1,5 +1,5 @@
-"""A real pretrained model: SmolLM2-135M-Instruct from GGUF computes what transformers computes with it, still knows what it knew, and
-answers, cut by heads, what transformers has it answer.
+"""A real pretrained model: SmolLM2-135M-Instruct from GGUF computes what transformers computes with
+it, still knows what it knew, and answers, cut by heads, what transformers has it answer.
 """
 
 from __future__ import annotations

@@ -49,7 +49,9 @@ def test_long_documents_are_cut_into_whole_samples_and_a_rest() -> None:
 
 @pytest.mark.parametrize("size", [64, 300])
 def test_an_epoch_of_samples(config: Build, prefix: object, size: int) -> None:
-    """As a run reads them: each token of the file once an input, and once a label unless it begins a document."""
+    """As a run reads them: each token of the file once an input, and once a label unless it begins
+    a document.
+    """
     index = read_index(str(prefix))
     ids = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
     run = config(

@@ -49,7 +49,9 @@ prepare(sys.argv[2], out=out, workers=int(sys.argv[3]), tokenizer=sys.argv[4], s
 def start(
     source: Path, out: Path, *, workers: int = 1, tokenizer: str = "train:300", shard_bytes: int = SMALL, stop_when: str = "False"
 ) -> subprocess.Popen[bytes]:
-    """Prepare in a process of its own. stop_when: an expression in `work`; the process stops itself at the first file it opens after that."""
+    """Prepare in a process of its own. stop_when: an expression in `work`; the process stops itself
+    at the first file it opens after that.
+    """
     arguments = [str(out), str(source), str(workers), tokenizer, str(shard_bytes)]
     command = [sys.executable, "-c", PREPARE.replace("{moment}", stop_when), *arguments]
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)

@@ -1,7 +1,8 @@
 """Defects to plant on one of two hosts, each with the red line in which doctor must find it.
 
-`plant` and `mend` are lines for the host's own shell, with these variables: FOLDER (the test's, shared by both hosts), SITE (the
-interpreter's packages), REPO, PYTHON. A mount is seen on that host alone. Nothing outlives the hosts.
+`plant` and `mend` are lines for the host's own shell, with these variables: FOLDER (the test's,
+shared by both hosts), SITE (the interpreter's packages), REPO, PYTHON. A mount is seen on that host
+alone. Nothing outlives the hosts.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
 
 @dataclass(frozen=True, kw_only=True)
 class Defect:
-    """One defect. check, found: the row's check, and a pattern in what it says or in its fix; alone: it needs a run of its own,
-    because it hides others (an unreachable host says nothing more). words: more words for doctor; environ: of its caller.
+    """One defect. check, found: the row's check, and a pattern in what it says or in its fix;
+    alone: it needs a run of its own, because it hides others (an unreachable host says nothing
+    more). words: more words for doctor; environ: of its caller.
     """
 
     name: str

@@ -1,4 +1,6 @@
-"""Doctor's judgement of what cannot be planted here: GPUs, and networks of a cluster; and what it knows without a host."""
+"""Doctor's judgement of what cannot be planted here: GPUs, and networks of a cluster; and what it
+knows without a host.
+"""
 
 from __future__ import annotations
 

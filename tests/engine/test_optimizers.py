@@ -1,4 +1,6 @@
-"""Every optimizer of the registry against torch's own, on the whole model in one process; and optimizers that a program plugs in."""
+"""Every optimizer of the registry against torch's own, on the whole model in one process; and
+optimizers that a program plugs in.
+"""
 
 from __future__ import annotations
 
@@ -74,8 +76,9 @@ class Plain:
 
 
 def both(raw: dict[str, Any]) -> dict[str, Any]:
-    """Losses of our engine and of a plain loop, the largest difference of any weight, and how far the weight that moved least and the
-    one that moved most came, in a worker."""
+    """Losses of our engine and of a plain loop, the largest difference of any weight, and how far
+    the weight that moved least and the one that moved most came, in a worker.
+    """
     from toolkit.model.build import build_chunks
 
     rank = Rank(raw)
@@ -109,7 +112,8 @@ def test_the_same_as_torch(name: str, pool: Pool) -> None:
     found = pool.run("tests.engine.test_optimizers:both", 1, Cell(1, KEYS | {"optimizer.name": name}).raw(), deadline_s=120)[0]
     ours, theirs = found["losses"]
     assert ours == pytest.approx(theirs, rel=1e-6)
-    # gradients summed in another order differ in fp32's last digit, which bf16 sometimes rounds to another neighbour
+    # gradients summed in another order differ in fp32's last digit, which bf16 sometimes rounds to
+    # another neighbour
     assert found["apart"] < (0.05 if name == "muon" else 1e-3) * max(found["moved"]), found
     assert min(found["moved"]) > 0
 
@@ -126,7 +130,9 @@ def test_matrices_are_the_parts_that_other_formats_keep() -> None:
 
 
 def same_gradients(raw: dict[str, Any]) -> tuple[float, float]:
-    """Our Muon and torch's on the same random gradients: how far they end apart, and how far they came, in a worker."""
+    """Our Muon and torch's on the same random gradients: how far they end apart, and how far they
+    came, in a worker.
+    """
     rank = Rank(raw)
     config, engine = rank.config, rank.engine
     muon = engine.optimizer.optimizer.members["muon"]

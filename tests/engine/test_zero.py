@@ -51,7 +51,9 @@ def test_zero3_holds_only_its_part(pool: Pool) -> None:
 
 
 def broken_loss(raw: dict[str, Any]) -> tuple[float, list[bool]]:
-    """Norm after a step whose loss is not finite on one rank, and whether each parameter stayed, in a worker."""
+    """Norm after a step whose loss is not finite on one rank, and whether each parameter stayed, in
+    a worker.
+    """
     here = Rank(raw)
     engine, rank = here.engine, here.world.rank
     before = [p.detach().clone() for p in engine.module.parameters()]

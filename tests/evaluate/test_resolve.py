@@ -21,7 +21,9 @@ STORED = Path(__file__).parents[1] / "checkpoint" / "stored" / "step-00000002"
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """The folder of a checkpoint of TP 2 that was trained on bytes, without the weights that nothing here reads."""
+    """The folder of a checkpoint of TP 2 that was trained on bytes, without the weights that
+    nothing here reads.
+    """
     stored = read_manifest(STORED)
     config = {**stored.config, "model": {**stored.config["model"], "vocab_size": 257}}
     manifest = stored.model_copy(update={"config": config, "identity": {**stored.identity, "data.tokenizer": BytesTokenizer().hash}})

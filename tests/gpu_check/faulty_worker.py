@@ -1,4 +1,6 @@
-"""A worker of a GPU check in which something is wrong on purpose, named by FAULT: what tests of the check start in its place."""
+"""A worker of a GPU check in which something is wrong on purpose, named by FAULT: what tests of the
+check start in its place.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The GPU check itself: its list on a CPU, faults that must make its page red, and its runs rehearsed as CUDA."""
+"""The GPU check itself: its list on a CPU, faults that must make its page red, and its runs
+rehearsed as CUDA.
+"""
 
 from __future__ import annotations
 

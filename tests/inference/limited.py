@@ -1,7 +1,8 @@
-"""`python -m tests.inference.limited FOLDER GIB`: the same tokens with a real limit of memory and without, in one process.
+"""`python -m tests.inference.limited FOLDER GIB`: the same tokens with a real limit of memory and
+without, in one process.
 
-Prints {"plain_refused": …, "streamed": tokens, "plain": tokens, "memory": …}: the plain model and the streamed one under the limit, and
-the plain one once the limit is lifted.
+Prints {"plain_refused": …, "streamed": tokens, "plain": tokens, "memory": …}: the plain model and
+the streamed one under the limit, and the plain one once the limit is lifted.
 """
 
 from __future__ import annotations

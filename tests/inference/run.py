@@ -32,7 +32,9 @@ def tokens_and_memory(asked: dict[str, Any]) -> tuple[list[tuple[list[int], str]
 
 
 def prepared(asked: dict[str, Any]) -> tuple[list[Any], str]:
-    """What is left of a command's prompts to be encoded while others are computed, or what is wrong with one of them."""
+    """What is left of a command's prompts to be encoded while others are computed, or what is wrong
+    with one of them.
+    """
     from toolkit.errors import ToolkitError
     from toolkit.inference.request import Request
     from toolkit.inference.run import Session
@@ -44,7 +46,9 @@ def prepared(asked: dict[str, Any]) -> tuple[list[Any], str]:
 
 
 def warm_up(asked: dict[str, Any]) -> None:
-    """Take once, before a limit counts, what a process takes at its first use of anything; and give back what is large as it is freed."""
+    """Take once, before a limit counts, what a process takes at its first use of anything; and give
+    back what is large as it is freed.
+    """
     import ctypes
     import gc
 
@@ -56,7 +60,9 @@ def warm_up(asked: dict[str, Any]) -> None:
 
 
 def limited(asked: dict[str, Any]) -> dict[str, Any]:
-    """Tokens by layers as measured where the kernel lets rank 1 take only asked["limit"] GiB more, and what it says to the even cut."""
+    """Tokens by layers as measured where the kernel lets rank 1 take only asked["limit"] GiB more,
+    and what it says to the even cut.
+    """
     import ctypes
     import gc
     import resource
@@ -137,7 +143,9 @@ def held(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def logits(asked: dict[str, Any]) -> dict[str, Any]:
-    """Logits of a prompt and of the tokens after it, one by one, and what the model and its cache take on this rank."""
+    """Logits of a prompt and of the tokens after it, one by one, and what the model and its cache
+    take on this rank.
+    """
     import torch
 
     from toolkit.inference.request import Request
@@ -171,7 +179,9 @@ def logits(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def choices(asked: dict[str, Any]) -> list[list[float]]:
-    """Log-probability of each text that may follow a question. asked: the request's values, and "asked": (question, texts) by turns."""
+    """Log-probability of each text that may follow a question. asked: the request's values, and
+    "asked": (question, texts) by turns.
+    """
     import torch
 
     from toolkit.inference.request import Request
@@ -194,7 +204,9 @@ def choices(asked: dict[str, Any]) -> list[list[float]]:
 
 
 def _expected(asked: dict[str, Any], session: Any) -> tuple[float, float]:
-    """Bytes of weights and of keys and values of a first stage's rank, as `toolkit estimate --inference` has them."""
+    """Bytes of weights and of keys and values of a first stage's rank, as
+    `toolkit estimate --inference` has them.
+    """
     from toolkit.cost.generation import Generation, generation_memory
     from toolkit.hardware.catalogue import parse_hardware
 

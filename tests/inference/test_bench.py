@@ -27,7 +27,9 @@ def rank(number: int, **more: Any) -> dict[str, Any]:
 
 
 def test_the_change_that_helps_most_is_named() -> None:
-    """The largest saving that costs neither answers nor time comes first, a larger one that does comes after it."""
+    """The largest saving that costs neither answers nor time comes first, a larger one that does
+    comes after it.
+    """
     variants = [
         variant("plain"),
         variant("weights int8", weights=500e6, perplexity=20.1, decode=12.0),
@@ -58,7 +60,7 @@ def test_bottlenecks_are_named() -> None:
 @pytest.fixture(scope="module")
 def measured(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     pytest.importorskip("transformers")
-    from tests.inference.test_offload import made
+    from tests.inference.asking import made
 
     folder = made(tmp_path_factory.mktemp("bench"), layers=4)
     asked = {"model": str(folder), "overrides": ["parallel.pp=2"], "max_new_tokens": 64}

@@ -1,4 +1,6 @@
-"""Stages of unequal length: what each one holds, what is refused, and that the tokens stay those of one process."""
+"""Stages of unequal length: what each one holds, what is refused, and that the tokens stay those of
+one process.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,12 @@ from tests.pool import Pool
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from tests.inference.test_offload import IDS, made  # noqa: E402
+from tests.inference.asking import DEADLINE_S, IDS, answers, made  # noqa: E402
 from toolkit.errors import ConfigError, LayoutError  # noqa: E402
 from toolkit.inference.plan import plan  # noqa: E402
 from toolkit.inference.source import open_model  # noqa: E402
 from toolkit.parallel.generation import counts_of  # noqa: E402
 
-TOKENS = "tests.inference.run:tokens"
 NEW = 8
 
 
@@ -29,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(pool: Pool, folder: Path) -> Any:
-    return pool.run(TOKENS, 1, {"model": str(folder), "ids": IDS, "max_new_tokens": NEW}, deadline_s=300)[0]
+    return answers(pool, folder, new=NEW)
 
 
 @pytest.mark.parametrize(
@@ -44,22 +45,22 @@ def expected(pool: Pool, folder: Path) -> Any:
     ],
 )
 def test_an_uneven_cut_says_the_same(world: int, overrides: list[str], counts: str, pool: Pool, folder: Path, expected: Any) -> None:
-    asked = {"model": str(folder), "ids": IDS, "max_new_tokens": NEW, "overrides": overrides, "layers_per_stage": counts}
-    assert pool.run(TOKENS, world, asked, deadline_s=300)[0] == expected
+    assert answers(pool, folder, new=NEW, world=world, overrides=overrides, layers_per_stage=counts) == expected
 
 
 @pytest.mark.parametrize("layout", [(2, "parallel.pp=2"), pytest.param((3, "parallel.pp=3"), marks=pytest.mark.all_cells)])
 def test_micro_batches_in_flight_say_the_same(layout: tuple[int, str], pool: Pool, folder: Path) -> None:
-    """Seven prompts in batches of five: two and three rows at once in one, one in the other; answers end at different places."""
+    """Seven prompts in batches of five: two and three rows at once in one, one in the other;
+    answers end at different places.
+    """
     ids = [[5 + 3 * n, 9, 77 + n][: 1 + n % 3] for n in range(7)]
-    asked = {"model": str(folder), "ids": ids, "max_new_tokens": 60, "batch": 5, "sampling": {"temperature": 0.9, "seed": 3}}
-    alone = pool.run(TOKENS, 1, asked, deadline_s=300)[0]
-    assert pool.run(TOKENS, layout[0], asked | {"overrides": [layout[1]]}, deadline_s=300)[0] == alone
+    asked: dict[str, Any] = {"ids": ids, "new": 60, "batch": 5, "sampling": {"temperature": 0.9, "seed": 3}}
+    assert answers(pool, folder, world=layout[0], overrides=[layout[1]], **asked) == answers(pool, folder, **asked)
 
 
 def test_each_rank_reads_its_own_layers_alone(pool: Pool, folder: Path) -> None:
     asked = {"model": str(folder), "overrides": ["parallel.pp=2"], "layers_per_stage": "5,1"}
-    first, last = pool.run("tests.inference.run:held", 2, asked, deadline_s=300)
+    first, last = pool.run("tests.inference.run:held", 2, asked, deadline_s=DEADLINE_S)
     spec = open_model(folder).section.spec
     layer = 4 * sum(w.count for w in spec.layer)
     assert first["layers"] == [1, 2, 3, 4, 5] and last["layers"] == [6]
@@ -82,7 +83,7 @@ def test_a_rank_with_less_memory_gets_fewer_layers(pool: Pool, large: Path) -> N
     assert first["layers"] == last["layers"] and 1 <= first["layers"][1] <= 2, first["reasons"]
     assert "the even cut 4,4 does not fit" in first["reasons"][-1], first["reasons"]
     assert "rank 1 ran out of memory for its weights" in first["refused"]
-    assert first["tokens"] == pool.run(TOKENS, 1, asked, deadline_s=300)[0]
+    assert first["tokens"] == answers(pool, large, new=NEW)
 
 
 @pytest.mark.all_cells  # the kernel counts what every library of the process takes
@@ -92,7 +93,7 @@ def test_a_rank_that_becomes_fuller_gives_layers_away_between_batches(pool: Pool
     room = asked | {"limit": 0.1, "overrides": ["parallel.pp=2"]}
     first, last = pool.run("tests.inference.run:fuller", 2, room, deadline_s=600)
     assert first["start"] == [4, 4] and first["end"] == last["end"] and first["end"][1] < 4, first
-    assert first["tokens"] == pool.run(TOKENS, 1, asked, deadline_s=300)[0]
+    assert first["tokens"] == answers(pool, large, ids=ids, new=NEW, batch=2)
 
 
 @pytest.mark.parametrize(

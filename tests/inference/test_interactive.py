@@ -1,4 +1,6 @@
-"""A conversation goes on where devices come and go, and the answers are those of one process; --auto says what it chose."""
+"""A conversation goes on where devices come and go, and the answers are those of one process;
+--auto says what it chose.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tests.pool import Pool
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from tests.inference.test_offload import made  # noqa: E402
+from tests.inference.asking import answers, made  # noqa: E402
 from toolkit.errors import ConfigError  # noqa: E402
 from toolkit.inference.auto import choice_for, with_choice  # noqa: E402
 from toolkit.inference.interactive import Conversation, converse  # noqa: E402
@@ -37,28 +38,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def expected(expected_of: Any, folder: Path) -> Callable[[str, int], list[int]]:
+def goes_on(pool: Pool, folder: Path, text: str, new: int = NEW) -> list[int]:
     """What one process goes on with after a text."""
-    return lambda text, new: list(expected_of(folder, text, new))
-
-
-@pytest.fixture
-def expected_of(pool: Pool) -> Callable[[Path, str, int], list[int]]:
-    def tokens(folder: Path, text: str, new: int) -> list[int]:
-        asked = {"model": str(folder), "ids": [list(text.encode())], "max_new_tokens": new}
-        found: list[int] = pool.run("tests.inference.run:tokens", 1, asked, deadline_s=120)[0][0][0]
-        return found
-
-    return tokens
+    ((tokens, _),) = answers(pool, folder, ids=[list(text.encode())], new=new)
+    return list(tokens)
 
 
 def request_of(folder: Path, **more: Any) -> Request:
     return Request(**{"model": str(folder), "prompts": [], "tokenizer": "bytes", "max_new_tokens": NEW, **more})
 
 
-def test_a_rank_that_dies_in_an_answer_leaves_the_conversation_whole(folder: Path, expected: Any) -> None:
-    """Killed when its first words are on the screen: the model is cut over what is left, and nothing is shown twice."""
+def test_a_rank_that_dies_in_an_answer_leaves_the_conversation_whole(folder: Path, pool: Pool) -> None:
+    """Killed when its first words are on the screen: the model is cut over what is left, and
+    nothing is shown twice.
+    """
     talk = Conversation(request_of(folder, chat=True, max_new_tokens=60), devices=2)
     shown: list[str] = []
     notes: list[str] = []
@@ -77,14 +70,16 @@ def test_a_rank_that_dies_in_an_answer_leaves_the_conversation_whole(folder: Pat
         answer = talk.say("who?", show=show)
     finally:
         talk.close()
-    assert answer["tokens"] == expected("<user>who?\n<assistant>", 60)
+    assert answer["tokens"] == goes_on(pool, folder, "<user>who?\n<assistant>", 60)
     assert "".join(shown) == answer["text"] and talk.cut == "tp 1 x pp 1" and len(talk.messages) == 2
     assert any("rank 1 has ended by SIGKILL; going on with 1 of 2 devices" in note for note in notes), notes
 
 
 @pytest.mark.all_cells
-def test_layers_leave_a_rank_that_becomes_slower(expected_of: Any, tmp_path: Path) -> None:
-    """Its core is given to busy processes too: the cut moves between prompts, and the answers stay those of one process."""
+def test_layers_leave_a_rank_that_becomes_slower(pool: Pool, tmp_path: Path) -> None:
+    """Its core is given to busy processes too: the cut moves between prompts, and the answers stay
+    those of one process.
+    """
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         pytest.skip("on one core every rank becomes slower")
@@ -92,7 +87,7 @@ def test_layers_leave_a_rank_that_becomes_slower(expected_of: Any, tmp_path: Pat
     talk = Conversation(request_of(folder, rebalance=True, overrides=["parallel.pp=2"], memory_limit=4.0), devices=2)
     notes: list[str] = []
     talk.note = notes.append
-    wanted = expected_of(folder, "ab", NEW)
+    wanted = goes_on(pool, folder, "ab")
     busy: list[subprocess.Popen[bytes]] = []
     try:
         assert talk.say("ab")["tokens"] == wanted
@@ -119,18 +114,18 @@ def test_layers_leave_a_rank_that_becomes_slower(expected_of: Any, tmp_path: Pat
 
 
 @pytest.mark.all_cells
-def test_devices_come_and_go(folder: Path, expected: Any) -> None:
+def test_devices_come_and_go(folder: Path, pool: Pool) -> None:
     """1 → 2 → 3 → 2 processes within one conversation, as typed."""
     lines = io.StringIO("one\n/devices 2\ntwo\n/devices 3\nthree\n\n/devices 2\nfour\n/what\n/new\nfive\n")
     out = io.StringIO()
     converse(request_of(folder, chat=True, as_json=True), devices=1, fixed=(), lines=lines, out=out)
-    answers = [json.loads(line) for line in out.getvalue().splitlines()]
-    assert [a["prompt"] for a in answers] == ["one", "two", "three", "four", "five"]
-    assert [sum(map(int, a["cut"].replace("tp ", "").replace("pp ", "").split(" x "))) for a in answers] == [2, 3, 4, 3, 3]
+    said = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [a["prompt"] for a in said] == ["one", "two", "three", "four", "five"]
+    assert [sum(map(int, a["cut"].replace("tp ", "").replace("pp ", "").split(" x "))) for a in said] == [2, 3, 4, 3, 3]
     text = ""
-    for answer in answers:
+    for answer in said:
         text = ("" if answer["prompt"] == "five" else text) + f"<user>{answer['prompt']}\n<assistant>"
-        assert answer["tokens"] == expected(text, NEW), answer
+        assert answer["tokens"] == goes_on(pool, folder, text), answer
         text += answer["text"] + "\n"
 
 
@@ -152,11 +147,11 @@ def test_choices_follow_devices_and_memory(folder: Path) -> None:
 
 
 @pytest.mark.all_cells
-def test_auto_runs_what_it_chose(folder: Path, expected: Any) -> None:
+def test_auto_runs_what_it_chose(folder: Path, pool: Pool) -> None:
     command = [sys.executable, "-m", "toolkit", "generate", str(folder), "--tokenizer", "bytes", "--prompt", "ab", "--json", "--auto"]
     command += ["--max-new-tokens", str(NEW), "--num-procs", "2", "parallel.pp=2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["layout"]["pp"] == 2 and found["auto"] and "auto: the plain model fits" in done.stderr
-    assert found["answers"][0]["tokens"] == expected("ab", NEW)
+    assert found["answers"][0]["tokens"] == goes_on(pool, folder, "ab")

@@ -36,7 +36,9 @@ def prompts(vocab: int) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A model of a family as its Hugging Face folder, and what transformers goes on with after each prompt."""
+    """A model of a family as its Hugging Face folder, and what transformers goes on with after each
+    prompt.
+    """
     known: dict[str, tuple[Path, list[list[int]]]] = {}
 
     def make(family: str) -> tuple[Path, list[list[int]]]:

@@ -1,4 +1,6 @@
-"""A model whose layers come from disk, or keys and values from the CPU, says the same; and one larger than its memory runs."""
+"""A model whose layers come from disk, or keys and values from the CPU, says the same; and one
+larger than its memory runs.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +19,9 @@ from tests.pool import Pool
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from tests.convert import models  # noqa: E402
+from tests.inference.asking import DEADLINE_S, IDS, answers, made  # noqa: E402
 
-TOKENS = "tests.inference.run:tokens"
-DEADLINE_S = 300
 GIB = 2**30
-IDS = [[5, 9, 77], [40], [8, 3, 60, 61, 62, 4, 7]]
-
-
-def made(folder: Path, *, layers: int, width: int = 32, **more: Any) -> Path:
-    shape = models.draw(2, even=True) | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": width // 4, "hidden_size": width}
-    shape |= {"intermediate_size": 4 * width, "vocab_size": 257, "num_hidden_layers": layers}
-    shape |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "tie_word_embeddings": True, "mlp_bias": False}
-    shape |= {"max_position_embeddings": more.pop("max_position_embeddings", 64)}
-    dtype = more.pop("dtype", torch.float32)
-    return models.saved(models.llama(**shape, eos_token_id=None, **more), folder / "hf", dtype=dtype, shard="64MB")
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("world", "overrides"), [(1, []), (4, ["parallel.tp=2", "parallel.pp=2"])], ids=["one", "tp2 pp2"])
 def test_layers_from_disk_say_the_same(world: int, overrides: list[str], pool: Pool, folder: Path) -> None:
-    asked = {"model": str(folder), "ids": IDS, "max_new_tokens": 8}
-    plain = pool.run(TOKENS, 1, asked, deadline_s=120)[0]
-    assert pool.run(TOKENS, world, asked | {"overrides": overrides, "offload": "disk"}, deadline_s=120)[0] == plain
+    assert answers(pool, folder, world=world, overrides=overrides, offload="disk") == answers(pool, folder)
 
 
 SHARED = [  # world, how the model is cut, where parts wait; each copy has other numbers of batches and of tokens
@@ -55,7 +43,9 @@ SHARED = [  # world, how the model is cut, where parts wait; each copy has other
 
 @pytest.mark.parametrize(("world", "overrides", "place"), SHARED)
 def test_copies_that_share_out_the_layers_say_the_same(world: int, overrides: list[str], place: str, pool: Pool, folder: Path) -> None:
-    """DeepSpeed's ZeRO-Inference. A copy that has answered all its prompts brings its parts for the other's, to the last token."""
+    """DeepSpeed's ZeRO-Inference. A copy that has answered all its prompts brings its parts for the
+    other's, to the last token.
+    """
     check_sharing(pool, folder, world, overrides, offload=place)
 
 
@@ -70,7 +60,7 @@ def test_parts_on_nvme_say_the_same(
 
 def check_sharing(pool: Pool, folder: Path, world: int, overrides: list[str], **more: Any) -> None:
     asked = {"model": str(folder), "ids": IDS, "max_new_tokens": 8, "batch": 1}
-    plain = pool.run(TOKENS, 1, asked, deadline_s=120)[0]
+    plain = answers(pool, folder, batch=1)
     ranks = pool.run("tests.inference.run:tokens_and_memory", world, asked | {"overrides": overrides} | more, deadline_s=240)
     assert plain and ranks[0][0] == plain
     copies = min(world, 2)
@@ -88,10 +78,8 @@ def test_a_checkpoint_of_our_own_is_read_layer_by_layer(pool: Pool, folder: Path
     from toolkit.convert.importing import import_model
 
     import_model(folder, tmp_path / "ours")
-    asked = {"ids": IDS, "max_new_tokens": 8, "tokenizer": "bytes"}
-    theirs = pool.run(TOKENS, 1, asked | {"model": str(folder)}, deadline_s=120)[0]
-    ours = asked | {"model": str(tmp_path / "ours"), "offload": "disk", "overrides": ["parallel.tp=2"]}
-    assert pool.run(TOKENS, 2, ours, deadline_s=120)[0] == theirs
+    ours = answers(pool, tmp_path / "ours", world=2, offload="disk", overrides=["parallel.tp=2"])
+    assert ours == answers(pool, folder)
 
 
 def test_keys_and_values_on_the_cpu_say_the_same(pool: Pool, folder: Path) -> None:
@@ -103,7 +91,9 @@ def test_keys_and_values_on_the_cpu_say_the_same(pool: Pool, folder: Path) -> No
 
 
 def test_a_model_several_times_larger_than_its_memory(tmp_path: Path) -> None:
-    """The kernel refuses what the plain model asks for, and the streamed one gives the plain one's tokens within the limit."""
+    """The kernel refuses what the plain model asks for, and the streamed one gives the plain one's
+    tokens within the limit.
+    """
     folder, limit = made(tmp_path, layers=56, width=256), 0.06
     done = subprocess.run(
         [sys.executable, "-m", "tests.inference.limited", str(folder), str(limit)], capture_output=True, text=True, timeout=DEADLINE_S

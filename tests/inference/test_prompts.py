@@ -1,4 +1,6 @@
-"""The next prompts are encoded while others are computed, and what is wrong with one is said when its turn has come, or sooner."""
+"""The next prompts are encoded while others are computed, and what is wrong with one is said when
+its turn has come, or sooner.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from tests.pool import Pool
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from tests.inference.test_offload import IDS, TOKENS, made  # noqa: E402
+from tests.inference.asking import IDS, answers, made  # noqa: E402
 from toolkit.errors import DataError  # noqa: E402
 from toolkit.inference.generate import ahead  # noqa: E402
 
@@ -50,9 +52,9 @@ def test_a_mistake_is_raised_in_its_turn() -> None:
 
 
 def test_prompts_as_text_get_the_answers_of_their_ids(pool: Pool, tmp_path: Path) -> None:
-    asked: dict[str, Any] = {"model": str(made(tmp_path, layers=2)), "max_new_tokens": 4, "batch": 1}
+    model = made(tmp_path, layers=2)
     texts = ["".join(map(chr, ids)) for ids in IDS]
-    by_ids, by_text = (pool.run(TOKENS, 1, asked | {"ids": ids}, deadline_s=120)[0] for ids in (IDS, texts))
+    by_ids, by_text = (answers(pool, model, ids=ids, new=4, batch=1) for ids in (IDS, texts))
     assert by_text == by_ids and len(by_ids) == len(IDS)
 
 

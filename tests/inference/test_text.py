@@ -1,4 +1,6 @@
-"""Prompts in, text out: files, chat templates, characters that come in pieces, and what cannot be a prompt."""
+"""Prompts in, text out: files, chat templates, characters that come in pieces, and what cannot be a
+prompt.
+"""
 
 from __future__ import annotations
 

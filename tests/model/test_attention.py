@@ -62,7 +62,9 @@ def test_sixteen_bits_are_near() -> None:
 
 
 def test_dropout_keeps_the_mean_and_the_spans() -> None:
-    """What is dropped differs from call to call; on the average nothing changes, and no document hears of another."""
+    """What is dropped differs from call to call; on the average nothing changes, and no document
+    hears of another.
+    """
     spans = SPANS["documents"]
     q, k, v = (t.detach() for t in drawn(2))
     draws = torch.stack([attend(q, k, v, spans, dropout=0.3) for _ in range(400)])

@@ -1,4 +1,6 @@
-"""Every dropout mask is drawn from a state of the generator of its own, with and without sequence parallelism."""
+"""Every dropout mask is drawn from a state of the generator of its own, with and without sequence
+parallelism.
+"""
 
 from __future__ import annotations
 

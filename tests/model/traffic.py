@@ -11,7 +11,9 @@ from toolkit.model import context
 
 
 class Counted:
-    """torch.distributed as toolkit.model.context sees it; counts messages, and the elements that come from other ranks."""
+    """torch.distributed as toolkit.model.context sees it; counts messages, and the elements that
+    come from other ranks.
+    """
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()

@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Mutant:
-    """A small fault: the text `before` of a file becomes `after`; test: what must notice, as pytest names it."""
+    """A small fault: the text `before` of a file becomes `after`; test: what must notice, as pytest
+    names it.
+    """
 
     fault: str
     file: str

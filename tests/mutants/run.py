@@ -1,7 +1,8 @@
-"""Put each fault into a copy of the project and run the test that must notice: `python -m tests.mutants.run` (or `make mutants`).
+"""Put each fault into a copy of the project and run the test that must notice:
+`python -m tests.mutants.run` (or `make mutants`).
 
-Prints a table; `--write docs/tests.md` also puts it there. Exit code 1 where a fault survives. `--only WORD` runs the faults whose
-description, file or test holds the word.
+Prints a table; `--write docs/tests.md` also puts it there. Exit code 1 where a fault survives.
+`--only WORD` runs the faults whose description, file or test holds the word.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ BEGIN, END = "<!-- mutants: begin -->", "<!-- mutants: end -->"
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a fault. how: killed, hangs (killed by the deadline), survived, or error: the test could not even run."""
+    """What became of a fault. how: killed, hangs (killed by the deadline), survived, or error: the
+    test could not even run.
+    """
 
     mutant: Mutant
     how: str
@@ -69,7 +72,9 @@ class Started:
 
 
 def start_test(copy: Path, test: str, finish: Callable[[int | None, str, float], None], *, deadline_s: float) -> Started:
-    """Fork a process that runs one test in a copy. finish: gets its exit code (None: no end in time), output and seconds."""
+    """Fork a process that runs one test in a copy. finish: gets its exit code (None: no end in
+    time), output and seconds.
+    """
     log = copy.with_suffix(".log")
     sys.stdout.flush()
     sys.stderr.flush()
@@ -132,7 +137,9 @@ def in_turn(tasks: Iterator[Callable[[Path], Started]], copies: Sequence[Path]) 
 
 
 def run(mutants: Sequence[Mutant], *, jobs: int) -> list[Result]:
-    """All mutants, each in one of `jobs` copies; the tests are first run on the copies as they are, where they must be green."""
+    """All mutants, each in one of `jobs` copies; the tests are first run on the copies as they are,
+    where they must be green.
+    """
     os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True
     with warnings.catch_warnings():

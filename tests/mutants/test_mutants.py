@@ -1,4 +1,6 @@
-"""The list of faults does not rot: each still changes its file, in one place, to something that compiles, for a test that exists."""
+"""The list of faults does not rot: each still changes its file, in one place, to something that
+compiles, for a test that exists.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *FILES],
 
 
 def test_every_named_test_is_one_of_make_test() -> None:
-    """Without --all-cells pytest selects it: a test that was renamed, or left to `make test-all`, notices nothing."""
+    """Without --all-cells pytest selects it: a test that was renamed, or left to `make test-all`,
+    notices nothing.
+    """
     files = sorted({m.test.partition("::")[0] for m in MUTANTS})
     done = run_python(f"FILES = {files}\n{COLLECT}", ROOT, timeout_s=600.0)
     assert done.code == 0, done.output

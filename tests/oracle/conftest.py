@@ -63,7 +63,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 @pytest.fixture(scope="session")
 def configured(folders: Folders, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    """configured(model, keys): the YAML that the import wrote with `section.key` values set, for a run in a folder of its own."""
+    """configured(model, keys): the YAML that the import wrote with `section.key` values set, for a
+    run in a folder of its own.
+    """
     numbers = itertools.count()
 
     def make(name: str, keys: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +80,9 @@ def configured(folders: Folders, text: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="session")
 def trained(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[list[dict[str, Any]], Any]]:
-    """trained(world, raw): metrics of a run of the training program, and transformers' model of what it exports at the end."""
+    """trained(world, raw): metrics of a run of the training program, and transformers' model of
+    what it exports at the end.
+    """
 
     def run(world: int, raw: dict[str, Any]) -> tuple[list[dict[str, Any]], Any]:
         from tests.oracle.reference import load

@@ -1,6 +1,7 @@
 """What training must give, computed by code that nobody here wrote.
 
-The model is transformers', the optimizer, the clipping and the learning rates are PyTorch's. toolkit only reads the samples.
+The model is transformers', the optimizer, the clipping and the learning rates are PyTorch's.
+toolkit only reads the samples.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 @dataclass
 class Truth:
-    """A run's figures, one a step (norms before clipping), and its weights at the end under transformers' names."""
+    """A run's figures, one a step (norms before clipping), and its weights at the end under
+    transformers' names.
+    """
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -44,7 +47,8 @@ def load(folder: Path) -> Any:
 
 
 def train(folder: Path, raw: dict[str, Any]) -> Truth:
-    """Train the model of a Hugging Face folder as a run's config asks: its warm-up and cosine, its clipping, its AdamW or Adam.
+    """Train the model of a Hugging Face folder as a run's config asks: its warm-up and cosine, its
+    clipping, its AdamW or Adam.
 
     Weight decay is on matrices only, as the papers have it.
     """

@@ -1,4 +1,5 @@
-"""Documents kept apart: transformers on each document alone, against the training program on samples that hold several.
+"""Documents kept apart: transformers on each document alone, against the training program on
+samples that hold several.
 
 The loss of a global batch is the sum over all its documents' tokens, divided by their number.
 """
@@ -27,7 +28,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def documents(raw: dict[str, Any]) -> list[list[Tensor]]:
-    """For each step, the token sequences of its samples' documents, found by the end-of-document id and nothing else."""
+    """For each step, the token sequences of its samples' documents, found by the end-of-document id
+    and nothing else.
+    """
     from toolkit.config.load import parse_config
     from toolkit.data.dataset import build_datasets, resolve_data
 

@@ -58,7 +58,9 @@ def evaluated(pool: Pool, few: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @torch.no_grad()
 def expected(hf: Path, ids: np.ndarray, *, apart: bool = False) -> float:
-    """transformers' mean loss over all ids but the first, in windows of SEQ that do not overlap; apart: each document of one alone."""
+    """transformers' mean loss over all ids but the first, in windows of SEQ that do not overlap;
+    apart: each document of one alone.
+    """
     model, total, labels = load(hf).eval(), 0.0, 0
     for start in range(0, len(ids) - 1, SEQ):
         window = torch.from_numpy(ids[start : start + SEQ + 1].astype(np.int64))

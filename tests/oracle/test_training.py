@@ -1,4 +1,6 @@
-"""Whole trainings: transformers' models under torch's AdamW against the training program, from imported weights to exported ones."""
+"""Whole trainings: transformers' models under torch's AdamW against the training program, from
+imported weights to exported ones.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ TRAINING = {
     "optimizer.schedule": "cosine",
     "optimizer.warmup_steps": 4,
     "optimizer.betas": [0.9, 0.95],
-    # biases of keys have no gradient but rounding: the usual 1e-8 would let Adam make full steps of it, another way on each side
+    # biases of keys have no gradient but rounding: the usual 1e-8 would let Adam make full steps of
+    # it, another way on each side
     "optimizer.eps": 1.0e-5,
     "optimizer.weight_decay": 0.1,
 }
@@ -68,7 +71,9 @@ EVALUATIONS = {"dp2-zero2": (2, {"zero.stage": 2}), "tp2-pp2-zero3": WORLDS["tp2
 def test_evaluation_is_without_dropout(
     model: str, world: str, folders: Any, configured: Callable[..., Any], trained: Callable[..., Any]
 ) -> None:
-    """With dropout configured, the evaluation's loss is transformers' on the same tokens, and the training's is not."""
+    """With dropout configured, the evaluation's loss is transformers' on the same tokens, and the
+    training's is not.
+    """
     ranks, keys = EVALUATIONS[world]
     still = {"train.steps": 3, "optimizer.warmup_steps": 2, "optimizer.lr": 0.0, "optimizer.min_lr": 0.0, "optimizer.weight_decay": 0.0}
     raw = configured(model, TRAINING | keys | still | {"model.dropout": 0.2, "train.eval_every": 1, "train.eval_steps": 2})

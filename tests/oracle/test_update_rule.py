@@ -1,6 +1,8 @@
-"""The update rule, step by step: torch.optim.AdamW on transformers' Llama against weights after the same steps in every kind of layout.
+"""The update rule, step by step: torch.optim.AdamW on transformers' Llama against weights after the
+same steps in every kind of layout.
 
-Five steps with a clip that bites, decay that differs between matrices and vectors, moment rates that are not the defaults and a learning
+Five steps with a clip that bites, decay that differs between matrices and vectors, moment rates
+that are not the defaults and a learning
 rate that moves: a wrong factor anywhere in it shows in the weights.
 """
 
@@ -69,9 +71,11 @@ def test_weights_after_five_steps(
 def test_sixteen_bits_stay_near_fp32(
     precision: str, stage: int, folders: Any, configured: Callable[..., Any], trained: Callable[..., Any]
 ) -> None:
-    """Rounding moves figures by less than a hundredth; a micro-batch whose gradient is lost, or a loss that is not scaled, by more.
+    """Rounding moves figures by less than a hundredth; a micro-batch whose gradient is lost, or a
+    loss that is not scaled, by more.
 
-    The parity suite cannot see it: there a run in 16 bits is compared with another one, which would lose the same.
+    The parity suite cannot see it: there a run in 16 bits is compared with another one, which would
+    lose the same.
     """
     scale = {"zero.deepspeed": {"fp16": {"initial_scale_power": 8}}} if precision == "fp16" else {}  # no step is skipped
     raw = configured("llama", RULE | scale | {"zero.stage": stage, "train.micro_batch_size": 1})

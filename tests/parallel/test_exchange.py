@@ -42,7 +42,9 @@ def shared_sequences(draw: st.DrawFn) -> tuple[int, int, list[int] | None]:
 
 @given(shared_sequences())
 def test_each_query_sees_each_key_once(shared: tuple[int, int, list[int] | None]) -> None:
-    """Over all ranks, with gathered keys and in the ring, and nothing that comes after or lies in another document."""
+    """Over all ranks, with gathered keys and in the ring, and nothing that comes after or lies in
+    another document.
+    """
     cp, size, bounds = shared
     s = 2 * cp * size
     expected = causal_pairs(bounds or [0, s])

@@ -1,4 +1,6 @@
-"""Every rule can be broken, says so clearly, and its suggestion mends it; legal configs get the right layout."""
+"""Every rule can be broken, says so clearly, and its suggestion mends it; legal configs get the
+right layout.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ def applied(config: RunConfig, suggest: dict[str, Any], folder: Path) -> RunConf
 
 HPZ = {"zero.deepspeed.zero_optimization.zero_hpz_partition_size": 2}
 QGZ = {"zero.deepspeed.zero_optimization.zero_quantized_gradients": True}
-# rule: (settings, processes, machine, what the message must hold); several for one rule where its suggestion differs
+# rule: (settings, processes, machine, what the message must hold); several for one rule where its
+# suggestion differs
 BROKEN: list[tuple[str, dict[str, Any], int, Machine, list[str]]] = [
     ("world-size", {"parallel.tp": 2, "parallel.pp": 2}, 6, GPU, ["6 processes", "parallel.tp=2", "parallel.pp=2"]),
     ("world-size", {"parallel.tp": 2, "parallel.pp": 4, "parallel.vpp": 1}, 3, GPU, ["3 processes"]),

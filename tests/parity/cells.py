@@ -1,4 +1,6 @@
-"""Which runs are compared with the single-process run: the whole legal space of up to 4 ranks, and covers of the rest."""
+"""Which runs are compared with the single-process run: the whole legal space of up to 4 ranks, and
+covers of the rest.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ BOUNDS = {  # worst relative difference of (loss, gradient norm) over all steps
     "fp16": (2e-4, 1e-2),
 }
 ABBREVIATED = {"zero_hpz_partition_size": "hpz", "overlap_comm": "overlap"}
-# DeepSpeed's defaults take gigabytes a rank for a model of any size, and three ranks of them the whole machine
+# DeepSpeed's defaults take gigabytes a rank for a model of any size, and three ranks of them the
+# whole machine
 SMALL_BUFFERS: dict[str, Any] = {"reduce_bucket_size": 1_000_000}
 SMALL_SWAP: dict[str, Any] = {"max_in_cpu": 1_000_000}
 NVME = "NVME"  # replaced by a folder of the test session
@@ -84,7 +87,9 @@ class Cell:
 
     @property
     def features(self) -> frozenset[tuple[str, Any]]:
-        """What a run consists of, one value of each dimension; `test_the_default_cells_cover` holds them to the cells that always run."""
+        """What a run consists of, one value of each dimension; `test_the_default_cells_cover` holds
+        them to the cells that always run.
+        """
         k = self.keys
         degrees = {d: k.get(f"parallel.{d}", 1) for d in ("tp", "pp", "vpp", "cp")}
         found = degrees | {
@@ -103,8 +108,10 @@ class Cell:
 
     @property
     def rare(self) -> bool:
-        """Of the whole space, what only `make parity` runs: NVMe, which DeepSpeed compiles minutes for, and CPU offload on 3 or 4
-        ranks, half of the suite's time. The cover has offload on 4 ranks in every test run."""
+        """Of the whole space, what only `make parity` runs: NVMe, which DeepSpeed compiles minutes
+        for, and CPU offload on 3 or 4 ranks, half of the suite's time. The cover has offload on 4
+        ranks in every test run.
+        """
         return self.uses("nvme") or (self.uses("cpu") and self.world > 2)
 
     def raw(self, *, nvme: str = "/nvme") -> dict[str, Any]:
@@ -137,7 +144,8 @@ BASE: dict[str, Any] = {
         "init_std": 0.05,
     },
     "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "seq_length": 32, "precision": "fp32"},
-    # gentle: a training that is itself unstable turns rounding of 1e-7 into 1e-4 within 20 steps, differently on each processor
+    # gentle: a training that is itself unstable turns rounding of 1e-7 into 1e-4 within 20 steps,
+    # differently on each processor
     "optimizer": {"lr": 3.0e-4, "schedule": "constant"},
 }
 EIGHT_LAYERS = {"model.num_layers": 8}
@@ -175,8 +183,10 @@ def llama() -> list[Cell]:
 
 @functools.cache
 def extras() -> list[Cell]:
-    """torch.compile as far as the rules leave it, ZeRO++'s second partition of parameters (hpZ), biases other than the family's,
-    overlap_comm, which many a DeepSpeed JSON has, stages that differ because the layers do not divide, and the other families."""
+    """torch.compile as far as the rules leave it, ZeRO++'s second partition of parameters (hpZ),
+    biases other than the family's, overlap_comm, which many a DeepSpeed JSON has, stages that
+    differ because the layers do not divide, and the other families.
+    """
     hpz = {"zero.stage": 3, "zero.deepspeed": {"zero_optimization": {"zero_hpz_partition_size": 2}}}
     compiled = [Cell(2, {"model.compile": True, "zero.stage": stage, "parallel.pp": pp}) for stage, pp in ((0, 1), (1, 2))]
     sp = {"parallel.tp": 2, "parallel.sequence_parallel": True}
@@ -215,7 +225,8 @@ def extras() -> list[Cell]:
 
 ON_HOST = {"train.offload_activations": True}
 MUON = {"optimizer.name": "muon"}
-# of two data-parallel ranks, whose partitions meet within a matrix: with an even number they meet between layers
+# of two data-parallel ranks, whose partitions meet within a matrix: with an even number they meet
+# between layers
 CUT_MATRICES = {"zero.stage": 1, "model.num_layers": 3}
 
 
@@ -257,7 +268,9 @@ def _context(world: int, cp: int, exchange: str, stage: int, **more: Any) -> Cel
 
 @functools.cache
 def context() -> list[Cell]:
-    """Context parallelism of 2, 3 and 4 with each exchange and whatever else is legal on up to 4 ranks, in fp32 and without offload."""
+    """Context parallelism of 2, 3 and 4 with each exchange and whatever else is legal on up to 4
+    ranks, in fp32 and without offload.
+    """
     cells = []
     for world, cp, tp, pp, vpp, sp, stage, exchange, apart in product(
         (2, 3, 4), (2, 3, 4), (1, 2), (1, 2), (1, 2), (False, True), range(4), ("allgather", "ulysses", "ring"), (False, True)
@@ -272,7 +285,9 @@ def context() -> list[Cell]:
 
 
 def context_cover() -> list[Cell]:
-    """Context parallelism in every test run: each degree, exchange and stage, and each once with what it must work with."""
+    """Context parallelism in every test run: each degree, exchange and stage, and each once with
+    what it must work with.
+    """
     sp = {"parallel__tp": 2, "parallel__sequence_parallel": True}
     pp = {"parallel__pp": 2}
     apart = {"data__document_mask": True}
@@ -287,7 +302,9 @@ def context_cover() -> list[Cell]:
 
 
 def long_context() -> list[Cell]:
-    """What only `make parity` runs of context parallelism, documents kept apart and the loss in pieces, beside the grid of context()."""
+    """What only `make parity` runs of context parallelism, documents kept apart and the loss in
+    pieces, beside the grid of context().
+    """
     sp = {"parallel.tp": 2, "parallel.sequence_parallel": True}
     apart, pieces = {"data.document_mask": True}, {"train.chunked_loss": "always"}
     return [
@@ -330,7 +347,8 @@ def pairs(cell: Cell) -> set[Any]:
 
 @functools.cache
 def always() -> list[Cell]:
-    """The cells of every test run: special() cells, the pairwise cover, and as few of the whole space as its features need.
+    """The cells of every test run: special() cells, the pairwise cover, and as few of the whole
+    space as its features need.
 
     The rest of the space runs with `make parity`.
     """
@@ -347,8 +365,10 @@ def always() -> list[Cell]:
 
 
 def special() -> list[Cell]:
-    """What pairs of features do not name: a tied embedding whose copies ZeRO-2 and 3 hold on two stages, with and without offload, and
-    interleaved chunks whose gradients ZeRO-3 would carry over to the next step."""
+    """What pairs of features do not name: a tied embedding whose copies ZeRO-2 and 3 hold on two
+    stages, with and without offload, and interleaved chunks whose gradients ZeRO-3 would carry over
+    to the next step.
+    """
     tied = {"parallel.pp": 2, "model.tie_embeddings": True}
     return [
         *(Cell(2, tied | {"zero.stage": stage} | batches(1, 2, 2)) for stage in (2, 3)),

@@ -1,4 +1,6 @@
-"""Losses of a user's own, to be trained with on any layout; COEFFICIENT is large, so that an error in the z-loss shows."""
+"""Losses of a user's own, to be trained with on any layout; COEFFICIENT is large, so that an error
+in the z-loss shows.
+"""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from toolkit.arch.spec import ModelSpec
 def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
     """Train cell["config"] for its steps; losses and norms, and this rank's digest of every parameter.
 
-    cell["mutation"]: name of a function of tests.parity.mutations that breaks the engine first. cell["loss"]: name of a function of
-    tests.parity.losses to train with.
+    cell["mutation"]: name of a function of tests.parity.mutations that breaks the engine first.
+    cell["loss"]: name of a function of tests.parity.losses to train with.
     """
     from tests.parity import losses as own_losses
 
@@ -34,7 +34,9 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def digests(engine: Any, chunks: list[Any], spec: ModelSpec, *, tp: int) -> dict[str, str]:
-    """Digest of each parameter's bits under its global name, and its TP rank where it is cut: equal keys, equal bits."""
+    """Digest of each parameter's bits under its global name, and its TP rank where it is cut: equal
+    keys, equal bits.
+    """
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     from toolkit.model.init import named_weights

@@ -18,8 +18,9 @@ from tests.pool import Pool
 RUN = "tests.parity.run:run_cell"
 DEADLINE_S = 180.0
 RESULTS = Path("build/parity.json")
-# A step costs most of a cell's time. What a layout gets wrong shows in the first ones, and 16 bits have taken an update after these;
-# `make test-all` and `make parity` take cells.STEPS, which is what docs/parity.md shows.
+# A step costs most of a cell's time. What a layout gets wrong shows in the first ones, and 16 bits
+# have taken an update after these; `make test-all` and `make parity` take cells.STEPS, which is
+# what docs/parity.md shows.
 FEW_STEPS = 8
 
 
@@ -95,7 +96,9 @@ def _parameters() -> list[Any]:
 
 
 def test_the_default_cells_cover() -> None:
-    """Every value of every feature, and every pair of a ZeRO stage and a value, that the grid has runs in every test run."""
+    """Every value of every feature, and every pair of a ZeRO stage and a value, that the grid has
+    runs in every test run.
+    """
     grid = [c for c in (*cells.llama(), *cells.cover(), *cells.extras(), *cells.families()) if not c.uses("nvme")]
     covered = set().union(*(cells.pairs(c) for c in cells.always()))
     missing = set().union(*(cells.pairs(c) for c in grid)) - covered

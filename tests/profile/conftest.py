@@ -34,7 +34,9 @@ TINY: dict[str, Any] = {
 
 @dataclass
 class Profiled:
-    """folder: of the run; config: its YAML; said: what `toolkit profile` printed; metrics: metrics.jsonl as training had left it."""
+    """folder: of the run; config: its YAML; said: what `toolkit profile` printed; metrics:
+    metrics.jsonl as training had left it.
+    """
 
     folder: Path
     config: Path

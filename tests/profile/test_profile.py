@@ -1,4 +1,6 @@
-"""`toolkit profile` as a user runs it: what it measures, what it leaves alone, and what it says when memory ends."""
+"""`toolkit profile` as a user runs it: what it measures, what it leaves alone, and what it says
+when memory ends.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def test_training_files_are_left_alone(profiled: Profiled) -> None:
 
 
 def test_the_end_of_memory_is_named_and_the_advice_fits(profiled: Profiled) -> None:
-    """A real limit on the ranks' address space; following the advice, the same run ends well under the same limit."""
+    """A real limit on the ranks' address space; following the advice, the same run ends well under
+    the same limit.
+    """
     keys = ["train.seq_length=2048", "train.micro_batch_size=8", "model.vocab_size=8192", "parallel.pp=1"]
     keys.append(f"run.dir={profiled.folder.parent / 'full'}")
     command = ["profile", str(profiled.config), *keys, "--num-procs", "1", "--steps", "1", "--memory-limit", "0.6"]

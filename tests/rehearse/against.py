@@ -1,6 +1,7 @@
 """Rehearsals beside the estimate of the same configurations, part by part.
 
-python -m tests.rehearse.against [--only TEXT] [--most N] [--again] [--processes N] [--results build/rehearsal.json]
+python -m tests.rehearse.against [--only TEXT] [--most N] [--again] [--processes N] [--results
+build/rehearsal.json]
 python -m tests.rehearse.against --show tuned|held-out          compares again what was rehearsed before
 """
 

@@ -1,7 +1,9 @@
-"""The configurations that a rehearsal is compared with the estimate on: 124M to 405B, GPT and Llama, one GPU to 16,384.
+"""The configurations that a rehearsal is compared with the estimate on: 124M to 405B, GPT and
+Llama, one GPU to 16,384.
 
-Named ones that people train, and two covering sets: in each, every two settings that can meet do meet in one configuration, and every
-three of those that are not a layout. The estimate is mended with a look at the first set only; the second one is held out.
+Named ones that people train, and two covering sets: in each, every two settings that can meet do
+meet in one configuration, and every three of those that are not a layout. The estimate is mended
+with a look at the first set only; the second one is held out.
 """
 
 from __future__ import annotations
@@ -81,14 +83,18 @@ class Point:
 
 
 def grid() -> list[Point]:
-    """The covering sets by turns, then the named configurations, of which every second one is held out too."""
+    """The covering sets by turns, then the named configurations, of which every second one is held
+    out too.
+    """
     first, second = covering()
     pairs = [p for both in zip_longest(first, second) for p in both if p]
     return pairs + [replace(p, held_out=i % 2 == 1) for i, p in enumerate(named())]
 
 
 def named() -> list[Point]:
-    """Large models as they are trained, each rehearsed on the stage that needs most and some on the last one too."""
+    """Large models as they are trained, each rehearsed on the stage that needs most and some on the
+    last one too.
+    """
     common: dict[str, Any] = {"recompute": "none", "precision": "bf16", "sp": True, "vpp": 1, "zero": 1}
     found = []
     for tp, pp, dp, more in (
@@ -116,7 +122,9 @@ def named() -> list[Point]:
 
 
 def covering() -> tuple[list[Point], list[Point]]:
-    """Two sets without a common configuration. Greedy: the next one is that which adds most combinations; of two equal ones the first."""
+    """Two sets without a common configuration. Greedy: the next one is that which adds most
+    combinations; of two equal ones the first.
+    """
     names = tuple(FACTORS)
     settings = [dict(zip(names, values, strict=True)) for values in product(*FACTORS.values())]
     legal = {frozenset(x.items()): p for x in settings if possible(x) and not violations((p := _of(x)).config, p.world, machine=MACHINE)}
@@ -133,7 +141,9 @@ def covering() -> tuple[list[Point], list[Point]]:
 
 
 def possible(x: dict[str, Any]) -> bool:
-    """Without what could only repeat another configuration: stages, chunks and split sequences that are not there."""
+    """Without what could only repeat another configuration: stages, chunks and split sequences that
+    are not there.
+    """
     _, tp, pp, _ = x["layout"]
     whole = pp > 1 or (x["vpp"] == 1 and x["place"] == "first")
     return whole and (pp > 2 or x["place"] != "middle") and (tp > 1 or not x["sp"]) and (x["zero"] > 0 or x["offload"][0] == "none")

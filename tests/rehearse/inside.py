@@ -1,6 +1,8 @@
-"""Code of the tests within the stand-ins for a GPU, in an interpreter of its own: python -m tests.rehearse.inside MODULE:FUNCTION
+"""Code of the tests within the stand-ins for a GPU, in an interpreter of its own: python -m
+tests.rehearse.inside MODULE:FUNCTION
 
-run_inside("tests.rehearse.test_x:function", argument) calls function(argument) there and returns what it returned, through JSON.
+run_inside("tests.rehearse.test_x:function", argument) calls function(argument) there and returns
+what it returned, through JSON.
 """
 
 from __future__ import annotations

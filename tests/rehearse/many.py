@@ -1,4 +1,5 @@
-"""Many small rehearsals in few processes: each takes one after the other, so that importing and warming up is paid once.
+"""Many small rehearsals in few processes: each takes one after the other, so that importing and
+warming up is paid once.
 
 answers = rehearse_many([Task(cell, rank) …])       # in the order of the tasks
 """

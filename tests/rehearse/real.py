@@ -10,7 +10,9 @@ MOST = 20  # steps, of which two must not be skipped
 
 
 def measure(argument: dict[str, Any]) -> dict[str, Any]:
-    """The second step that one rank is not made to skip: parts, peak and messages, from tensors that hold data and a gloo that sends."""
+    """The second step that one rank is not made to skip: parts, peak and messages, from tensors
+    that hold data and a gloo that sends.
+    """
     import torch
     import torch.distributed as dist
 

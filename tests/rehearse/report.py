@@ -1,4 +1,5 @@
-"""docs/rehearsal.md: the text between the markers is written from build/rehearsal.json and the estimate as it is now.
+"""docs/rehearsal.md: the text between the markers is written from build/rehearsal.json and the
+estimate as it is now.
 
 python -m tests.rehearse.report --write docs/rehearsal.md
 """
@@ -22,7 +23,9 @@ def within(row: dict[str, Any]) -> bool:
 
 
 def why(name: str, phase: str) -> str:
-    """What is known to be missing from the estimate of a row that is not within the bounds. phase: where its peak is."""
+    """What is known to be missing from the estimate of a row that is not within the bounds. phase:
+    where its peak is.
+    """
     if "ZeRO-3" in name and phase.startswith("forward"):
         return "how far DeepSpeed's prefetch of weights has come is followed by model chunk, not by module"
     if "ZeRO-3" in name:

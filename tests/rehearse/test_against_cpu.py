@@ -1,4 +1,6 @@
-"""The rehearsal held to reality: on device cpu it must give what a real run on CPU shows, byte for byte and message for message."""
+"""The rehearsal held to reality: on device cpu it must give what a real run on CPU shows, byte for
+byte and message for message.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ def test_a_rehearsal_is_a_real_run_without_its_data(cell: Cell, pool: Pool, answ
     for seen, said in zip(real, answers[cell.id], strict=True):
         assert "error" not in said, said.get("trace")
         assert {p: said["parts"][p] for p in PARTS} == {p: seen["parts"][p] for p in PARTS}
-        # gloo's thread lets go of a message's tensors a moment after the rank has waited for it, now before and now after the peak
+        # gloo's thread lets go of a message's tensors a moment after the rank has waited for it,
+        # now before and now after the peak
         held = max((nbytes for _, _, nbytes, *_ in seen["messages"]), default=0)
         assert said["allocated"] <= seen["peak"] <= said["allocated"] + held
         assert seen["peak"] == said["allocated"] or cell.world > 1

@@ -1,6 +1,8 @@
-"""Code that runs on a GPU alone runs here at least once: every branch of our own, and those of DeepSpeed and megatron-core that count.
+"""Code that runs on a GPU alone runs here at least once: every branch of our own, and those of
+DeepSpeed and megatron-core that count.
 
-Branches are found in the source by their condition, so a new one must be rehearsed too, or be named below with its reason.
+Branches are found in the source by their condition, so a new one must be rehearsed too, or be named
+below with its reason.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ OF_LIBRARIES = {
 
 
 def branches() -> dict[tuple[str, int], str]:
-    """(file, first line of the branch) -> the branch, of our own rooms; what is for a CPU alone is left out."""
+    """(file, first line of the branch) -> the branch, of our own rooms; what is for a CPU alone is
+    left out.
+    """
     found = {}
     for room in ROOMS:
         for path in sorted((ROOT / "toolkit" / room).glob("*.py")):
@@ -92,7 +96,9 @@ def test_every_branch_for_a_gpu_is_rehearsed() -> None:
 
 
 def trace(cells: dict[str, Any]) -> dict[str, Any]:
-    """Lines of our own files and calls within the libraries, of a step, an evaluation, a save and a profile on the last rank."""
+    """Lines of our own files and calls within the libraries, of a step, an evaluation, a save and a
+    profile on the last rank.
+    """
     from megatron.core.pipeline_parallel import schedules
 
     import toolkit.rehearse.rank  # noqa: F401  DeepSpeed looks for its device once, and tests.pool tells it of the CPU

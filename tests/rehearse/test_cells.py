@@ -1,4 +1,5 @@
-"""The default parity cells rehearsed as CUDA, one rank of each stage: messages, host waits and operators on the CPU, each held to a bound.
+"""The default parity cells rehearsed as CUDA, one rank of each stage: messages, host waits and
+operators on the CPU, each held to a bound.
 
 In every test run a cover of them, chosen by what a GPU does differently; all with `make test-all`.
 """
@@ -114,7 +115,8 @@ def test_messages_are_the_fewest_of_the_layout(cell: Cell, answers: list[dict[st
         assert not wrong, f"stage {a['stage']}: (found, (fewest, most)) of {wrong}"
 
 
-# messages of a layer between context-parallel ranks: operation, in a forward, in a backward; of a ring, each rank's own
+# messages of a layer between context-parallel ranks: operation, in a forward, in a backward; of a
+# ring, each rank's own
 EXCHANGED: dict[str, list[tuple[str, Any, Any]]] = {
     "allgather": [("allgather", lambda cp: 1, lambda cp: 0), ("reduce_scatter", lambda cp: 0, lambda cp: 1)],
     "ulysses": [("alltoall", lambda cp: 2, lambda cp: 2)],
@@ -123,7 +125,8 @@ EXCHANGED: dict[str, list[tuple[str, Any, Any]]] = {
 
 
 def fewest(cell: Cell, layout: Layout, answer: dict[str, Any]) -> dict[tuple[str, str], tuple[int, int]]:
-    """How many messages of each kind one rank's step needs, and how many it may have: (group, operation) -> (fewest, most).
+    """How many messages of each kind one rank's step needs, and how many it may have: (group,
+    operation) -> (fewest, most).
 
     Where the two differ, the comment says what for.
     """
@@ -180,7 +183,8 @@ def fewest(cell: Cell, layout: Layout, answer: dict[str, Any]) -> dict[tuple[str
         if zero == 0:
             add(data, "allreduce", *groups)
         elif zero == 3:
-            # what is small stays whole, and what is needed again at once is kept; else forward and backward gather it
+            # what is small stays whole, and what is needed again at once is kept; else forward and
+            # backward gather it
             add(data, "allgather", n, (2 * n + 1) * weights)
             add(data, "reduce_scatter", n * vpp)
             if "zero.deepspeed" in k:
@@ -197,8 +201,9 @@ def fewest(cell: Cell, layout: Layout, answer: dict[str, Any]) -> dict[tuple[str
     return {key: (least, most) for key, (least, most) in found.items() if most}
 
 
-# What may wait for the device in a step, and how often at most: by the function that asks, for which cells, for n micro-batches and w
-# weights. DeepSpeed's offload and ZeRO-3 wait; a step without them waits for its norm and for what ranks agree on.
+# What may wait for the device in a step, and how often at most: by the function that asks, for
+# which cells, for n micro-batches and w weights. DeepSpeed's offload and ZeRO-3 wait; a step
+# without them waits for its norm and for what ranks agree on.
 OPTIMIZER_ON_CPU, ZERO_3 = "zero.offload_optimizer", "zero.stage"
 WAITS: dict[str, tuple[str, Any]] = {
     "is_invalid_grad_norm": ("", lambda n, w: 5),  # once for each optimizer group and once for all
@@ -214,7 +219,8 @@ WAITS: dict[str, tuple[str, Any]] = {
     "wait": (ZERO_3, lambda n, w: 2 * n * w),
     "independent_gradient_partition_epilogue": ("ZeRO-3, or overlap_comm at ZeRO-2", lambda n, w: n),
 }
-# what runs on the CPU: the optimizer there with its gradients, the copy of its result, and comparing states of random generators
+# what runs on the CPU: the optimizer there with its gradients, the copy of its result, and
+# comparing states of random generators
 ON_CPU = {
     "step",
     "unscale_and_clip_grads",

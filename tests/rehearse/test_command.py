@@ -1,4 +1,6 @@
-"""`toolkit rehearse` as a user runs it: what it prints and writes, and one message for what cannot be rehearsed."""
+"""`toolkit rehearse` as a user runs it: what it prints and writes, and one message for what cannot
+be rehearsed.
+"""
 
 from __future__ import annotations
 

@@ -15,12 +15,17 @@ from toolkit.rehearse import match, play, show
 from toolkit.rehearse.session import Job, prepare, refuse_errors, run
 
 HARDWARE = "h100-80gb:2x1"
-OFFLOADS = {
+NOT_LOCKED = {"zero_optimization": {name: {"pin_memory": False} for name in ("offload_optimizer", "offload_param")}}
+OFFLOADS: dict[str, dict[str, Any]] = {
     "files": {"stage": 3, "offload_optimizer": "nvme"},
     "files, parameters too": {"stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme"},
     "zero3, parameters too": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"},
     "zero1": {"stage": 1, "offload_optimizer": "cpu"},
     "zero2": {"stage": 2, "offload_optimizer": "cpu"},
+    "zero3, small groups": {"stage": 3, "offload_optimizer": "cpu", "deepspeed": {"zero_optimization": {"sub_group_size": 1_000_000}}},
+    "zero3, not locked": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu", "deepspeed": NOT_LOCKED},
+    "zero1, not locked": {"stage": 1, "offload_optimizer": "cpu", "deepspeed": NOT_LOCKED},
+    "zero2, not locked": {"stage": 2, "offload_optimizer": "cpu", "deepspeed": NOT_LOCKED},
 }
 
 
@@ -63,7 +68,9 @@ def test_the_estimate_counts_it(name: str, answers: dict[str, dict[str, Any]], t
 
 
 def test_a_step_reads_and_writes_what_is_in_files(answers: dict[str, dict[str, Any]]) -> None:
-    """A rank's half of the matrices: master weights and two moments, and gradients of a MiB or more; norms and biases stay in RAM."""
+    """A rank's half of the matrices: master weights and two moments, and gradients of a MiB or
+    more; norms and biases stay in RAM.
+    """
     step = answers["files"]["step"]
     halves = [x.count // 2 for x in parse_config(raw(OFFLOADS["files"], Path("unused"))).model.spec.weights() if x.group != "vector"]
     moved = sum(12 * n + (4 * n if 4 * n >= host.MIN_SWAPPED else 0) for n in halves)

@@ -1,4 +1,6 @@
-"""What long sequences ask of a GPU's memory, rehearsed: inputs of layers that wait on the host, and a loss whose logits never exist."""
+"""What long sequences ask of a GPU's memory, rehearsed: inputs of layers that wait on the host, and
+a loss whose logits never exist.
+"""
 
 from __future__ import annotations
 

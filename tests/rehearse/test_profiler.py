@@ -1,4 +1,6 @@
-"""What `toolkit profile` does to a step on a GPU: it must leave the overlap of messages and kernels as it is."""
+"""What `toolkit profile` does to a step on a GPU: it must leave the overlap of messages and kernels
+as it is.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ CELL = Cell(2, {"parallel.pp": 2, "zero.stage": 1, "train.micro_batch_size": 2, 
 
 
 def test_the_clock_does_not_make_the_host_wait() -> None:
-    """With a synchronisation at each change of part, as it once was, a step of four micro-batches waited 34 times more."""
+    """With a synchronisation at each change of part, as it once was, a step of four micro-batches
+    waited 34 times more.
+    """
     plain, timed = run_inside("tests.rehearse.test_profiler:syncs", {"config": CELL.raw()})
     assert timed["calls"] >= 8, "sends and receives are counted"
     assert timed["syncs"] == plain["syncs"]

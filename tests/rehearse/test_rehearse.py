@@ -1,4 +1,6 @@
-"""Parity cells rehearsed as CUDA: the branches that only a GPU takes, their messages against the fewest a layout needs, their waits."""
+"""Parity cells rehearsed as CUDA: the branches that only a GPU takes, their messages against the
+fewest a layout needs, their waits.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,15 @@ CELLS = [
     Cell(2, {"parallel.pp": 2, "parallel.vpp": 2, "model.num_layers": 4, "zero.stage": 2, "train.micro_batch_size": 2} | BF16),
     Cell(2, {"zero.stage": 3, "model.family": "gpt"} | BF16),
     Cell(2, {"zero.stage": 2, "zero.offload_optimizer": "cpu"} | BF16),
-    # this one ended in "Tensor list must have at least one tensor": DeepSpeed keeps no sums in host memory in 16 bits
+    # this one ended in "Tensor list must have at least one tensor": DeepSpeed keeps no sums in host
+    # memory in 16 bits
     Cell(2, {"parallel.pp": 2, "parallel.vpp": 2, "model.num_layers": 4, "zero.stage": 2, "zero.offload_optimizer": "cpu"} | BF16),
 ]
 TP, DP, PP, VPP, ZERO3, OFFLOAD, _ = (c.id for c in CELLS)
 # at the end of a step all ranks agree on the loss (a sum) and on what else they must see alike (a maximum)
 AGREED = 2
-# The host reads the norm once for each optimizer group and once for all, to skip a step that is not finite; then what ranks agreed on.
+# The host reads the norm once for each optimizer group and once for all, to skip a step that is not
+# finite; then what ranks agreed on.
 READS = {("a value is read", "is_invalid_grad_norm"), ("a value is read", "_agree"), ("a copy between host and device", "_agree")}
 
 
@@ -85,14 +89,18 @@ def test_a_cell_runs_on_the_gpu_and_its_ranks_agree(cell: Cell, request: pytest.
 
 
 def test_offloaded_gradients_are_scaled_where_they_are() -> None:
-    """With the norm left on the GPU this step ends in "two devices": it did, before the first rehearsal of it."""
+    """With the norm left on the GPU this step ends in "two devices": it did, before the first
+    rehearsal of it.
+    """
     answer = rehearsed(False)[OFFLOAD][0]
     assert any(what == "aten::mul_" and "unscale_and_clip_grads" in place for what, place, _ in answer["step"]["elsewhere"])
     assert answer["parts"]["optimizer"] == 0
 
 
 def test_sequence_parallel_layers_send_the_fewest_messages() -> None:
-    """A layer gathers twice forward and four times backward, and scatters twice in each; embedding and loss add theirs."""
+    """A layer gathers twice forward and four times backward, and scatters twice in each; embedding
+    and loss add theirs.
+    """
     answer = rehearsed(False)[TP][0]
     n, layers = answer["microbatches"], 2
     found = calls(answer)

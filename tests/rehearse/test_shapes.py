@@ -1,4 +1,6 @@
-"""Remembered answers are those that PyTorch's own FakeTensorMode gives: shapes, strides, types, devices, and which storages are shared."""
+"""Remembered answers are those that PyTorch's own FakeTensorMode gives: shapes, strides, types,
+devices, and which storages are shared.
+"""
 
 from __future__ import annotations
 

@@ -53,7 +53,9 @@ def test_every_chart_is_drawn_and_nothing_is_fetched(report: Path, browser: Brow
 
 
 def asked_for(log: Path) -> set[str]:
-    """What a page requested over the network, from Chromium's log; what the browser asks for itself has no origin."""
+    """What a page requested over the network, from Chromium's log; what the browser asks for itself
+    has no origin.
+    """
     found = set()
     for line in log.read_text(errors="replace").splitlines():
         url, initiator = (re.search(rf'"{key}":"([^"]*)"', line) for key in ("url", "initiator"))
@@ -84,7 +86,9 @@ def test_the_picture_is_not_blank(report: Path, browser: Browser, tmp_path: Path
 
 
 def rows(path: Path) -> list[bytearray]:
-    """Pixel rows of an 8-bit PNG without interlacing, as Chromium writes them (PNG specification, section 9: filters)."""
+    """Pixel rows of an 8-bit PNG without interlacing, as Chromium writes them (PNG specification,
+    section 9: filters).
+    """
     data = path.read_bytes()
     at, packed, width, depth = 8, b"", 0, 3
     while at < len(data):

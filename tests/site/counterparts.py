@@ -10,7 +10,8 @@ data, flags/*.yaml: groups of flags, and for each flag one of
     unneeded  why nothing needs to be set
     absent    why or what not: there is no counterpart
 
-and a note. tests/site/test_counterparts.py holds every name in them to the schema, DeepSpeed's table, the parser and the API.
+and a note. tests/site/test_counterparts.py holds every name in them to the schema, DeepSpeed's
+table, the parser and the API.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ BEGIN, END = "<!-- generated: flags -->", "<!-- end: flags -->"
 
 
 class Flag(NamedTuple):
-    """One flag of another project. kind: one of KINDS; what: the counterpart, or the reason that there is none."""
+    """One flag of another project. kind: one of KINDS; what: the counterpart, or the reason that
+    there is none.
+    """
 
     name: str
     kind: str

@@ -40,7 +40,9 @@ class Block:
 
     @property
     def commands(self) -> list[str]:
-        """The shell commands of the block: a line each, with what a backslash or a here-document joins to it."""
+        """The shell commands of the block: a line each, with what a backslash or a here-document
+        joins to it.
+        """
         found: list[str] = []
         lines = iter(self.text.splitlines())
         for line in lines:

@@ -1,6 +1,7 @@
 """docs/cli.md and docs/python.md, from the parser of the command and from the names of the package.
 
-python -m tests.site.reference writes both. tests/site/test_reference.py holds the pages to what they are made from.
+python -m tests.site.reference writes both. tests/site/test_reference.py holds the pages to what
+they are made from.
 """
 
 from __future__ import annotations

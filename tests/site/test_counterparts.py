@@ -1,4 +1,6 @@
-"""Every key, command and name that the tables of docs/from/ give as a counterpart is there, and the pages show the tables."""
+"""Every key, command and name that the tables of docs/from/ give as a counterpart is there, and the
+pages show the tables.
+"""
 
 from __future__ import annotations
 

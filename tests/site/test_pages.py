@@ -1,4 +1,6 @@
-"""What the pages for users tell them to run, runs: the first hour, and the how-to pages that go on from it."""
+"""What the pages for users tell them to run, runs: the first hour, and the how-to pages that go on
+from it.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,18 @@ KINDS = {"", "not run", "all cells", "with", "fails"}
 class Reader:
     """Gives a page's commands, one after the other, in a folder that looks like the checkout.
 
-    `toolkit train` runs on the pool's ranks, without the launcher that tests/test_readme.py goes through; other commands of
-    the toolkit, and Python on standard input, are processes forked from a server that has torch loaded; the rest is bash.
+    `toolkit train` runs on the pool's ranks, without the launcher that tests/test_readme.py goes
+    through; other commands of the toolkit, and Python on standard input, are processes forked from
+    a server that has torch loaded; the rest is bash.
     """
 
     def __init__(self, pool: Pool, folder: Path) -> None:
         self.pool, self.folder = pool, folder
 
     def read(self, page: Path, *, all_cells: bool = False) -> None:
-        """Run every block that is to be run; a command that ends otherwise than the page says fails the test."""
+        """Run every block that is to be run; a command that ends otherwise than the page says fails
+        the test.
+        """
         found = blocks(page)
         scripts = [b.text for b in found if b.language == "python" and b.kind != "not run"]
         if scripts:
@@ -68,7 +73,9 @@ class Reader:
         return run_toolkit(words, self.folder)
 
     def train(self, words: list[str]) -> Done:
-        """`toolkit train WORDS`: what is wrong is said by the command itself, what is right runs on the pool."""
+        """`toolkit train WORDS`: what is wrong is said by the command itself, what is right runs on
+        the pool.
+        """
         processes = int(words.pop(words.index("--num-procs") + 1)) if "--num-procs" in words else 1
         words = [word for word in words if word != "--num-procs"]
         dry = run_toolkit(["train", *words, "--num-procs", str(processes), "--dry-run"], self.folder)

@@ -1,4 +1,5 @@
-"""A reader's commands without their start-up: processes forked from the server that has torch and the toolkit loaded.
+"""A reader's commands without their start-up: processes forked from the server that has torch and
+the toolkit loaded.
 
 Each is a process of its own, with its own folder, arguments, output and exit code. Where a command
 starts others, such as the ranks of a run, they start as ever.

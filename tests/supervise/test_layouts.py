@@ -1,4 +1,6 @@
-"""A run's layout on fewer hosts: the config's own where all are there, a legal one with the same global batch elsewhere."""
+"""A run's layout on fewer hosts: the config's own where all are there, a legal one with the same
+global batch elsewhere.
+"""
 
 from __future__ import annotations
 

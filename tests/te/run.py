@@ -1,6 +1,8 @@
-"""Runs with the stand-in of Transformer Engine, on worker processes that import it: python -m tests.te.run CALLS ANSWERS
+"""Runs with the stand-in of Transformer Engine, on worker processes that import it: python -m
+tests.te.run CALLS ANSWERS
 
-CALLS: JSON, name -> [function of this file, number of ranks, its argument]; ANSWERS: JSON, name -> [each rank's answer], or what failed.
+CALLS: JSON, name -> [function of this file, number of ranks, its argument]; ANSWERS: JSON, name ->
+[each rank's answer], or what failed.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def train(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def built(raw: dict[str, Any]) -> dict[str, Any]:
-    """Names, shapes and values of a rank's parameters as they are made, and how many bytes of whole ones there were at once."""
+    """Names, shapes and values of a rank's parameters as they are made, and how many bytes of whole
+    ones there were at once.
+    """
     import torch
 
     from toolkit.config.load import parse_config

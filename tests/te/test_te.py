@@ -1,8 +1,10 @@
-"""model.impl=te with Transformer Engine's modules played by plain PyTorch: the same run as model.impl=local, to the last bit.
+"""model.impl=te with Transformer Engine's modules played by plain PyTorch: the same run as
+model.impl=local, to the last bit.
 
-The stand-in (tests/te/stand_in) has Transformer Engine's names, shapes and attributes of parameters, and computes. It shows that the
-project gives those parameters values, sums their gradients, cuts, saves and converts them as it should. It says nothing about
-Transformer Engine's kernels.
+The stand-in (tests/te/stand_in) has Transformer Engine's names, shapes and attributes of
+parameters, and computes. It shows that the project gives those parameters values, sums their
+gradients, cuts, saves and converts them as it should. It says nothing about Transformer Engine's
+kernels.
 """
 
 from __future__ import annotations
@@ -112,7 +114,9 @@ def test_the_same_training(name: str, found: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt"])
 def test_values_as_they_are_made(family: str, found: dict[str, Any]) -> None:
-    """Norms within a linear layer are vectors of 1 and 0, matrices are normal, and ZeRO-3 never sees two whole weights."""
+    """Norms within a linear layer are vectors of 1 and 0, matrices are normal, and ZeRO-3 never
+    sees two whole weights.
+    """
     te, local = (answer(found, f"built {family} {impl}")[0] for impl in OTHER)
     seen = set()
     for name, values in te["parameters"].items():
@@ -129,7 +133,9 @@ def test_values_as_they_are_made(family: str, found: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("impl", ["te", "local"])
 def test_checkpoints_of_one_are_the_others(impl: str, found: dict[str, Any], folder: Path) -> None:
-    """A run saved with one kind of layers goes on with the other kind in another layout; whole: the other kind from the start."""
+    """A run saved with one kind of layers goes on with the other kind in another layout; whole: the
+    other kind from the start.
+    """
     saved, resumed, whole = (answer(found, f"{name} {impl}")[0] for name in ("saved", "resumed", "whole"))
     assert saved["losses"] == whole["losses"][:2] and resumed["first"] == 3
     assert resumed["losses"] == pytest.approx(whole["losses"][2:], rel=1e-5)

@@ -1,4 +1,6 @@
-"""A rank of two that fails as its first argument says, while the other waits for it in an all-reduce; started by the launcher."""
+"""A rank of two that fails as its first argument says, while the other waits for it in an
+all-reduce; started by the launcher.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a user gets wrong gives one clear message, a non-zero exit code, no traceback and no hang, on every rank."""
+"""What a user gets wrong gives one clear message, a non-zero exit code, no traceback and no hang,
+on every rank.
+"""
 
 from __future__ import annotations
 

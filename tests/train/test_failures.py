@@ -1,4 +1,6 @@
-"""A run that fails shows one cause and not its echoes; every rank keeps its own words; secrets stay out of all of it."""
+"""A run that fails shows one cause and not its echoes; every rank keeps its own words; secrets stay
+out of all of it.
+"""
 
 from __future__ import annotations
 

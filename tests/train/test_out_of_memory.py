@@ -1,4 +1,6 @@
-"""A rank whose memory ends in training says so itself, with what it holds and what to set, and the others end with it."""
+"""A rank whose memory ends in training says so itself, with what it holds and what to set, and the
+others end with it.
+"""
 
 from __future__ import annotations
 

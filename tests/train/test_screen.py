@@ -26,7 +26,9 @@ STEP = re.compile(r"step \d/4 \| loss ")
 
 @pytest.fixture(scope="module")
 def shown(shared: Started) -> tuple[list[str], str, Path]:
-    """A run of 4 steps on 2 ranks that a person watches: the screen at its end, all that was written, its folder."""
+    """A run of 4 steps on 2 ranks that a person watches: the screen at its end, all that was
+    written, its folder.
+    """
     folder = shared.folder / "runs" / "watched"
     keys = [f"run.dir={folder}", "parallel.tp=2", "checkpoint.every=2", "train.eval_every=4", "train.eval_steps=1"]
     code, written = on_terminal(shared.command(*keys, procs=2), cwd=shared.folder, timeout_s=900)

@@ -55,7 +55,9 @@ class IgnoredLabels(Numbers):
 
 
 class Masked(Numbers):
-    """Samples of which a third and more is left out, each another part: by a mask, and the first label by its value."""
+    """Samples of which a third and more is left out, each another part: by a mask, and the first
+    label by its value.
+    """
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         text = super().__getitem__(i)["text"]

@@ -69,7 +69,9 @@ def test_every_layout_takes_the_same_samples(fitted: Fitted) -> None:
 
 
 def test_masked_labels_weigh_alike_over_the_global_batch(fitted: Fitted) -> None:
-    """Micro-batches and ranks have different numbers of labels; the loss and norm do not depend on who has which."""
+    """Micro-batches and ranks have different numbers of labels; the loss and norm do not depend on
+    who has which.
+    """
     layouts = ({}, {"parallel": {"pp": 2}}, {"train": {"micro_batch_size": 2}}, {"zero": {"stage": 3}})
     runs = [{"config": fitted.config(str(i), **layout), "dataset": ["Masked"]} for i, layout in enumerate(layouts)]
     runs.append({"config": fitted.config("by hand"), "dataset": ["Masked"], "loss": "by_weight"})

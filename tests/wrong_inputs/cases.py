@@ -1,4 +1,5 @@
-"""The corpus of wrong inputs: what a user types, in inputs/*.yaml, and what the command answers, in messages.json.
+"""The corpus of wrong inputs: what a user types, in inputs/*.yaml, and what the command answers, in
+messages.json.
 
 `python -m tests.wrong_inputs.cases` writes the answers anew; read what has changed before it is committed.
 """
@@ -36,7 +37,9 @@ class TooLong(BaseException):
 
 
 def warm_up() -> None:
-    """Import once what some cases need, so that each of them answers within its deadline on a busy machine."""
+    """Import once what some cases need, so that each of them answers within its deadline on a busy
+    machine.
+    """
     import datasets  # noqa: F401
     import transformers  # noqa: F401
 

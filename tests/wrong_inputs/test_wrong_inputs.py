@@ -1,4 +1,6 @@
-"""Whatever a user gets wrong is answered with one message that says what, why and what to set: no traceback, no hang."""
+"""Whatever a user gets wrong is answered with one message that says what, why and what to set: no
+traceback, no hang.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from tests.wrong_inputs.cases import DEADLINE_S, Case, answers, cases, lay_out, 
 
 ROOT = Path(__file__).parents[2]
 CASES = cases()
-# what a library says of a file, and an estimate's figures, are not held here: these answers are held up to that point
+# what a library says of a file, and an estimate's figures, are not held here: these answers are
+# held up to that point
 QUOTING = {"parquet that is none", "tokenizer that is none", "import a gguf that is none"}
 QUOTING |= {"tune what is too large", "tune to a step nobody takes"}
 LOADING = {"data", "tools"}  # groups with cases that import torch

@@ -1,4 +1,5 @@
-"""What tells one family of models from another, as data: the layers it has, its published shapes, other libraries' names for it.
+"""What tells one family of models from another, as data: the layers it has, its published shapes,
+other libraries' names for it.
 
 A new family is one file in toolkit/arch/families, and one line in its __init__.
 """
@@ -16,8 +17,9 @@ from toolkit.arch.spec import WeightSpec
 class Key:
     """A setting that another library's config and our model section both have.
 
-    theirs, ours: its names there and here; several of theirs must agree, several of ours are all set. default: what theirs
-    means where it is left out, or a function of their config. kind: its type. choices: their values and ours for each.
+    theirs, ours: its names there and here; several of theirs must agree, several of ours are all
+    set. default: what theirs means where it is left out, or a function of their config. kind: its
+    type. choices: their values and ours for each.
     null: whether null is a value of its own.
     """
 
@@ -31,7 +33,9 @@ class Key:
 
 @dataclass(frozen=True)
 class Fixed:
-    """A setting of theirs of which models here compute only some values: the first is assumed and written. why: else refused."""
+    """A setting of theirs of which models here compute only some values: the first is assumed and
+    written. why: else refused.
+    """
 
     theirs: str
     allowed: tuple[Any, ...]
@@ -41,7 +45,9 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of another library: its name, its shape as stored, and whether that is transposed against torch.nn.Linear's."""
+    """A tensor of another library: its name, its shape as stored, and whether that is transposed
+    against torch.nn.Linear's.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -52,9 +58,11 @@ class Part:
 class Format:
     """How another library keeps the models of a family.
 
-    architecture, model_type: its names in config.json ("" where there is none). inner: what the names start with in a file
-    of the whole model. names: of each of our modules, one, or one for each of its parts; {i} is the layer. transposed:
-    linear weights are stored as [in, out]. biased: it always has all biases. says: keys of our section that hold for every
+    architecture, model_type: its names in config.json ("" where there is none). inner: what the
+    names start with in a file
+    of the whole model. names: of each of our modules, one, or one for each of its parts; {i} is the
+    layer. transposed: linear weights are stored as [in, out]. biased: it always has all biases.
+    says: keys of our section that hold for every
     model of this format. constants: keys of config.json that say nothing about the model.
     """
 
@@ -89,11 +97,13 @@ class Format:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family of models. title: in a few words. activations: of its MLP, the usual one first; swiglu is gated.
+    """A family of models. title: in a few words. activations: of its MLP, the usual one first;
+    swiglu is gated.
 
-    ffn: the usual inner width for a hidden size. qkv_bias, attention_bias, mlp_bias, norm_bias, qk_layernorm: what a model
-    has unless its config says otherwise. formats: other libraries' ways of keeping it, the one to export to first. presets:
-    published shapes as keys of the model section.
+    ffn: the usual inner width for a hidden size. qkv_bias, attention_bias, mlp_bias, norm_bias,
+    qk_layernorm: what a model has unless its config says otherwise. formats: other libraries' ways
+    of keeping it, the one to export to first. presets: published shapes as keys of the model
+    section.
     """
 
     name: str

@@ -117,8 +117,9 @@ class OptimizerSpec:
         return self.group_of("embedding", tied=True)
 
     def split(self, weights: Iterable[WeightSpec], *, tied: str | None) -> list[list[WeightSpec]]:
-        """Weights of a stage by optimizer group, in their order; a group may be empty. tied: global name of an embedding that
-        two stages share."""
+        """Weights of a stage by optimizer group, in their order; a group may be empty. tied: global
+        name of an embedding that two stages share.
+        """
         found: list[list[WeightSpec]] = [[] for _ in self.groups]
         for weight in weights:
             found[self.group_of(weight.group, tied=weight.name == tied)].append(weight)

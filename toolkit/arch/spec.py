@@ -1,4 +1,5 @@
-"""What a model is: every weight once, and what follows from it. Counts, cuts, names and FLOPs come from here; no torch.
+"""What a model is: every weight once, and what follows from it. Counts, cuts, names and FLOPs come
+from here; no torch.
 
 spec = config.model.spec
 for weight in spec.weights():
@@ -28,7 +29,9 @@ _HASHES = hash(__name__)  # text hashes differently in each process, and a pickl
 
 
 def hash_once(value: Any) -> int:
-    """The hash of a frozen dataclass's fields, computed once and kept with it: for what caches look up very often."""
+    """The hash of a frozen dataclass's fields, computed once and kept with it: for what caches look
+    up very often.
+    """
     known: tuple[int, int] | None = value.__dict__.get("_hash")
     if known is None or known[0] != _HASHES:
         known = value.__dict__["_hash"] = _HASHES, hash(tuple(getattr(value, name) for name in value.__dataclass_fields__))
@@ -37,7 +40,8 @@ def hash_once(value: Any) -> int:
 
 @dataclass(frozen=True)
 class Cut:
-    """How tensor-parallel ranks share a weight: along `dim`, or not at all (None: every rank holds the whole).
+    """How tensor-parallel ranks share a weight: along `dim`, or not at all (None: every rank holds
+    the whole).
 
     blocks: equal parts stacked along dim that are cut each by itself (2 for [gate; up], else 1).
     """
@@ -61,12 +65,14 @@ ROWS, COLUMNS, WHOLE = Cut(0), Cut(1), Cut()
 class WeightSpec:
     """One weight, whole.
 
-    name: global, with layers numbered over the whole model ({i} in a layer's template). module_name: the name its module
-    gives it, which differs where Transformer Engine fuses a norm into the linear layer behind it. shape: rows and columns
-    as in torch.nn.Linear, the vocabulary's padding included. place: on the first stage, in each layer, or on the last
-    stage; a tied embedding is on both ends. group: what optimizers tell apart. initial: "residual" is normal with the
-    smaller deviation of projections back into the residual stream (GPT-2, section 2.3). per_head: a norm of each head,
-    of which every tensor-parallel rank sees its own heads alone. number: of its layer. parts, join: the tensors other formats keep it as and
+    name: global, with layers numbered over the whole model ({i} in a layer's template).
+    module_name: the name its module gives it, which differs where Transformer Engine fuses a norm
+    into the linear layer behind it. shape: rows and columns as in torch.nn.Linear, the vocabulary's
+    padding included. place: on the first stage, in each layer, or on the last stage; a tied
+    embedding is on both ends. group: what optimizers tell apart. initial: "residual" is normal with
+    the smaller deviation of projections back into the residual stream (GPT-2, section 2.3).
+    per_head: a norm of each head, of which every tensor-parallel rank sees its own heads alone.
+    number: of its layer. parts, join: the tensors other formats keep it as and
     how they make it up: one, one with rows that pad the vocabulary, one above the other, or per query group
     [query heads, key, value].
     """
@@ -108,9 +114,12 @@ class WeightSpec:
 class ModelSpec:
     """A decoder-only transformer.
 
-    vocab: token ids; rows: of the embedding, padding included. positions: rows of a learned position table (0: rotary).
-    qkv_bias, proj_bias, mlp_bias, norm_bias: which linear layers and norms have biases. qk_norm: queries and keys are
-    normalised per head. fused_norms: Transformer Engine's layers, which keep a norm's weights in the linear layer behind it.
+    vocab: token ids; rows: of the embedding, padding included. positions: rows of a learned
+    position table (0: rotary).
+    qkv_bias, proj_bias, mlp_bias, norm_bias: which linear layers and norms have biases. qk_norm:
+    queries and keys are
+    normalised per head. fused_norms: Transformer Engine's layers, which keep a norm's weights in
+    the linear layer behind it.
     """
 
     layers: int
@@ -212,7 +221,9 @@ class ModelSpec:
 
     @cached_property
     def after(self) -> tuple[WeightSpec, ...]:
-        """What the last stage holds after its layers; a tied output layer is the embedding, and not listed again."""
+        """What the last stage holds after its layers; a tied output layer is the embedding, and not
+        listed again.
+        """
         norm = tuple(replace(w, place="last") for w in self._norm("decoder.final_layernorm", "", self.hidden))
         if self.tied:
             return norm
@@ -252,7 +263,9 @@ class ModelSpec:
         return replace(self, qkv_bias=True, proj_bias=True, mlp_bias=True, norm_bias=self.norm == "layer")
 
     def _norm(self, name: str, fused_into: str, width: int) -> tuple[WeightSpec, ...]:
-        """A norm's scale, and its bias where it has one; fused_into: what its module names start with, "" for its own."""
+        """A norm's scale, and its bias where it has one; fused_into: what its module names start
+        with, "" for its own.
+        """
         kinds: list[tuple[str, Initial]] = [("weight", "one"), ("bias", "zero")]
         return tuple(
             WeightSpec(
@@ -295,7 +308,9 @@ class ModelSpec:
         return replace(self, rows=self.vocab).parameters
 
     def largest_weights(self) -> tuple[int, int]:
-        """Elements of the largest weight that tensor-parallel ranks share out, and of the largest that each holds whole."""
+        """Elements of the largest weight that tensor-parallel ranks share out, and of the largest
+        that each holds whole.
+        """
         every = (*self.before, *self.layer, *self.after)
         shared = max(w.count for w in every if w.cut.dim is not None)
         return shared, max(w.count for w in every if w.cut.dim is None)
@@ -303,8 +318,8 @@ class ModelSpec:
     def flops_per_token(self, seq_length: int) -> float:
         """FLOPs of forward and backward per token, without recompute, every matrix multiply at 2mnk.
 
-        Attention scores count all s × s pairs (PaLM, arXiv 2204.02311, appendix B), so that figures compare with what
-        others publish; the backward costs twice the forward.
+        Attention scores count all s × s pairs (PaLM, arXiv 2204.02311, appendix B), so that figures
+        compare with what others publish; the backward costs twice the forward.
         """
         matrices = sum(w.count for w in self.layer if w.group == "matrix")
         layer = 2 * matrices + 4 * seq_length * self.query
@@ -323,7 +338,8 @@ def _linear(
 ) -> tuple[WeightSpec, ...]:
     """Weight of a linear layer, and its bias where it has one; rows: of each of its parts.
 
-    A bias of a layer whose columns are cut is added after the sum over tensor-parallel ranks, so all of them hold it whole.
+    A bias of a layer whose columns are cut is added after the sum over tensor-parallel ranks, so
+    all of them hold it whole.
     """
     each = (rows,) if isinstance(rows, int) else rows
     weight = WeightSpec(

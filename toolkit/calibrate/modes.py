@@ -41,24 +41,44 @@ def keys_of(mode: str) -> dict[str, Any]:
     return (ALONE | TWO)[mode][0]
 
 
-def program(keys: Mapping[str, Any], *, layers: int, microbatches: int, ranks: int, folder: Path) -> RunConfig:
-    """The config of a tiny run: widths of 64, 16 tokens a micro-batch."""
+# family and width of runs whose steps are mostly arithmetic, which tell what a step takes beyond its operators one by one
+WIDER = (("llama", 128), ("gpt", 192), ("llama", 320))
+
+
+def wider(family: str, width: int, *, folder: Path) -> RunConfig:
+    """The config of one of WIDER: two layers, two micro-batches of 256 tokens."""
+    keys = {"zero.stage": 1, "model.family": family}
+    return program(keys, layers=2, microbatches=2, ranks=1, folder=folder, width=width, sequence=128, micro=2)
+
+
+def program(
+    keys: Mapping[str, Any],
+    *,
+    layers: int,
+    microbatches: int,
+    ranks: int,
+    folder: Path,
+    width: int = 64,
+    sequence: int = SEQUENCE,
+    micro: int = 1,
+) -> RunConfig:
+    """The config of a small run; without more, of a tiny one: widths of 64, 16 tokens a micro-batch."""
     shared = keys.get("parallel.tp", 1) * keys.get("parallel.pp", 1)
     model = {
         "family": "llama",
         "num_layers": layers,
-        "hidden_size": 64,
-        "num_attention_heads": 2,
-        "num_query_groups": 2,
-        "ffn_hidden_size": 64,
+        "hidden_size": width,
+        "num_attention_heads": width // 32,
+        "num_query_groups": width // 32,
+        "ffn_hidden_size": width if width == 64 else 2 * width,
         "vocab_size": VOCABULARY,
-        "max_position_embeddings": SEQUENCE,
+        "max_position_embeddings": sequence,
     }
     train = {
         "steps": WARM_UP + STEPS,
-        "global_batch_size": microbatches * ranks // shared,
-        "micro_batch_size": 1,
-        "seq_length": SEQUENCE,
+        "global_batch_size": micro * microbatches * ranks // shared,
+        "micro_batch_size": micro,
+        "seq_length": sequence,
         "precision": "fp32",
         "watchdog_s": 0,
     }

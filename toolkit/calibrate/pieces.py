@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TOKENS, WIDTHS = (32, 128, 512, 2048), (64, 256, 1024)
-SEQUENCES, HEADS, HEAD_WIDTHS = (64, 128, 256, 512, 1024), 8, (32, 64)
+SEQUENCES, HEADS, HEAD_WIDTHS = (64, 128, 256, 1024), 8, (32, 64)
 ELEMENTS = (1 << 10, 1 << 14, 1 << 17, 1 << 19, 1 << 21)
 WEIGHTS = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22)  # of the optimizer's pass and of plain copies
 COLD, MOST = 64 << 20, 48  # bytes of tensors that take turns, more than caches hold; and how many at most

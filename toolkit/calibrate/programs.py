@@ -4,12 +4,15 @@ messages take by step, micro-batch and layer.
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from toolkit.calibrate.modes import ALONE, SEQUENCE, TWO, VOCABULARY, WARM_UP, program
+from toolkit.calibrate.modes import ALONE, TWO, VOCABULARY, WARM_UP, WIDER, program, wider
 from toolkit.calibrate.pieces import quarter
+from toolkit.config.schema import RunConfig
 from toolkit.trainer import Trainer
 
 
@@ -29,20 +32,29 @@ class Tokens:
         return {"text": self.text[i % len(self.text)]}
 
 
-def programs(ranks: int, folder: Path) -> dict[str, list[list[float]]]:
-    """Layers, micro-batches and seconds a step of each mode's runs on so many ranks; all of them call it."""
+def programs(ranks: int, folder: Path, *, between: Callable[[], None] = lambda: None) -> dict[str, list[list[float]]]:
+    """Layers, micro-batches and seconds a step of each mode's runs on so many ranks; all of them call it.
+
+    between: what is done after each run.
+    """
     found: dict[str, list[list[float]]] = {}
     for mode, (keys, shapes) in (ALONE if ranks == 1 else TWO).items():
         for layers, microbatches in shapes:
             at = folder / f"{mode}-{layers}-{microbatches}"
             config = program(keys, layers=layers, microbatches=microbatches, ranks=ranks, folder=at)
             found.setdefault(mode, []).append([layers, microbatches, step_seconds(config)])
+            between()
     return found
 
 
-def step_seconds(config: object) -> float:
+def wider_steps(folder: Path) -> list[float]:
+    """Seconds a step of each of modes.WIDER."""
+    return [step_seconds(wider(family, width, folder=Path(tempfile.mkdtemp(dir=folder)))) for family, width in WIDER]
+
+
+def step_seconds(config: RunConfig) -> float:
     """Seconds of a run's steps without the first ones."""
     times: list[float] = []
-    data = Tokens(samples=4096, length=SEQUENCE, ids=VOCABULARY)
-    Trainer(config, dataset=data, on_step=lambda step: times.append(step.record.step_s)).fit()  # type: ignore[arg-type]
+    data = Tokens(samples=4096, length=config.train.seq_length, ids=VOCABULARY)
+    Trainer(config, dataset=data, on_step=lambda step: times.append(step.record.step_s)).fit()
     return quarter(times[WARM_UP:])

@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
 
-from toolkit.calibrate.modes import keys_of, program, ranks_of
+from toolkit.calibrate.modes import WIDER, keys_of, program, ranks_of, wider
 from toolkit.cluster.environment import rank_environment, usable_cores
-from toolkit.cost.cpu_step import cpu_step_time
+from toolkit.cost.cpu_step import cpu_step_time, handed_elements
 from toolkit.cost.workload import Workload
 from toolkit.errors import ConfigError, MachineError
 from toolkit.files import write_durably
@@ -107,7 +108,26 @@ def assemble(found: Sequence[Mapping[str, Any]], *, processor: str, cores: int, 
     for setting in raw["settings"]:
         for curves in setting["pieces"].values():
             curves[:] = [sorted(curve) for curve in curves]
-    return with_host(from_yaml(raw, path=Path("what was measured")), programs)
+    steps = [setting.get("steps") for setting in raw["settings"]]
+    return with_steps(with_host(from_yaml(raw, path=Path("what was measured")), programs), steps)
+
+
+def with_steps(rates: CpuRates, steps: Sequence[Sequence[float] | None]) -> CpuRates:
+    """The figures with each setting's handed_s, where it has seconds a step of modes.WIDER: the median of what these take beyond
+    their operators, by elements that are handed on.
+    """
+    settings = []
+    for setting, times in zip(rates.settings, steps, strict=True):
+        if times is not None and setting.precision == "fp32":  # what the runs compute in
+            hardware = replace(parse_hardware("cpu:1"), threads=setting.threads, cpu=replace(rates, settings=(setting,)))
+            each = []
+            for seconds, (family, width) in zip(times, WIDER, strict=True):
+                w = Workload.of(wider(family, width, folder=Path("runs")), 1)
+                elements = 3 * handed_elements(w) * w.model.layers * w.microbatches
+                each.append((seconds - cpu_step_time(w, hardware).step) / elements)
+            setting = replace(setting, handed_s=max(0.0, median(each)))
+        settings.append(setting)
+    return replace(rates, settings=tuple(settings))
 
 
 def with_host(rates: CpuRates, programs: Mapping[str, Sequence[Sequence[float]]]) -> CpuRates:
@@ -125,13 +145,14 @@ def _solve(rates: CpuRates, mode: str, runs: Sequence[Sequence[float]]) -> dict[
     import numpy as np
 
     names, ranks = FEW.get(mode, UNKNOWNS), ranks_of(mode)
+    threads = 1 if ranks == 1 else max(1, rates.cores // ranks)
     workloads = [
         Workload.of(program(keys_of(mode), layers=int(layers), microbatches=int(m), ranks=ranks, folder=Path("runs")), ranks)
         for layers, m, _ in runs
     ]
 
     def times(host: Mapping[str, float]) -> Any:
-        hardware = replace(parse_hardware(f"cpu:{ranks}"), cpu=replace(rates, host={**rates.host, mode: host}))
+        hardware = replace(parse_hardware(f"cpu:{ranks}"), threads=threads, cpu=replace(rates, host={**rates.host, mode: host}))
         return np.array([cpu_step_time(w, hardware).step for w in workloads])
 
     base = times({})

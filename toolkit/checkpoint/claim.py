@@ -32,7 +32,9 @@ class Claim:
 
     @property
     def proof(self) -> tuple[Path, bytes]:
-        """A file under checkpoints and what is in it, for other hosts to see whether they share the folder."""
+        """A file under checkpoints and what is in it, for other hosts to see whether they share the
+        folder.
+        """
         path = self.checkpoints / LOCK
         return path, path.read_bytes() if not self.locks else self.locks[-1].note
 

@@ -1,4 +1,6 @@
-"""`toolkit checkpoint list|verify|prune DIR`: what a person asks of a folder of checkpoints; needs no torch."""
+"""`toolkit checkpoint list|verify|prune DIR`: what a person asks of a folder of checkpoints; needs
+no torch.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,9 @@ def prune_checkpoints(
     folder: Folder,
     keep: Annotated[int, typer.Option(min=1, help="complete checkpoints to keep")] = 2,
 ) -> None:
-    """Delete all but the newest good checkpoints, and what killed runs left half-written; damaged ones stay."""
+    """Delete all but the newest good checkpoints, and what killed runs left half-written; damaged
+    ones stay.
+    """
     if (folder / NAME).exists():
         raise CheckpointError(f"{folder} is one checkpoint", fix="Name a run folder, or the folder its checkpoints are in.")
     folder = _folder(folder)

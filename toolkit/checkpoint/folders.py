@@ -18,7 +18,8 @@ _NAME_ONE = "Name a run folder, a step-… folder, or what `toolkit convert impo
 def checkpoint_in(path: Path) -> Path:
     """The checkpoint itself, or the newest complete one of a run or a folder of checkpoints.
 
-    Its manifest is checked; where a folder was searched, its files' sizes are too. Raises CheckpointError with what is wrong.
+    Its manifest is checked; where a folder was searched, its files' sizes are too. Raises
+    CheckpointError with what is wrong.
     """
     path = path.expanduser()
     if not path.is_dir():
@@ -47,7 +48,8 @@ def checkpoint_in(path: Path) -> Path:
 def prune(folder: Path, *, keep: int, token: str, distrusted: Collection[str] = ()) -> list[Path]:
     """Delete complete checkpoints older than the newest `keep`; returns them.
 
-    Damaged and unfinished ones neither count nor go. distrusted: names of folders whose files are known to be damaged.
+    Damaged and unfinished ones neither count nor go. distrusted: names of folders whose files are
+    known to be damaged.
     """
     good = [f for f in discover(folder) if f.manifest is not None and f.path.name not in distrusted]
     doomed = [f.path for f in good[keep:]]
@@ -57,7 +59,9 @@ def prune(folder: Path, *, keep: int, token: str, distrusted: Collection[str] = 
 
 
 def set_aside(path: Path, *, token: str) -> None:
-    """Free a checkpoint's name for a new one. An unfinished folder is deleted; a finished one, which is damaged, is renamed."""
+    """Free a checkpoint's name for a new one. An unfinished folder is deleted; a finished one,
+    which is damaged, is renamed.
+    """
     if not (path / NAME).exists():
         remove_tree(path, token=token)
         return

@@ -22,7 +22,9 @@ _QUIET = ("run.dir", "checkpoint.", "log.", "data.workers", "data.cache_dir", "z
 
 
 def identity_of(config: RunConfig, data: PreparedData | GivenData) -> dict[str, Any]:
-    """What decides the meaning of the weights and the order of the samples: equal, or the run is another one."""
+    """What decides the meaning of the weights and the order of the samples: equal, or the run is
+    another one.
+    """
     return model_identity(config) | {
         "run.seed": config.run.seed,
         "train.global_batch_size": config.train.global_batch_size,
@@ -76,7 +78,9 @@ def check_same_run(manifest: Manifest, identity: Mapping[str, Any], *, path: Pat
 
 
 def check_same_states(manifest: Manifest, config: RunConfig, *, path: Path) -> None:
-    """Raise CheckpointError where the run's optimizer keeps other states than the checkpoint's, which would mean nothing to it."""
+    """Raise CheckpointError where the run's optimizer keeps other states than the checkpoint's,
+    which would mean nothing to it.
+    """
     there = OptimizerSection.model_validate(_known_now(manifest)["optimizer"])
     if _states(there) != _states(config.optimizer):
         raise CheckpointError(
@@ -96,7 +100,9 @@ def _states_shown(section: OptimizerSection) -> str:
 
 
 def same_degrees(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether every rank has the same place in both layouts, whatever the ZeRO stage, offload and precision."""
+    """Whether every rank has the same place in both layouts, whatever the ZeRO stage, offload and
+    precision.
+    """
     return all(one[k] == other[k] for k in one if k.startswith("parallel.") or k == "dp")
 
 

@@ -1,4 +1,6 @@
-"""Restore a checkpoint into an engine: as it was where each rank finds its own part, else resharded on the fly."""
+"""Restore a checkpoint into an engine: as it was where each rank finds its own part, else resharded
+on the fly.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,13 @@ log = logging.getLogger("toolkit.train")
 
 
 def restore(resume: Resume, state: EngineState, config: RunConfig, layout: Layout) -> None:
-    """Weights, moments, counters, loss scale and random generators; all ranks call it, on verified files only.
+    """Weights, moments, counters, loss scale and random generators; all ranks call it, on verified
+    files only.
 
-    On the layout that saved them each rank reads its own files, and the run goes on bit for bit. On any other each rank reads its parts of
-    the whole tensors, and where TP, PP, VPP or DP differ, dropout draws from generators seeded anew by (run.seed, step, place). Raises
-    CheckpointError on all ranks. Nothing is unpickled.
+    On the layout that saved them each rank reads its own files, and the run goes on bit for bit. On
+    any other each rank reads its parts of the whole tensors, and where TP, PP, VPP or DP differ,
+    dropout draws from generators seeded anew by (run.seed, step, place). Raises CheckpointError on
+    all ranks. Nothing is unpickled.
     """
     if resume.path is None or resume.manifest is None:
         return
@@ -92,7 +96,9 @@ def _guarded(folder: Path, action: Callable[[], T]) -> T:
 
 
 def load_weights(folder: Path, state: EngineState, layout: Layout) -> None:
-    """Weights of a verified checkpoint of any layout, and nothing else of it; all ranks call it and read their own parts alone."""
+    """Weights of a verified checkpoint of any layout, and nothing else of it; all ranks call it and
+    read their own parts alone.
+    """
     opened: list[WholeCheckpoint] = []
     everywhere(lambda: opened.append(WholeCheckpoint(folder)))
     fill(state, opened[0], tp=layout.tp, tp_rank=layout.coordinates(dist.get_rank()).tp, weights_only=True)

@@ -24,10 +24,11 @@ _STEP = re.compile(r"step-(\d{8,})")
 class Manifest(BaseModel):
     """A complete checkpoint; a folder without one was not finished.
 
-    step: optimizer steps taken; consumed_samples: sequences trained on by all ranks; layout: what the state is cut by; identity: what a
-    run must share to go on from here; probe: a few samples of the data in training order; config: the whole resolved config;
-    saved_at: UTC, ISO 8601; weights_only: whole weights without optimizer states, absent where it is false; checksum: sha256 of all
-    other fields.
+    step: optimizer steps taken; consumed_samples: sequences trained on by all ranks; layout: what
+    the state is cut by; identity: what a run must share to go on from here; probe: a few samples of
+    the data in training order; config: the whole resolved config;
+    saved_at: UTC, ISO 8601; weights_only: whole weights without optimizer states, absent where it
+    is false; checksum: sha256 of all other fields.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,7 +63,9 @@ def _digest(fields: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """A folder named like a checkpoint. manifest: None where it cannot be used; problem: why; finished: whether saving it had ended."""
+    """A folder named like a checkpoint. manifest: None where it cannot be used; problem: why;
+    finished: whether saving it had ended.
+    """
 
     path: Path
     step: int
@@ -96,7 +99,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check a folder's manifest, not its files; ValueError names the file and what is wrong with it."""
+    """Read and check a folder's manifest, not its files; ValueError names the file and what is
+    wrong with it.
+    """
     path = folder / NAME
     try:
         raw = json.loads(path.read_bytes())

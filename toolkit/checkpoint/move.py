@@ -17,7 +17,8 @@ _BUFFER = 1 << 24  # elements at a time where values go to a device or change th
 def fill(state: EngineState, whole: WholeCheckpoint, *, tp: int, tp_rank: int, weights_only: bool = False) -> None:
     """Weights, optimizer states and its step count from a whole checkpoint; all ranks call it.
 
-    weights_only: leave the optimizer as new. CheckpointError on all ranks, before anything is changed, where a parameter is missing or
+    weights_only: leave the optimizer as new. CheckpointError on all ranks, before anything is
+    changed, where a parameter is missing or
     of another shape. Memory: a buffer; values go straight to where the optimizer has them.
     """
 
@@ -48,7 +49,9 @@ def fill(state: EngineState, whole: WholeCheckpoint, *, tp: int, tp_rank: int, w
 
 
 def check_fits(state: EngineState, whole: WholeCheckpoint, *, tp: int, weights_only: bool) -> None:
-    """CheckpointError where a checkpoint lacks a parameter of this rank, or has it with another shape, cut or optimizer's states."""
+    """CheckpointError where a checkpoint lacks a parameter of this rank, or has it with another
+    shape, cut or optimizer's states.
+    """
     for name, here in state.parameters.items():
         cut, there = Cut(here["dim"], here["blocks"]), whole.parameter(name)
         shape = cut.whole(here["shape"], tp)

@@ -26,7 +26,9 @@ def weights_file(index: int) -> str:
 
 
 def holder(layout: Layout, rank: int, *, stage: int) -> int:
-    """The rank whose file has a rank's partitions. Under ZeRO-0 replicas are equal, and the first one writes for all."""
+    """The rank whose file has a rank's partitions. Under ZeRO-0 replicas are equal, and the first
+    one writes for all.
+    """
     if stage > 0:
         return rank
     at = layout.coordinates(rank)

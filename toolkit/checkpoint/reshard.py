@@ -42,11 +42,13 @@ class _OutputFile(NamedTuple):
 
 
 def reshard(source: Path, out: Path, target: Target, *, workers: int, progress: Progress = lambda _: None) -> Path:
-    """Write the checkpoint `source` as one that `target`'s processes would have saved; returns its folder, out/step-….
+    """Write the checkpoint `source` as one that `target`'s processes would have saved; returns its
+    folder, out/step-….
 
-    The source's checksums are compared first. progress is called with bytes done: half of them verifying, half writing.
-    Each of the `workers` processes takes a few buffers of memory, whatever the size of the model. Raises CheckpointError
-    naming the file where the source is damaged or the disk fails, and then leaves nothing behind.
+    The source's checksums are compared first. progress is called with bytes done: half of them
+    verifying, half writing. Each of the `workers` processes takes a few buffers of memory, whatever
+    the size of the model. Raises CheckpointError naming the file where the source is damaged or the
+    disk fails, and then leaves nothing behind.
     """
     with WholeCheckpoint(source) as whole:
         manifest = whole.manifest
@@ -128,7 +130,8 @@ class _Workers:
         self.context = _Context(source, partial, target, progress, [])
         self.pool: ProcessPoolExecutor | None = None
         if count > 1:
-            # a server that has imported torch once forks the workers: a fork of this process would copy the locks of its threads
+            # a server that has imported torch once forks the workers: a fork of this process would
+            # copy the locks of its threads
             context = mp.get_context("forkserver")
             context.set_forkserver_preload([__name__])
             self.done = context.Value("Q", 0)

@@ -29,7 +29,9 @@ _PROBES = 4
 
 @dataclass(frozen=True)
 class Resume:
-    """Where a run starts. path, manifest: the checkpoint it goes on from, None for a fresh start; distrusted: damaged ones passed over."""
+    """Where a run starts. path, manifest: the checkpoint it goes on from, None for a fresh start;
+    distrusted: damaged ones passed over.
+    """
 
     path: Path | None = None
     manifest: Manifest | None = None
@@ -47,8 +49,8 @@ class Resume:
 def find(config: RunConfig, layout: Layout, data: PreparedData | GivenData) -> Resume:
     """The newest checkpoint whose every byte is as it was written; all ranks call it and get the same.
 
-    auto: damaged ones are named and passed over, none at all is a fresh start; must: the newest must be good; never: there must be
-    none. Raises CheckpointError; nothing is deleted.
+    auto: damaged ones are named and passed over, none at all is a fresh start; must: the newest
+    must be good; never: there must be none. Raises CheckpointError; nothing is deleted.
     """
     policy, folder = config.checkpoint.resume, checkpoint_folder(config)
     candidates: list[CheckpointFolder] = on_rank_0(lambda: discover(folder)) or []
@@ -99,7 +101,9 @@ def find(config: RunConfig, layout: Layout, data: PreparedData | GivenData) -> R
 
 
 def probe(dataset: Any, *, consumed_samples: int) -> dict[str, Any]:
-    """A digest of a few samples, spread over those already trained on: it changes when the order of the data does."""
+    """A digest of a few samples, spread over those already trained on: it changes when the order of
+    the data does.
+    """
     last = consumed_samples - 1
     ids = sorted({last * i // (_PROBES - 1) for i in range(_PROBES)})
     digest = hashlib.sha256()
@@ -113,7 +117,9 @@ def probe(dataset: Any, *, consumed_samples: int) -> dict[str, Any]:
 
 
 def check_probe(resume: Resume, dataset: Any, config: RunConfig) -> None:
-    """All ranks call it: CheckpointError where this run's data set no longer has the samples already trained on in their places."""
+    """All ranks call it: CheckpointError where this run's data set no longer has the samples
+    already trained on in their places.
+    """
     if resume.manifest is None:
         return
     manifest = resume.manifest

@@ -1,4 +1,6 @@
-"""Saving: every rank writes its own files beside the training, and rank 0 makes the checkpoint count once all are on disk."""
+"""Saving: every rank writes its own files beside the training, and rank 0 makes the checkpoint
+count once all are on disk.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,9 @@ _POLL_S = 0.05
 class SaveSettings:
     """Where a run saves, and what every manifest of it says; the same on every rank.
 
-    folder: the run's checkpoints; token: tells this run's temporary folders from others'; keep: complete checkpoints that
-    pruning leaves; distrusted: names of folders found damaged; facts: the manifest's fields that never change.
+    folder: the run's checkpoints; token: tells this run's temporary folders from others'; keep:
+    complete checkpoints that pruning leaves; distrusted: names of folders found damaged; facts: the
+    manifest's fields that never change.
     """
 
     folder: Path
@@ -63,7 +66,8 @@ class Saver:
     def save(self, step: int, *, probe: dict[str, Any]) -> float:
         """Take the state after `step` steps; returns the seconds training stood still.
 
-        With async_save the files are written while training goes on. probe: of toolkit.checkpoint.resume, known to rank 0.
+        With async_save the files are written while training goes on. probe: of
+        toolkit.checkpoint.resume, known to rank 0.
         """
         started = time.perf_counter()
         self.settle()
@@ -102,15 +106,21 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether this rank's part of a save has gone wrong; when it has on any rank, all must call settle()."""
+        """Whether this rank's part of a save has gone wrong; when it has on any rank, all must call
+        settle().
+        """
         return self.job is not None and self.job.error is not None
 
     def write_seconds(self) -> float | None:
-        """On rank 0, once per save: seconds from its start until the checkpoint counted. None before, and on other ranks."""
+        """On rank 0, once per save: seconds from its start until the checkpoint counted. None
+        before, and on other ranks.
+        """
         return self.job.take_seconds() if self.job is not None and self.rank == 0 else None
 
     def settle(self) -> None:
-        """Wait until the save in flight is on disk; raises CheckpointError on all ranks when any rank's part failed."""
+        """Wait until the save in flight is on disk; raises CheckpointError on all ranks when any
+        rank's part failed.
+        """
         if self.job is None:
             return
         self.job.written.wait()
@@ -143,7 +153,9 @@ class Saver:
             yield group_file(self.rank, i), part.tensors, metadata
 
     def copied(self) -> list[tuple[str, dict[str, Tensor], dict[str, str]]]:
-        """This rank's files with their tensors in host buffers, which are filled on return; the training may then go on."""
+        """This rank's files with their tensors in host buffers, which are filled on return; the
+        training may then go on.
+        """
         files = [self._copied(*one) for one in self._files()]
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -30,7 +30,8 @@ log = logging.getLogger("toolkit.train")
 
 
 class Checkpoints:
-    """Locks the run's folders, finds where to go on, and saves at step boundaries. Every rank makes one and calls it alike.
+    """Locks the run's folders, finds where to go on, and saves at step boundaries. Every rank makes
+    one and calls it alike.
 
     weights: what starting_weights() found for this config.
     """
@@ -60,7 +61,9 @@ class Checkpoints:
             raise
 
     def _verified(self, weights: tuple[Path, Manifest] | None) -> Path | None:
-        """Where checkpoint.init_from's weights lie, each of its files held to its checksum by some rank; None where there is nothing to read."""
+        """Where checkpoint.init_from's weights lie, each of its files held to its checksum by some
+        rank; None where there is nothing to read.
+        """
         init_from = self.config.checkpoint.init_from
         if init_from is None or self.resume.path is not None:
             if init_from is not None and dist.get_rank() == 0:
@@ -113,7 +116,9 @@ class Checkpoints:
         self.saver = Saver(self.config, self.layout, state, settings)
 
     def save(self, record: StepRecord, *, last: bool) -> bool:
-        """Save after a step where it is due, noting the pause in its record; commit() must follow once the record is on disk."""
+        """Save after a step where it is due, noting the pause in its record; commit() must follow
+        once the record is on disk.
+        """
         if self.saver is None:
             return False
         due = last or record.step % self.config.checkpoint.every == 0
@@ -133,7 +138,9 @@ class Checkpoints:
             self.saver.commit()
 
     def newest(self, step: int) -> Path | None:
-        """The checkpoint that a run leaves which ends after a step of its own (0: it has taken none); None without one."""
+        """The checkpoint that a run leaves which ends after a step of its own (0: it has taken
+        none); None without one.
+        """
         if step and self.saver is not None:
             return checkpoint_folder(self.config) / folder_name(step)
         return self.resume.path

@@ -40,9 +40,11 @@ _FUNCTION = (
 
 
 def starting_weights(config: RunConfig) -> tuple[Path, Manifest] | None:
-    """The checkpoint that checkpoint.init_from names, fit for this run's model; None where it is null or the run has its own to resume from.
+    """The checkpoint that checkpoint.init_from names, fit for this run's model; None where it is
+    null or the run has its own to resume from.
 
-    Needs no torch, so it is asked before anything is started. Raises CheckpointError naming each model key that differs, with both values.
+    Needs no torch, so it is asked before anything is started. Raises CheckpointError naming each
+    model key that differs, with both values.
     """
     c = config.checkpoint
     if c.init_from is None or (c.resume != "never" and any(f.finished for f in discover(checkpoint_folder(config)))):

@@ -1,4 +1,6 @@
-"""The layout that a checkpoint is to be cut for: checked before anything is read, and its partitions in integers."""
+"""The layout that a checkpoint is to be cut for: checked before anything is read, and its
+partitions in integers.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ class Target:
     def of(cls, source: Manifest, overrides: Sequence[str], *, processes: int | None, path: Path) -> Target:
         """A checkpoint's own config with overrides, on `processes` processes (default: as many as saved it).
 
-        Raises ConfigError, or LayoutError where the layout is not legal, or CheckpointError where this checkpoint cannot be cut for it.
+        Raises ConfigError, or LayoutError where the layout is not legal, or CheckpointError where
+        this checkpoint cannot be cut for it.
         """
         if source.weights_only:
             raise CheckpointError(

@@ -1,4 +1,6 @@
-"""Writing a weights-only checkpoint: whole tensors under global names, streamed, and complete only once its manifest is there."""
+"""Writing a weights-only checkpoint: whole tensors under global names, streamed, and complete only
+once its manifest is there.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ SHARD_BYTES = 128 << 20
 
 
 def weights_manifest(config: RunConfig, *, step: int = 0, consumed_samples: int = 0) -> Manifest:
-    """The manifest of a config's weights (model.vocab_size must be set; train.precision says what they are stored as), without files yet.
+    """The manifest of a config's weights (model.vocab_size must be set; train.precision says what
+    they are stored as), without files yet.
 
     step, consumed_samples: the training they stand for, where it is known.
     """
@@ -52,12 +55,14 @@ def weights_manifest(config: RunConfig, *, step: int = 0, consumed_samples: int 
 
 
 class WeightsWriter:
-    """`with WeightsWriter(folder, manifest) as w: w.add(name, tensor) …`; folder counts as a checkpoint once the block has ended well.
+    """`with WeightsWriter(folder, manifest) as w: w.add(name, tensor) …`; folder counts as a
+    checkpoint once the block has ended well.
 
-    Tensors are whole, in their stored dtype, the vocabulary's rows padded as in the model; they must not change after add(). Shards of up
-    to shard_bytes (a larger tensor has one of its own) are hashed and written by `threads` threads while the caller makes the next
-    ones; add() waits while more than threads x shard_bytes are being written. An error or an exception in the block leaves nothing behind.
-    Raises CheckpointError where the folder exists or cannot be written.
+    Tensors are whole, in their stored dtype, the vocabulary's rows padded as in the model; they
+    must not change after add(). Shards of up to shard_bytes (a larger tensor has one of its own)
+    are hashed and written by `threads` threads while the caller makes the next ones; add() waits
+    while more than threads x shard_bytes are being written. An error or an exception in the block
+    leaves nothing behind. Raises CheckpointError where the folder exists or cannot be written.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, *, shard_bytes: int = SHARD_BYTES, threads: int = 2) -> None:

@@ -1,4 +1,6 @@
-"""A checkpoint as whole tensors under global names, whatever layout saved it: only the bytes that are asked for are read."""
+"""A checkpoint as whole tensors under global names, whatever layout saved it: only the bytes that
+are asked for are read.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class _Flat(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Elements start … start + count of a tensor-parallel rank's part: elements at … at + count of some flat tensors."""
+    """Elements start … start + count of a tensor-parallel rank's part: elements at … at + count of
+    some flat tensors.
+    """
 
     start: int
     size: int
@@ -63,11 +67,12 @@ class _Header:
 
 @dataclass
 class Parameter:
-    """One parameter as saved: whole shape, the cut over `tp` ranks, the flat tensors that have it, and where its pieces lie.
+    """One parameter as saved: whole shape, the cut over `tp` ranks, the flat tensors that have it,
+    and where its pieces lie.
 
-    Cut as toolkit.arch.spec.Cut says: along dim, in each of `blocks` equal parts by itself. Flattened, every rank's part is `rows`
-    rows, and the whole has those rows `tp` times as wide: rank r's part of a row is its r-th piece. counted: its optimizer keeps the
-    number of updates.
+    Cut as toolkit.arch.spec.Cut says: along dim, in each of `blocks` equal parts by itself.
+    Flattened, every rank's part is `rows` rows, and the whole has those rows `tp` times as wide:
+    rank r's part of a row is its r-th piece. counted: its optimizer keeps the number of updates.
     """
 
     shape: list[int]
@@ -92,9 +97,11 @@ class Parameter:
 
 
 class WholeCheckpoint:
-    """Any complete checkpoint of the toolkit, training state or weights only; CheckpointError where it is not one, naming the file.
+    """Any complete checkpoint of the toolkit, training state or weights only; CheckpointError where
+    it is not one, naming the file.
 
-    Opening reads the manifest and the headers. Files are not held to their checksums here: toolkit.checkpoint.manifest.verify_files does.
+    Opening reads the manifest and the headers. Files are not held to their checksums here:
+    toolkit.checkpoint.manifest.verify_files does.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -158,7 +165,9 @@ class WholeCheckpoint:
             raise CheckpointError(f"{flat.path} cannot be read", why=(e.strerror or str(e)).lower(), fix="Restore the file.") from None
 
     def read_into(self, out: Tensor, name: str, key: str = MASTER, *, tp: int = 1, rank: int = 0, start: int = 0) -> None:
-        """Fill a flat tensor (stored dtype, on the CPU) with elements start … start + len(out) of TP rank `rank`'s part, cut over `tp`."""
+        """Fill a flat tensor (stored dtype, on the CPU) with elements start … start + len(out) of
+        TP rank `rank`'s part, cut over `tp`.
+        """
         p = self.parameter(name)
         if p.dim is None:
             tp, rank = 1, 0
@@ -262,7 +271,8 @@ class WholeCheckpoint:
                 if cut["dim"] is not None:
                     whole[cut["dim"]] *= layout.tp
                 p = found.setdefault(name, Parameter(whole, cut["dim"], cut["blocks"], tp, flat, [[] for _ in range(tp)], counted))
-                # a tied weight is on two stages, a parameter that is not cut on every TP rank: the first one's will do
+                # a tied weight is on two stages, a parameter that is not cut on every TP rank: the
+                # first one's will do
                 if stage_of.setdefault(name, at.pp) != at.pp or at.tp >= tp:
                     continue
                 if p.shape != whole or {k: e.dtype for k, e in flat.items()} != {k: e.dtype for k, e in p.keys.items()}:
@@ -283,7 +293,9 @@ class WholeCheckpoint:
         return found
 
     def _numbers(self, names: Iterable[str]) -> dict[str, Any]:
-        """counters, loss_scaler: as EngineState.numbers(); step: the optimizer's count of its updates, None where it has none."""
+        """counters, loss_scaler: as EngineState.numbers(); step: the optimizer's count of its
+        updates, None where it has none.
+        """
         path = self.folder / rank_file(0)
         if path.name not in names:
             raise ValueError(f"{path} is missing")
@@ -322,7 +334,9 @@ def layout_of_manifest(manifest: Manifest) -> Layout:
 
 
 def _rectangles(start: int, end: int, width: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """A run of a matrix's elements as up to three blocks: first row, number of rows, first and last + 1 column, place in the run."""
+    """A run of a matrix's elements as up to three blocks: first row, number of rows, first and last
+    + 1 column, place in the run.
+    """
     at = start
     while at < end:
         row, column = divmod(at, width)

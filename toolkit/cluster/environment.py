@@ -1,4 +1,6 @@
-"""What the ranks find in their environment: threads, accelerator and network here; the exported variables on other hosts."""
+"""What the ranks find in their environment: threads, accelerator and network here; the exported
+variables on other hosts.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ def usable_cores() -> int:
 
 
 def gpu_count(environ: Mapping[str, str] | None = None) -> int:
-    """GPUs that ranks started with this environment can use, found without importing torch; 0 means they train on the CPU.
+    """GPUs that ranks started with this environment can use, found without importing torch; 0 means
+    they train on the CPU.
 
     A GPU hidden by CUDA_VISIBLE_DEVICES, or one that the installed torch was not built for, does not count.
     """
@@ -43,7 +46,8 @@ def gpu_count(environ: Mapping[str, str] | None = None) -> int:
 
 
 def device_ids(num_procs: int, *, environ: Mapping[str, str] | None = None) -> list[str]:
-    """Device id of each local rank, in CUDA_VISIBLE_DEVICES' own numbering; "-1" hides a GPU from a rank that trains on the CPU.
+    """Device id of each local rank, in CUDA_VISIBLE_DEVICES' own numbering; "-1" hides a GPU from a
+    rank that trains on the CPU.
 
     Raises MachineError where the machine has GPUs, but fewer than ranks.
     """
@@ -77,13 +81,17 @@ def take_place_from_mpi(environ: MutableMapping[str, str] | None = None) -> None
 
 
 def hosts(environ: Mapping[str, str] | None = None) -> int:
-    """Hosts of the run that this rank belongs to, as DeepSpeed's launcher or torchrun has told it; 1 where nobody has."""
+    """Hosts of the run that this rank belongs to, as DeepSpeed's launcher or torchrun has told it;
+    1 where nobody has.
+    """
     environ = os.environ if environ is None else environ
     return int(environ.get("CROSS_SIZE", environ.get("GROUP_WORLD_SIZE", 1)))
 
 
 def rank_environment(num_procs: int, *, environ: Mapping[str, str] | None = None, python: str = sys.executable) -> dict[str, str]:
-    """The environment local ranks start with: what the user set wins, the rest is chosen for num_procs ranks on this machine."""
+    """The environment local ranks start with: what the user set wins, the rest is chosen for
+    num_procs ranks on this machine.
+    """
     env = dict(os.environ if environ is None else environ)
     env.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // max(1, num_procs))))
     tools = str(Path(python).parent)
@@ -102,9 +110,10 @@ def rank_environment(num_procs: int, *, environ: Mapping[str, str] | None = None
 def cuda_defaults(*, tp: int, zero_stage: int, environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """Variables that a rank on a GPU should set before it imports torch, without those that the user has set.
 
-    Segments that grow hold less memory beyond what is used where activations of several micro-batches come and go. One
-    connection to the device starts kernels in the order in which they were issued: with tensor parallelism an all-gather
-    then begins before the multiply that hides it. ZeRO-3's gathers run beside compute on their own, and are left alone.
+    Segments that grow hold less memory beyond what is used where activations of several
+    micro-batches come and go. One connection to the device starts kernels in the order in which
+    they were issued: with tensor parallelism an all-gather then begins before the multiply that
+    hides it. ZeRO-3's gathers run beside compute on their own, and are left alone.
     """
     environ = os.environ if environ is None else environ
     variables = {}
@@ -117,10 +126,12 @@ def cuda_defaults(*, tp: int, zero_stage: int, environ: Mapping[str, str] | None
 
 
 def deepspeed_env_lines(environ: Mapping[str, str] | None = None) -> list[str]:
-    """`NAME=value` lines for a `.deepspeed_env` file: what ranks on other hosts need and DeepSpeed's launcher does not export.
+    """`NAME=value` lines for a `.deepspeed_env` file: what ranks on other hosts need and
+    DeepSpeed's launcher does not export.
 
-    Secrets (…_TOKEN, …_KEY) are left out, since the launcher puts every value on a command line that all users of a host can
-    read. Raises ConfigError for a value that no shell would pass on unchanged.
+    Secrets (…_TOKEN, …_KEY) are left out, since the launcher puts every value on a command line
+    that all users of a host can read. Raises ConfigError for a value that no shell would pass on
+    unchanged.
     """
     variables = exported_variables(environ)
     check_exports(variables, variables)
@@ -128,7 +139,8 @@ def deepspeed_env_lines(environ: Mapping[str, str] | None = None) -> list[str]:
 
 
 def users_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The variables of the user's own files for other hosts, which DeepSpeed's launcher reads at home and then here.
+    """The variables of the user's own files for other hosts, which DeepSpeed's launcher reads at
+    home and then here.
 
     Raises ConfigError naming a line that is no variable; the launcher would end with a traceback there.
     """

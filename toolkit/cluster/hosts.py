@@ -16,7 +16,9 @@ SSH_TIMEOUT_S = 10
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Slots (ranks) of each host, in the order of the ranks; raises ConfigError naming the line that is wrong."""
+    """Slots (ranks) of each host, in the order of the ranks; raises ConfigError naming the line
+    that is wrong.
+    """
     if not path.is_file():
         raise ConfigError(
             f"there is no hostfile {path}", fix="Copy launch/hostfile.example and name your hosts in it, one `HOST slots=RANKS` a line."
@@ -67,7 +69,9 @@ def unreachable(hosts: Sequence[str]) -> dict[str, str]:
 
 
 def check_reachable(hosts: Iterable[str]) -> None:
-    """Raise MachineError naming a host on which ssh cannot run a command without a password, as the launcher will have to."""
+    """Raise MachineError naming a host on which ssh cannot run a command without a password, as the
+    launcher will have to.
+    """
     if shutil.which("ssh") is None:
         raise MachineError("the command ssh is not on the PATH", why="other hosts are reached by it", fix="Install an ssh client.")
     for host, why in unreachable(list(hosts)).items():

@@ -23,7 +23,9 @@ STOP_EARLY_S = 300  # Slurm's warning before its time limit: long enough for one
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A run and the processes it wants: nodes × ranks_per_node ranks of `python -m toolkit.train CONFIG key=value…`."""
+    """A run and the processes it wants: nodes × ranks_per_node ranks of
+    `python -m toolkit.train CONFIG key=value…`.
+    """
 
     config: str
     overrides: tuple[str, ...]
@@ -46,8 +48,8 @@ class Job:
 def torchrun_command(job: Job, *, master_addr: str | None, master_port: int = MASTER_PORT, restarts: int = 0) -> list[str]:
     """The same command for every node: the nodes meet at master_addr, in whatever order they come.
 
-    One node needs no address. restarts: how often torchrun starts all ranks again after one has failed; they go on from the
-    newest checkpoint.
+    One node needs no address. restarts: how often torchrun starts all ranks again after one has
+    failed; they go on from the newest checkpoint.
     """
     command = [job.python, "-m", "torch.distributed.run", f"--nnodes={job.nodes}", f"--nproc-per-node={job.ranks_per_node}"]
     command.append(f"--max-restarts={restarts}")
@@ -75,8 +77,8 @@ def torchrun_place(master_addr: str, master_port: int = MASTER_PORT) -> list[str
 def address_towards(master_addr: str, master_port: int = MASTER_PORT) -> tuple[str, bool]:
     """This node's address towards the others, and whether they meet here.
 
-    torchrun would look its own name up instead, which on many systems gives 127.0.1.1, or nothing on the other nodes. Raises
-    MachineError for a master_addr that is not known here.
+    torchrun would look its own name up instead, which on many systems gives 127.0.1.1, or nothing
+    on the other nodes. Raises MachineError for a master_addr that is not known here.
     """
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting a datagram socket sends nothing
@@ -101,7 +103,9 @@ def no_ssh_command(
     master_addr: str | None = None,
     master_port: int = MASTER_PORT,
 ) -> list[str]:
-    """DeepSpeed's command for one host of a hostfile, to be given on that host itself, where ssh between hosts is not allowed."""
+    """DeepSpeed's command for one host of a hostfile, to be given on that host itself, where ssh
+    between hosts is not allowed.
+    """
     hosts = list(read_hostfile(hostfile))
     if master_addr:
         check_host(master_addr, where="--master-addr")
@@ -121,8 +125,9 @@ def no_ssh_command(
 def slurm_script(job: Job, *, options: Sequence[str] = ()) -> str:
     """An sbatch script in which each task is one rank: no launcher and no ssh between the nodes.
 
-    options: `key=value` or `key`, each a line `#SBATCH --key=value`. Raises ConfigError for one that would not stay one line.
-    The ranks are told to stop STOP_EARLY_S seconds before the time limit, end at their next step and save.
+    options: `key=value` or `key`, each a line `#SBATCH --key=value`. Raises ConfigError for one
+    that would not stay one line. The ranks are told to stop STOP_EARLY_S seconds before the time
+    limit, end at their next step and save.
     """
     asked = {"job-name": job.name, "nodes": job.nodes, "ntasks-per-node": job.ranks_per_node}
     asked |= {"gpus-per-node": job.ranks_per_node} if job.gpus else {}
@@ -175,7 +180,9 @@ class Pods:
 
 
 def trainjob(job: Job, pods: Pods) -> str:
-    """A TrainJob of Kubeflow Trainer 2.3 (trainer.kubeflow.org/v1alpha1), whose runtime gives torchrun its nodes and place."""
+    """A TrainJob of Kubeflow Trainer 2.3 (trainer.kubeflow.org/v1alpha1), whose runtime gives
+    torchrun its nodes and place.
+    """
     trainer: dict[str, Any] = {
         "image": pods.image,
         "numNodes": job.nodes,
@@ -198,7 +205,9 @@ def trainjob(job: Job, pods: Pods) -> str:
 
 
 def mpijob(job: Job, pods: Pods) -> str:
-    """An MPIJob of the MPI operator (kubeflow.org/v2beta1): mpirun in a launcher pod starts the ranks in the worker pods."""
+    """An MPIJob of the MPI operator (kubeflow.org/v2beta1): mpirun in a launcher pod starts the
+    ranks in the worker pods.
+    """
     address = f"{_pod_name(job.name)}-worker-0.{_pod_name(job.name)}"
     variables = {"MASTER_ADDR": address, "MASTER_PORT": str(MASTER_PORT), **(pods.variables or {})}
     exports = [word for name, value in variables.items() for word in ("-x", f"{name}={value}")]
@@ -237,6 +246,8 @@ def _metadata(job: Job, pods: Pods) -> dict[str, str]:
 
 
 def _pod_name(name: str) -> str:
-    """A name that Kubernetes takes: small letters, digits and dashes, a letter first, at most 50 so that pods can add theirs."""
+    """A name that Kubernetes takes: small letters, digits and dashes, a letter first, at most 50 so
+    that pods can add theirs.
+    """
     clean = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:50].rstrip("-")
     return clean if clean[:1].isalpha() else f"run-{clean}".rstrip("-")

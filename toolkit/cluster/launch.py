@@ -1,4 +1,6 @@
-"""Start ranks through DeepSpeed's launcher and end them properly: signals reach the ranks, and their exit code comes back."""
+"""Start ranks through DeepSpeed's launcher and end them properly: signals reach the ranks, and
+their exit code comes back.
+"""
 
 from __future__ import annotations
 
@@ -78,9 +80,10 @@ def local_command(
 ) -> list[str]:
     """The command that starts num_procs ranks on this machine with DeepSpeed's launcher.
 
-    It is what `deepspeed --num_gpus N --no_local_rank --module …` itself runs for one host; without the `deepspeed` script in
-    front the first rank starts 1.3 s earlier (DeepSpeed is imported once less). The launcher's own log is off: what the ranks say
-    is what the user sees. Raises ConfigError for num_procs < 1, MachineError for more ranks than GPUs.
+    It is what `deepspeed --num_gpus N --no_local_rank --module …` itself runs for one host; without
+    the `deepspeed` script in front the first rank starts 1.3 s earlier (DeepSpeed is imported once
+    less). The launcher's own log is off: what the ranks say is what the user sees. Raises
+    ConfigError for num_procs < 1, MachineError for more ranks than GPUs.
     """
     if num_procs < 1:
         raise ConfigError(
@@ -101,11 +104,13 @@ def run_local(
     module: str = TRAIN_MODULE,
     environ: Mapping[str, str] | None = None,
 ) -> int:
-    """Train on this machine and return the ranks' exit code: 0, a ToolkitError's code, or 128 + n where signal n ended it early.
+    """Train on this machine and return the ranks' exit code: 0, a ToolkitError's code, or 128 + n
+    where signal n ended it early.
 
-    The first SIGINT or SIGTERM is passed to every rank, which ends at its next step boundary, however long the step; a second
-    one, more than a second later, kills them. (DeepSpeed's launcher alone would tell one rank after the other and kill each
-    after 30 s.) Where this process is itself killed, the launcher ends the ranks. Raises MachineError without DeepSpeed.
+    The first SIGINT or SIGTERM is passed to every rank, which ends at its next step boundary,
+    however long the step; a second one, more than a second later, kills them. (DeepSpeed's launcher
+    alone would tell one rank after the other and kill each after 30 s.) Where this process is
+    itself killed, the launcher ends the ranks. Raises MachineError without DeepSpeed.
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise MachineError(
@@ -145,11 +150,12 @@ def cluster_command(
     runner: str = "pdsh",
     module: str = TRAIN_MODULE,
 ) -> list[str]:
-    """The `deepspeed` command that starts the same run on every host of a hostfile, over pdsh and ssh or by OpenMPI's mpirun.
+    """The `deepspeed` command that starts the same run on every host of a hostfile, over pdsh and
+    ssh or by OpenMPI's mpirun.
 
-    The ranks' arguments are packed where a shell on the way would read something into them. Raises ConfigError for a hostfile that
-    is missing or wrong (DeepSpeed would train on one machine, or show a traceback), and for a working folder or an address that
-    cannot be packed.
+    The ranks' arguments are packed where a shell on the way would read something into them. Raises
+    ConfigError for a hostfile that is missing or wrong (DeepSpeed would train on one machine, or
+    show a traceback), and for a working folder or an address that cannot be packed.
     """
     hosts = read_hostfile(hostfile)
     check_place()
@@ -170,7 +176,9 @@ def cluster_command(
 
 
 def _mpirun_arguments(master_addr: str, master_port: int, *, environ: Mapping[str, str] | None = None) -> list[str]:
-    """What mpirun is told beside the hosts: where the ranks meet, since MPI itself only starts them, and the interface to use."""
+    """What mpirun is told beside the hosts: where the ranks meet, since MPI itself only starts
+    them, and the interface to use.
+    """
     environ = os.environ if environ is None else environ
     arguments = ["-x", f"MASTER_ADDR={master_addr}", "-x", f"MASTER_PORT={master_port}", "--bind-to", "none"]
     interface = environ.get("NCCL_SOCKET_IFNAME") or environ.get("GLOO_SOCKET_IFNAME")
@@ -191,10 +199,12 @@ def run_on_hosts(
 ) -> int:
     """Start a run on every host of a hostfile and return the launcher's exit code.
 
-    What the ranks of other hosts need of this environment is exported, unless there is a .deepspeed_env of the user's own.
-    stalled: where its watchdog reports; once it has, what is left of the run is ended, and the code is REQUEUE.
-    Signals of a terminal reach the launcher, which passes them to the ranks; one sent to this process alone is passed on to it.
-    Raises ConfigError for a wrong hostfile, MachineError for a host that ssh does not reach, or without the launcher.
+    What the ranks of other hosts need of this environment is exported, unless there is a
+    .deepspeed_env of the user's own.
+    stalled: where its watchdog reports; once it has, what is left of the run is ended, and the code
+    is REQUEUE. Signals of a terminal reach the launcher, which passes them to the ranks; one sent
+    to this process alone is passed on to it. Raises ConfigError for a wrong hostfile, MachineError
+    for a host that ssh does not reach, or without the launcher.
     """
     check_reachable(read_hostfile(hostfile))
     command = cluster_command(config_path, overrides, hostfile=hostfile, master_addr=master_addr, master_port=master_port, runner=runner)
@@ -216,7 +226,9 @@ def run_on_hosts(
 
 
 def _watched(process: subprocess.Popen[bytes], *, stalled: Path | None) -> int:
-    """The exit code of a launcher. One that waits for a host that has stopped is ended once the other ranks have reported it."""
+    """The exit code of a launcher. One that waits for a host that has stopped is ended once the
+    other ranks have reported it.
+    """
     before = _verdicts(stalled)
     reported: float | None = None
     while True:
@@ -242,7 +254,8 @@ def _verdicts(stalled: Path | None) -> set[Path]:
 
 
 def launcher_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment for DeepSpeed's launcher of many hosts: without the secrets that it would put on command lines and into its log.
+    """The environment for DeepSpeed's launcher of many hosts: without the secrets that it would put
+    on command lines and into its log.
 
     Raises ConfigError for a variable that it exports, and that would not arrive as it is.
     """
@@ -254,7 +267,9 @@ def launcher_environment(environ: Mapping[str, str] | None = None) -> dict[str, 
 
 
 def _supervise(process: subprocess.Popen[bytes], received: list[int], *, module: str) -> int:
-    """Wait for the launcher, passing on what arrives in `received`; returns its return code as Popen gives it."""
+    """Wait for the launcher, passing on what arrives in `received`; returns its return code as
+    Popen gives it.
+    """
     handled = 0
     ranks: list[psutil.Process] = []
     while True:
@@ -303,7 +318,8 @@ def _terminate(ranks: Sequence[psutil.Process]) -> None:
 
 
 def _exit_code(returncode: int, *, asked: int | None) -> int:
-    """Unfold the launcher's return code: it ends with sys.exit(-n), seen as 256 - n, when a rank was ended by signal n.
+    """Unfold the launcher's return code: it ends with sys.exit(-n), seen as 256 - n, when a rank
+    was ended by signal n.
 
     asked: the signal that this process was sent, if any. The ranks are ended by SIGTERM whatever it was.
     """
@@ -328,7 +344,9 @@ def _in_main_thread() -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check a hostfile, write the file of exported variables and print the ranks' arguments packed, for launch/multi-node.sh."""
+    """Check a hostfile, write the file of exported variables and print the ranks' arguments packed,
+    for launch/multi-node.sh.
+    """
     parser = argparse.ArgumentParser(prog="python -m toolkit.cluster.launch", description=main.__doc__)
     parser.add_argument("--hostfile", type=Path, required=True)
     parser.add_argument("--env-file", type=Path, required=True)

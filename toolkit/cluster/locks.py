@@ -1,4 +1,6 @@
-"""Stale build locks of DeepSpeed's JIT-compiled extensions: found and named before a run would wait for one for ever."""
+"""Stale build locks of DeepSpeed's JIT-compiled extensions: found and named before a run would wait
+for one for ever.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,11 @@ SHARED_FILE_SYSTEMS = (
 
 
 def extension_folders() -> list[Path]:
-    """Folders under which torch.utils.cpp_extension builds for this interpreter, found without importing torch.
+    """Folders under which torch.utils.cpp_extension builds for this interpreter, found without
+    importing torch.
 
-    TORCH_EXTENSIONS_DIR as it is; otherwise torch_extensions/py<XY>_<cpu|cuNNN|rocmNNN> in the user's cache folder.
+    TORCH_EXTENSIONS_DIR as it is; otherwise torch_extensions/py<XY>_<cpu|cuNNN|rocmNNN> in the
+    user's cache folder.
     """
     if root := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return [Path(root)]
@@ -54,11 +58,13 @@ def extension_folders() -> list[Path]:
 
 
 def check_extension_locks(names: Iterable[str] | None = None, *, grace_s: float | None = None, poll_s: float = 0.5) -> None:
-    """Return once no extension's build is locked; wait while a compiler is at work, and refuse a lock that nobody holds.
+    """Return once no extension's build is locked; wait while a compiler is at work, and refuse a
+    lock that nobody holds.
 
-    names: extensions to look at, e.g. {"cpu_adam"}; None: all. grace_s: seconds without a compiler or a new file in the folder
-    after which a lock counts as left behind; None: 20, or 900 on a file system shared with other hosts. torch's lock file names
-    no owner, hence the indirect proof. Raises MachineError naming the file to delete.
+    names: extensions to look at, e.g. {"cpu_adam"}; None: all. grace_s: seconds without a compiler
+    or a new file in the folder after which a lock counts as left behind; None: 20, or 900 on a file
+    system shared with other hosts. torch's lock file names no owner, hence the indirect proof.
+    Raises MachineError naming the file to delete.
     """
     wanted = None if names is None else set(names)
     for folder in extension_folders():
@@ -72,7 +78,9 @@ def check_extension_locks(names: Iterable[str] | None = None, *, grace_s: float 
 
 @dataclass(frozen=True, kw_only=True)
 class UnfinishedBuild:
-    """A lock on an extension's build folder: seconds since anything changed there, and the processes that compile in it."""
+    """A lock on an extension's build folder: seconds since anything changed there, and the
+    processes that compile in it.
+    """
 
     lock: Path
     idle_s: float

@@ -1,4 +1,6 @@
-"""What a run needs of this machine beside its processes, checked before any of them starts: a compiler, libaio, a disk, packages."""
+"""What a run needs of this machine beside its processes, checked before any of them starts: a
+compiler, libaio, a disk, packages.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,18 @@ LIBAIO = "#include <libaio.h>\nint main(void) { return io_submit(0, 0, 0); }\n"
 
 
 def check_needs(config: RunConfig) -> None:
-    """Raise MachineError or ConfigError for what the run would stumble over minutes later, with what to install or set."""
+    """Raise MachineError or ConfigError for what the run would stumble over minutes later, with
+    what to install or set.
+    """
     for check in _checks(config):
         check()
+
+
+def check_generation_on_nvme(path: Path) -> None:
+    """The same for a generation whose weights wait in files in a folder."""
+    _check_folder(path, asked=f"--nvme-path {path}")
+    _check_compiler("--offload zero-nvme", "async_io")
+    _check_libaio("--offload zero-nvme")
 
 
 def unmet(config: RunConfig) -> list[ToolkitError]:
@@ -55,11 +66,11 @@ def _checks(config: RunConfig) -> Iterator[Callable[[], None]]:
     devices = {"zero.offload_optimizer": zero.offload_optimizer, "zero.offload_param": zero.offload_param}
     on_nvme = [key for key, device in devices.items() if device == "nvme"]
     if zero.offload_optimizer != "none":
-        yield partial(_check_compiler, "zero.offload_optimizer", zero.offload_optimizer, "cpu_adam")
+        yield partial(_check_compiler, f"zero.offload_optimizer={zero.offload_optimizer}", "cpu_adam")
     if on_nvme:
-        yield partial(_check_folder, zero.nvme_path)
-        yield partial(_check_compiler, on_nvme[0], "nvme", "async_io")
-        yield partial(_check_libaio, on_nvme[0])
+        yield partial(_check_folder, zero.nvme_path, asked=f"zero.nvme_path={zero.nvme_path}")
+        yield partial(_check_compiler, f"{on_nvme[0]}=nvme", "async_io")
+        yield partial(_check_libaio, f"{on_nvme[0]}=nvme")
 
 
 def _check_monitor(key: str, package: str) -> None:
@@ -70,7 +81,7 @@ def _check_monitor(key: str, package: str) -> None:
         )
 
 
-def _check_folder(path: Path | None) -> None:
+def _check_folder(path: Path | None, *, asked: str) -> None:
     """The folder for NVMe can be made and written to."""
     try:
         folder = Path(path or "").expanduser()
@@ -79,22 +90,22 @@ def _check_folder(path: Path | None) -> None:
             file.write(b"x")
     except OSError as e:
         raise ConfigError(
-            f"zero.nvme_path={path} cannot be written to",
+            f"{asked} cannot be written to",
             why=(e.strerror or str(e)).lower(),
             fix="Set it to a folder on a local disk that you may write to.",
         ) from None
 
 
-def _check_compiler(key: str, device: str, extension: str) -> None:
+def _check_compiler(asked: str, extension: str) -> None:
     if _compiler("CXX", "c++", "g++") is None and not any(compiled_with_deepspeed(extension)):
         raise MachineError(
-            f"{key}={device} needs a C++ compiler, and there is none on the PATH",
+            f"{asked} needs a C++ compiler, and there is none on the PATH",
             why=f"DeepSpeed compiles its extension {extension} at first use",
             fix="Install one (g++), or set it to none.",
         )
 
 
-def _check_libaio(key: str) -> None:
+def _check_libaio(asked: str) -> None:
     if any(compiled_with_deepspeed("async_io")):
         return
     compiler = _compiler("CC", "cc", "gcc")
@@ -105,7 +116,7 @@ def _check_libaio(key: str) -> None:
             if subprocess.run(command, input=LIBAIO, text=True, capture_output=True).returncode == 0:
                 return
     raise MachineError(
-        f"{key}=nvme needs libaio with its headers, and they are not found",
+        f"{asked} needs libaio with its headers, and they are not found",
         why="DeepSpeed's async_io extension, which reads and writes the disk, is compiled with them",
         fix="Install libaio-dev (libaio-devel on RPM systems), or name its folders in CFLAGS and LDFLAGS, or offload to cpu.",
     )

@@ -16,9 +16,11 @@ T = TypeVar("T")
 def run_as_rank(main: Callable[[T], int], argument: T) -> NoReturn:
     """Call main(argument) and end this process with the exit code that it returns.
 
-    The process leaves once all that was to be done at exit is done, and without taking Python down piece by piece: gloo's threads
-    outlive the groups' destruction, because megatron-core and DeepSpeed still name the groups, and one that enters Python while it is
-    taken down ends the process by SIGABRT after a run that went well. A signal that ends the process writes every thread's stack.
+    The process leaves once all that was to be done at exit is done, and without taking Python down
+    piece by piece: gloo's threads outlive the groups' destruction, because megatron-core and
+    DeepSpeed still name the groups, and one that enters Python while it is taken down ends the
+    process by SIGABRT after a run that went well. A signal that ends the process writes every
+    thread's stack.
     """
     if sys.__stderr__ is not None:
         faulthandler.enable(sys.__stderr__)

@@ -1,7 +1,9 @@
-"""Words that travel through a shell on another host: packed where a shell, or pdsh, could read anything into them.
+"""Words that travel through a shell on another host: packed where a shell, or pdsh, could read
+anything into them.
 
-DeepSpeed's launcher joins a rank's arguments, its working folder and the names of hosts into one line for ssh, without quotes. So
-an argument goes as it is only where it has no character with a meaning; any other travels as base64, and the rank unpacks it.
+DeepSpeed's launcher joins a rank's arguments, its working folder and the names of hosts into one
+line for ssh, without quotes. So an argument goes as it is only where it has no character with a
+meaning; any other travels as base64, and the rank unpacks it.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ def unpacked(word: str) -> str:
 
 
 def check_host(name: str, *, where: str) -> str:
-    """The name of a host, if it is one; ConfigError otherwise: ssh and shells would read something else into it."""
+    """The name of a host, if it is one; ConfigError otherwise: ssh and shells would read something
+    else into it.
+    """
     if not HOST.fullmatch(name) or name.startswith("-"):
         raise ConfigError(
             f"{where} {name!r} is not the name of a host",
@@ -47,7 +51,9 @@ def check_host(name: str, *, where: str) -> str:
 
 
 def check_place(*, folder: str | None = None, python: str = sys.executable) -> None:
-    """Raise ConfigError where the working folder or the interpreter has a path that the launcher's line would tear apart."""
+    """Raise ConfigError where the working folder or the interpreter has a path that the launcher's
+    line would tear apart.
+    """
     for what, path in (("the working folder", folder or os.getcwd()), ("the interpreter", python)):
         if not PLAIN.fullmatch(path):
             raise ConfigError(
@@ -58,7 +64,9 @@ def check_place(*, folder: str | None = None, python: str = sys.executable) -> N
 
 
 def check_exports(environ: Mapping[str, str], names: Iterable[str]) -> None:
-    """Raise ConfigError for a variable that would not arrive as it is, or whose name is none that a shell can export."""
+    """Raise ConfigError for a variable that would not arrive as it is, or whose name is none that a
+    shell can export.
+    """
     for name in names:
         if not NAME.fullmatch(name):
             raise ConfigError(f"the environment variable {name!r} has a name that no shell exports", fix="Unset it: env -u NAME command.")

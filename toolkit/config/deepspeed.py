@@ -50,10 +50,12 @@ class _JsonSettings:
 
 
 def merge_deepspeed_json(config: RunConfig, *, base: Path | None = None) -> RunConfig:
-    """Move what a user's DeepSpeed JSON says into the YAML's own keys; what has no key there stays in zero.deepspeed.
+    """Move what a user's DeepSpeed JSON says into the YAML's own keys; what has no key there stays
+    in zero.deepspeed.
 
-    The JSON fills keys the user left unset; a value that contradicts one the user set raises ConfigError naming both.
-    "auto" stands for the YAML's value. base: the folder zero.config may be relative to, besides the working folder.
+    The JSON fills keys the user left unset; a value that contradicts one the user set raises
+    ConfigError naming both. "auto" stands for the YAML's value. base: the folder zero.config may be
+    relative to, besides the working folder.
     """
     zero = config.zero
     if zero.config is None and zero.deepspeed is None:
@@ -86,7 +88,9 @@ def accumulation(config: RunConfig) -> int | None:
 
 
 def zero_key(config: RunConfig, name: str, default: Any = None) -> Any:
-    """A zero_optimization key of the user's DeepSpeed JSON that the YAML has no key for; "auto" counts as unset."""
+    """A zero_optimization key of the user's DeepSpeed JSON that the YAML has no key for; "auto"
+    counts as unset.
+    """
     section: dict[str, Any] = (config.zero.deepspeed or {}).get("zero_optimization") or {}
     value = section.get(name, default)
     return default if value in ("auto", None) else value
@@ -101,7 +105,9 @@ def partition(split: int, whole: int, *, tp: int, dp: int) -> int:
 
 
 def hpz_group(*, tp: int, cp: int, dp: int) -> int:
-    """hpZ's group size for "auto": the largest divisor of dp within a node; 1 (off) where data-parallel ranks are no neighbours."""
+    """hpZ's group size for "auto": the largest divisor of dp within a node; 1 (off) where
+    data-parallel ranks are no neighbours.
+    """
     return 1 if tp * cp > 1 else max(d for d in range(1, GPUS_PER_NODE + 1) if dp % d == 0)
 
 
@@ -222,7 +228,9 @@ def _take_checkpointing(data: dict[str, Any], settings: _JsonSettings, config: R
 
 
 def _check_accumulation(data: dict[str, Any], settings: _JsonSettings, config: RunConfig) -> None:
-    """Keep an explicit accumulation for the check against the layout; it cannot stand in for a global batch."""
+    """Keep an explicit accumulation for the check against the layout; it cannot stand in for a
+    global batch.
+    """
     steps = data.get("gradient_accumulation_steps")
     if steps in ("auto", None):
         data.pop("gradient_accumulation_steps", None)

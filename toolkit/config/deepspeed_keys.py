@@ -1,4 +1,6 @@
-"""A DeepSpeed JSON as the user wrote it: read, its keys held against the table, and what cannot be used refused."""
+"""A DeepSpeed JSON as the user wrote it: read, its keys held against the table, and what cannot be
+used refused.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def copied(data: Mapping[str, Any], *, source: str) -> dict[str, Any]:
 
 
 def check_keys(data: dict[str, Any], *, source: str) -> None:
-    """Refuse misspelt keys and those that would break or bend a run, and drop those that are switched off; changes data."""
+    """Refuse misspelt keys and those that would break or bend a run, and drop those that are
+    switched off; changes data.
+    """
     tree = sections()
     for section, known in tree.items():
         holder, name = _holder(data, section) if section else ({"": data}, "")

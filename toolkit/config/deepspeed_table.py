@@ -1,9 +1,11 @@
 """What becomes of each key of a DeepSpeed JSON: the table that the code acts on and docs/deepspeed.md shows.
 
-A key is in one of four states. mapped: it moves into a key of the YAML. honoured: DeepSpeed is given it and acts on it in a run
-here. passed: DeepSpeed is given it as it is; the note says where it has an effect. refused: a value that would change something
-ends the start with the reason, since no part of a run here would act on it, or acting on it would break or bend the run.
-Names are those of DeepSpeed 0.19; tests/config/test_deepspeed_table.py holds them against the installed package.
+A key is in one of four states. mapped: it moves into a key of the YAML. honoured: DeepSpeed is
+given it and acts on it in a run
+here. passed: DeepSpeed is given it as it is; the note says where it has an effect. refused: a value
+that would change something ends the start with the reason, since no part of a run here would act on
+it, or acting on it would break or bend the run. Names are those of DeepSpeed 0.19;
+tests/config/test_deepspeed_table.py holds them against the installed package.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ SIZE, SWITCH, ANY = "a whole number >= 0", "true or false", "a value"
 class Key(NamedTuple):
     """What happens to a key. note: what it means here, or why it is refused; fix: what to set instead.
 
-    yaml: the YAML key that a mapped one moves into; same: its value moves there as it is. accepts: what a value must be.
-    off: values that switch the key off, beside null, false, 0, an empty mapping and "auto"; none_off: nothing but `off` does so.
+    yaml: the YAML key that a mapped one moves into; same: its value moves there as it is. accepts:
+    what a value must be.
+    off: values that switch the key off, beside null, false, 0, an empty mapping and "auto";
+    none_off: nothing but `off` does so.
     """
 
     state: State
@@ -305,7 +309,9 @@ SAME = {name: key.yaml for name, key in KEYS.items() if key.same}
 
 
 def sections() -> dict[str, dict[str, Key]]:
-    """Every section with keys of its own in the table ("" for the top level, which names the sections too), outer ones first."""
+    """Every section with keys of its own in the table ("" for the top level, which names the
+    sections too), outer ones first.
+    """
     found: dict[str, dict[str, Key]] = {"": {}}
     for name, key in KEYS.items():
         parent, _, last = name.rpartition(".")

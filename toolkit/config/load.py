@@ -28,7 +28,8 @@ def load_config(path: Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -
 
     What the file names to be read (data, tokenizer, weights, a DeepSpeed JSON) is looked for in its
     own folder first, then in the working folder. What is written (run.dir and the like) is relative
-    to the working folder, as overrides are. Raises ConfigError, and nothing else, for anything wrong with the file or the overrides.
+    to the working folder, as overrides are. Raises ConfigError, and nothing else, for anything
+    wrong with the file or the overrides.
     """
     raw = read_yaml(read_text(path, kind="config file"), source=show(path))
     if raw is None:
@@ -86,8 +87,9 @@ def parse_config(raw: Mapping[str, Any], *, base: Path | None = None) -> RunConf
 def dump_config(config: RunConfig, *, open_data: bool = False) -> str:
     """The config as YAML that load_config() reads back to an equal config, every key written out.
 
-    open_data: leave out the data keys that the user left unset. Written out, a default such as data.tokenizer=bytes would be held
-    against the data, which may have been prepared with another tokenizer.
+    open_data: leave out the data keys that the user left unset. Written out, a default such as
+    data.tokenizer=bytes would be held against the data, which may have been prepared with another
+    tokenizer.
     """
     raw = config.model_dump(mode="json")
     if open_data:

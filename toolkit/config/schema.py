@@ -275,7 +275,9 @@ class OptimizerSection(Section):
 
     @property
     def spec(self) -> OptimizerSpec:
-        """Which weights are updated by which rule, what is kept for them, and momentum and nesterov as they are used."""
+        """Which weights are updated by which rule, what is kept for them, and momentum and nesterov
+        as they are used.
+        """
         return OPTIMIZERS[self.name].with_settings(momentum=self.momentum, nesterov=self.nesterov)
 
 

@@ -83,7 +83,9 @@ def write_yaml(data: Any) -> str:
 
 
 def read_text(path: Path, *, kind: str) -> str:
-    """Read a UTF-8 file; raises ConfigError for a missing file, a folder, bad permissions or another encoding."""
+    """Read a UTF-8 file; raises ConfigError for a missing file, a folder, bad permissions or
+    another encoding.
+    """
     name = show(path)
     try:
         return Path(path).read_bytes().decode("utf-8-sig")

@@ -1,4 +1,6 @@
-"""config.json of Hugging Face and model_args of nanoGPT to our model section, and back, by the tables of toolkit.arch; no torch."""
+"""config.json of Hugging Face and model_args of nanoGPT to our model section, and back, by the
+tables of toolkit.arch; no torch.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ class _Reader:
 
 
 def format_of(config: Mapping[str, Any], *, where: str) -> Format:
-    """The format that a config.json's model is kept in; ConvertError names the nearest architecture that there is."""
+    """The format that a config.json's model is kept in; ConvertError names the nearest architecture
+    that there is.
+    """
     kind = str(config.get("model_type"))
     names = config.get("architectures") or [_TYPES[kind].architecture if kind in _TYPES else kind]
     known = [n for n in names if n in ARCHITECTURES]
@@ -84,7 +88,9 @@ def model_section(form: Format, config: Mapping[str, Any], *, where: str) -> dic
 
 
 def _read_rope(read: _Reader) -> dict[str, Any]:
-    """Transformers 5 has rope_parameters; before it, rope_theta and rope_scaling, whose key was first type and then rope_type."""
+    """Transformers 5 has rope_parameters; before it, rope_theta and rope_scaling, whose key was
+    first type and then rope_type.
+    """
     inner = _Reader(read.values.get("rope_parameters") or read.values.get("rope_scaling") or {}, f"{read.where}'s rope parameters")
     theta = inner.number("rope_theta", read.number("rope_theta", 10000.0, kind=float), kind=float)
     kind = inner.values.get("rope_type", inner.values.get("type")) or "default"

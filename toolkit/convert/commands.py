@@ -1,4 +1,6 @@
-"""`toolkit convert import|export`: models in and out; torch is imported once there is something to convert."""
+"""`toolkit convert import|export`: models in and out; torch is imported once there is something to
+convert.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`toolkit convert export`: any complete checkpoint becomes a folder that transformers loads, one tensor in memory at a time."""
+"""`toolkit convert export`: any complete checkpoint becomes a folder that transformers loads, one
+tensor in memory at a time.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ SHARD_GB = 5.0
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote: bytes of weights, files they are in, and where the tokenizer came from (None: there is none)."""
+    """What an export wrote: bytes of weights, files they are in, and where the tokenizer came from
+    (None: there is none).
+    """
 
     bytes: int
     files: int
@@ -54,9 +58,11 @@ def export_model(
 ) -> Exported:
     """Write a checkpoint's weights to the new folder OUT as Hugging Face has them.
 
-    ckpt: an imported folder, a step-… folder, or a run (its newest complete checkpoint), of any layout. dtype: fp32, bf16 or fp16; None:
-    as stored, or for a training checkpoint as trained. tokenizer: a folder or tokenizer.json to carry along; None: the checkpoint's own, or its data's.
-    Every file is held to its checksum while it is converted. Raises ConvertError or CheckpointError; OUT is then as before.
+    ckpt: an imported folder, a step-… folder, or a run (its newest complete checkpoint), of any
+    layout. dtype: fp32, bf16 or fp16; None: as stored, or for a training checkpoint as trained.
+    tokenizer: a folder or tokenizer.json to carry along; None: the checkpoint's own, or its data's.
+    Every file is held to its checksum while it is converted. Raises ConvertError or
+    CheckpointError; OUT is then as before.
     """
     if out.exists():
         raise ConvertError(f"{out} exists", why="an export never writes over anything", fix="Name a folder that does not exist.")
@@ -172,7 +178,9 @@ def _write(
 
 
 def files_of(folder: Path, manifest: Manifest, tokenizer: Path | None) -> tuple[dict[str, bytes], Path | None]:
-    """What goes along: of the folder asked for, else of the checkpoint, of data.tokenizer, of the prepared data, of what the run started from."""
+    """What goes along: of the folder asked for, else of the checkpoint, of data.tokenizer, of the
+    prepared data, of what the run started from.
+    """
     if tokenizer is not None:
         found = _tokenizer_files(tokenizer)
         if not _has_tokenizer(found):
@@ -221,7 +229,9 @@ def _has_tokenizer(files: dict[str, bytes]) -> bool:
 
 
 def _kept(files: dict[str, bytes]) -> dict[str, Any]:
-    """Ids of special tokens and the like, which say nothing of the weights, from the config.json that came along."""
+    """Ids of special tokens and the like, which say nothing of the weights, from the config.json
+    that came along.
+    """
     text = files.pop("config.json", None)
     if text is None:
         return {}

@@ -1,4 +1,6 @@
-"""`toolkit convert export CKPT OUT.gguf`: a checkpoint as the one file that llama.cpp runs, written by the library `gguf`."""
+"""`toolkit convert export CKPT OUT.gguf`: a checkpoint as the one file that llama.cpp runs, written
+by the library `gguf`.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,8 @@ def export_gguf(
 ) -> Exported:
     """Write a checkpoint's weights and tokenizer to the new file OUT, one tensor in memory at a time.
 
-    Arguments and errors are export_model()'s; a model that llama.cpp does not compute alike is refused too. Norms and biases are kept in
-    fp32, as llama.cpp wants them.
+    Arguments and errors are export_model()'s; a model that llama.cpp does not compute alike is
+    refused too. Norms and biases are kept in fp32, as llama.cpp wants them.
     """
     if importlib.util.find_spec("gguf") is None:
         raise MachineError(f"{out} cannot be written", why="the package gguf is not installed", fix="Install gguf (the extra `hf`).")
@@ -159,7 +161,9 @@ def _kind(weight: WeightSpec, precision: str) -> str:
 
 
 def _as_gguf(gguf: Any, kind: str, size: int) -> tuple[Any, ...]:
-    """The last arguments of add_tensor_info(): a type of numpy's, which has no bf16, the bytes, and the type of gguf's."""
+    """The last arguments of add_tensor_info(): a type of numpy's, which has no bf16, the bytes, and
+    the type of gguf's.
+    """
     import numpy as np
 
     numpy_types: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": np.float16}
@@ -177,7 +181,9 @@ def _theirs(whole: WholeCheckpoint, weight: WeightSpec, parts: tuple[Part, ...],
 
 
 def _interleaved(weight: Tensor, *, heads: int) -> Tensor:
-    """Rows of queries or keys in the order in which llama.cpp's `llama` rotates them: pairs side by side, not halves of a head."""
+    """Rows of queries or keys in the order in which llama.cpp's `llama` rotates them: pairs side by
+    side, not halves of a head.
+    """
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape).contiguous()
 
 
@@ -230,7 +236,9 @@ def _add_tokenizer(writer: Any, files: Mapping[str, bytes], *, vocab: int) -> No
 
 
 def pre_tokenizer_name(known: Mapping[str, Any]) -> str | None:
-    """llama.cpp's name for how a tokenizer.json splits text before BPE; None where it is no byte-level BPE, or splits in another way."""
+    """llama.cpp's name for how a tokenizer.json splits text before BPE; None where it is no
+    byte-level BPE, or splits in another way.
+    """
     if (known.get("model") or {}).get("type") != "BPE":
         return None
     steps = known.get("pre_tokenizer") or {}

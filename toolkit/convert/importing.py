@@ -1,4 +1,6 @@
-"""`toolkit convert import`: a foreign model becomes a weights-only checkpoint, one tensor in memory at a time."""
+"""`toolkit convert import`: a foreign model becomes a weights-only checkpoint, one tensor in memory
+at a time.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ _GPT2_IDS = range(50257, 50305)  # GPT-2's tokenizer, as nanoGPT uses it, and ro
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import wrote. config: the run's YAML; bytes: of weights; tokenizer: data.tokenizer in it, None where there was none."""
+    """What an import wrote. config: the run's YAML; bytes: of weights; tokenizer: data.tokenizer in
+    it, None where there was none.
+    """
 
     config: Path
     bytes: int
@@ -51,10 +55,13 @@ def import_model(
     tokenizer: bool = True,
     progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> Imported:
-    """Write SRC's model to the new folder OUT: weights, config.yaml to train with, tokenizer and generation settings.
+    """Write SRC's model to the new folder OUT: weights, config.yaml to train with, tokenizer and
+    generation settings.
 
-    dtype: fp32, bf16 or fp16 for all tensors; None: each as it is stored. tokenizer: whether its files go along. progress: called with
-    bytes done and in all. Memory: two tensors, and half a GiB being written. Raises ConvertError or CheckpointError; OUT is then as before.
+    dtype: fp32, bf16 or fp16 for all tensors; None: each as it is stored. tokenizer: whether its
+    files go along. progress: called with
+    bytes done and in all. Memory: two tensors, and half a GiB being written. Raises ConvertError or
+    CheckpointError; OUT is then as before.
     """
     if out.exists():
         raise ConvertError(f"{out} exists", why="an import never writes over anything", fix="Name a folder that does not exist.")
@@ -169,7 +176,9 @@ def _tokenizer(source: Source, files: Mapping[str, bytes], model: ModelSection) 
 
 
 def _run(model: ModelSection, out: Path, *, precision: str, tokenizer: str | None) -> dict[str, Any]:
-    """A run that goes on training the model: every key of its shape, and the few others that a person will look at first."""
+    """A run that goes on training the model: every key of its shape, and the few others that a
+    person will look at first.
+    """
     shape = {k: v for k, v in model.model_dump(mode="json").items() if v is not None and k != "compile"}
     return {
         "run": {"dir": f"runs/{out.name}"},
@@ -188,7 +197,9 @@ def _run(model: ModelSection, out: Path, *, precision: str, tokenizer: str | Non
 
 
 def _on_two_ranks(config: RunConfig) -> str:
-    """What to set so that the run is legal on two processes: a cut of the model where one can be made, else nothing, for two copies."""
+    """What to set so that the run is legal on two processes: a cut of the model where one can be
+    made, else nothing, for two copies.
+    """
     for option in ({"tp": 2}, {"pp": 2}):
         cut = config.model_copy(update={"parallel": config.parallel.model_copy(update=option)})
         if not violations(cut, 2, machine=Machine(cuda=True)):

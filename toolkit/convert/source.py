@@ -49,7 +49,9 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Source:
-    """A model to import. config: config.json's or model_args' values; form: how its weights are kept; files: carried along by name."""
+    """A model to import. config: config.json's or model_args' values; form: how its weights are
+    kept; files: carried along by name.
+    """
 
     where: str
     form: Format
@@ -59,7 +61,9 @@ class Source:
 
 
 def open_source(path: Path) -> Source:
-    """Look at what SRC is: a Hugging Face folder, a GGUF file, or nanoGPT's ckpt.pt; ConvertError where it is none of them."""
+    """Look at what SRC is: a Hugging Face folder, a GGUF file, or nanoGPT's ckpt.pt; ConvertError
+    where it is none of them.
+    """
     if not path.exists():
         raise ConvertError(f"{path} does not exist", fix="Name a folder with config.json and weights, a .gguf file, or nanoGPT's ckpt.pt.")
     if path.is_file():
@@ -197,7 +201,9 @@ class Held(Tensors):
 
 
 class Pickled(Held):
-    """torch.save's files through its loader for weights alone, which runs no code; mapped, not read, until a tensor is used."""
+    """torch.save's files through its loader for weights alone, which runs no code; mapped, not
+    read, until a tensor is used.
+    """
 
     def __init__(self, files: Iterable[Path]) -> None:
         super().__init__({})
@@ -214,7 +220,9 @@ class Pickled(Held):
 
 
 def load_safely(path: Path) -> Any:
-    """torch.load of tensors and plain values only; ConvertError where the file is damaged or holds anything else."""
+    """torch.load of tensors and plain values only; ConvertError where the file is damaged or holds
+    anything else.
+    """
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -234,7 +242,9 @@ def load_safely(path: Path) -> Any:
 
 
 def release(tensor: Tensor) -> None:
-    """Give back the pages of a tensor that torch.load mapped from a file; they are read again if it is used again."""
+    """Give back the pages of a tensor that torch.load mapped from a file; they are read again if it
+    is used again.
+    """
     storage = tensor.untyped_storage()
     first = storage.data_ptr() + tensor.storage_offset() * tensor.element_size()
     start, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, (first + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -243,7 +253,9 @@ def release(tensor: Tensor) -> None:
 
 
 def _mapped(start: int, end: int) -> bool:
-    """Whether memory is an unchanged private mapping of a file: only there does giving it back lose nothing."""
+    """Whether memory is an unchanged private mapping of a file: only there does giving it back lose
+    nothing.
+    """
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:

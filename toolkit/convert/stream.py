@@ -1,4 +1,6 @@
-"""Safetensors files whose tensors are made and written by several threads at once, at places known beforehand."""
+"""Safetensors files whose tensors are made and written by several threads at once, at places known
+beforehand.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ class Job:
 
 
 def shards(jobs: Iterable[Job], *, limit: int) -> int:
-    """Give every slot its file, none larger than limit bytes unless one tensor is; returns the number of files."""
+    """Give every slot its file, none larger than limit bytes unless one tensor is; returns the
+    number of files.
+    """
     file, used = 0, 0
     for slot in (s for job in jobs for s in job.slots):
         if used and used + slot.bytes > limit:
@@ -60,7 +64,9 @@ def shards(jobs: Iterable[Job], *, limit: int) -> int:
 
 
 def write_all(paths: list[Path], jobs: list[Job], *, threads: int = 2, progress: Callable[[int], None] = lambda _: None) -> None:
-    """Write new files and sync them; progress is called with bytes written since its last call. OSError where a file cannot be written."""
+    """Write new files and sync them; progress is called with bytes written since its last call.
+    OSError where a file cannot be written.
+    """
     descriptors = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644) for path in paths]
     room = _Room(IN_FLIGHT)
     stop = threading.Event()

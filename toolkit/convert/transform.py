@@ -1,4 +1,6 @@
-"""Their tensors to ours and back: rows are moved, never computed with, so both ways together change no bit."""
+"""Their tensors to ours and back: rows are moved, never computed with, so both ways together change
+no bit.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ IGNORED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 
 def join(weight: WeightSpec, parts: Sequence[Part], tensors: Sequence[Tensor], model: ModelSpec) -> Rows:
-    """Our tensor, whole, from theirs in the table's order: views of them where rows alone are moved; rows that pad the vocabulary are 0."""
+    """Our tensor, whole, from theirs in the table's order: views of them where rows alone are
+    moved; rows that pad the vocabulary are 0.
+    """
     given = [t.t().contiguous() if p.transposed else t for p, t in zip(parts, tensors, strict=True)]
     if weight.join == "padded":
         padding = weight.shape[0] - len(given[0])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import inf, log
 
 from toolkit.cost.spread import Spread
 from toolkit.cost.step import PARTS, TimeEstimate
@@ -18,8 +19,8 @@ from toolkit.hardware.catalogue import Hardware
 from toolkit.hardware.cpu import CpuRates, Setting
 
 SHARED = "shared cores"  # the part in which ranks wait for a core
-# of tokens a second: what four of five of the configurations of docs/cpu-time.md stay within
-SPREAD = Spread(low=-0.19, high=0.12)
+# of tokens a second: what four of five of the configurations of docs/cpu-time.md stay within, in two sessions
+SPREAD = Spread(low=-0.16, high=0.08)
 MODES = ("zero1", "zero2", "zero3", "gpt", "recompute", "tp", "sp", "pp", "dp1", "dp2", "dp3")
 
 
@@ -55,11 +56,24 @@ class StepParts:
         return self.forward.total + self.backward.total
 
 
-def cpu_step_time(w: Workload, hardware: Hardware) -> TimeEstimate:
-    """Time of one optimizer step of a workload on a CPU whose figures hardware.cpu holds."""
+def cpu_step_time(w: Workload, hardware: Hardware, *, handover_s: float = 0.0) -> TimeEstimate:
+    """Time of one optimizer step of a workload on a CPU whose figures hardware.cpu holds.
+
+    handover_s: how far the cores are from each other while it runs; 0.0: as far as not, so the mean of the distances that were
+    measured.
+    """
     cpu, ranks = _rates(hardware), min(hardware.gpus_per_node, w.world)
     threads = threads_of(hardware, ranks)
-    setting = cpu.setting(threads=threads, ranks=ranks, precision=w.precision)
+    settings = cpu.settings_for(threads=threads, ranks=ranks, precision=w.precision)
+    if handover_s:
+        settings = (min(settings, key=lambda s: abs(log(s.handover_s / handover_s)) if s.handover_s else inf),)
+    each = [_parts(w, cpu, setting, ranks, threads) for setting in settings]
+    parts = {name: sum(one[name] for one in each) / len(each) for name in each[0]}
+    return TimeEstimate(parts=parts, tokens=float(w.batch * w.seq), world=w.world, spread=SPREAD)
+
+
+def _parts(w: Workload, cpu: CpuRates, setting: Setting, ranks: int, threads: int) -> dict[str, float]:
+    """Seconds of a step by part, at the rates of a setting."""
     stages = [stage_work(w, cpu, setting, stage) for stage in range(w.pp)]
     slowest = max(range(w.pp), key=lambda stage: stages[stage].micro)
     parts = dict.fromkeys((*PARTS, SHARED), 0.0)
@@ -75,7 +89,7 @@ def cpu_step_time(w: Workload, hardware: Hardware) -> TimeEstimate:
     alike = w.tp * w.cp * w.dp * ranks / w.world  # ranks of one host that do the same
     needed = sum(alike * _core_seconds(stage, m, threads) for stage in stages) / cpu.cores
     parts[SHARED] = max(0.0, needed - sum(parts.values()))
-    return TimeEstimate(parts=parts, tokens=float(w.batch * w.seq), world=w.world, spread=SPREAD)
+    return parts
 
 
 def _core_seconds(stage: StepParts, microbatches: int, threads: int) -> float:
@@ -101,6 +115,7 @@ def stage_work(w: Workload, cpu: CpuRates, setting: Setting, stage: int) -> Step
         work.add("matmul", layers * _matmuls(w, setting, back))
         work.add("attention", layers * attention(w, setting, back))
         work.add("memory-bound kernels", layers * _passes(w, setting, back))
+        work.add("memory-bound kernels", layers * (2 if back else 1) * handed_elements(w) * setting.handed_s)
         work.add("tensor parallel", layers * _tensor_parallel(w, cpu, back))
     if w.recompute == "full":
         backward.add("recompute", forward.total)
@@ -168,14 +183,22 @@ def _both(setting: Setting, way: str, back: bool, tokens: float, out: float, inn
 
 
 def _matmuls(w: Workload, setting: Setting, back: bool) -> float:
-    s, t = w.model, w.tokens
-    shapes = (
+    return sum(_both(setting, "weight", back, w.tokens, out, inner) for out, inner in _weight_shapes(w))
+
+
+def handed_elements(w: Workload) -> float:
+    """Elements that the multiplies of a layer read and write in the forward pass of a micro-batch, weights aside; backward: twice."""
+    return float(w.tokens * sum(out + inner for out, inner in _weight_shapes(w)))
+
+
+def _weight_shapes(w: Workload) -> tuple[tuple[int, int], ...]:
+    s = w.model
+    return (
         ((s.query + s.key_value) // w.tp, s.hidden),
         (s.hidden, s.query // w.tp),
         ((2 if s.gated else 1) * s.ffn // w.tp, s.hidden),
         (s.hidden, s.ffn // w.tp),
     )
-    return sum(_both(setting, "weight", back, t, out, inner) for out, inner in shapes)
 
 
 def piece(setting: Setting, name: str, elements: float, back: bool) -> float:

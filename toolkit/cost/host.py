@@ -20,14 +20,17 @@ OPTIMIZER_BUFFERS, PARAMETER_BUFFERS = 4, 5  # DeepSpeed's default buffer_count 
 
 
 class Locked:
-    """Page-locked blocks. nbytes: of all, used or free."""
+    """Page-locked blocks, and tensors beside them that pin_memory: false leaves as they are. nbytes: of all, used or free."""
 
     def __init__(self) -> None:
-        self.nbytes = 0
+        self.nbytes = 0.0
         self._free: Counter[int] = Counter()
 
-    def add(self, tensors: Iterable[float]) -> list[int]:
-        """Blocks for tensors of so many bytes each."""
+    def add(self, tensors: Iterable[float], *, lock: bool = True) -> list[int]:
+        """Blocks for tensors of so many bytes each; none where they are not page-locked."""
+        if not lock:
+            self.nbytes += sum(tensors)
+            return []
         blocks = [1 << (ceil(t) - 1).bit_length() for t in tensors if t > 0]
         for block in blocks:
             if self._free[block]:
@@ -59,16 +62,17 @@ def _flat(w: Workload, stage: int) -> float:
     shares = own.shares(w, stage)
     largest = float(b * max(x.count for x, _ in every))
     locked = Locked()
-    locked.add([4.0 * n for n in shares] + [float(b * n) for n in shares] + [largest])
+    lock = w.lock_optimizer
+    locked.add([4.0 * n for n in shares] + [float(b * n) for n in shares] + [largest], lock=lock)
     # while it is page-locked it is there twice; gradients and moments come later
-    first = locked.nbytes + largest
-    locked.add(4.0 * n for n in shares)
+    first = locked.nbytes + largest * lock
+    locked.add((4.0 * n for n in shares), lock=lock)
     moments = own.kept(w, shares, master=0)
     if w.zero == 2 and b == 4:
         # gradients of the first backward, which are copied to page-locked memory one by one; the moments come later
         touched = [4.0 * n for n in own.touched(w, stage, shares, 0)]
-        locked.add(touched)
-        moments = max(moments, max(touched, default=0.0))
+        locked.add(touched, lock=lock)
+        moments = max(moments, max(touched, default=0.0) * lock)
     return max(first, locked.nbytes + moments)
 
 
@@ -81,27 +85,29 @@ def _sharded(w: Workload, stage: int) -> float:
     every, b, dp = _weights(w, stage), w.width, w.shards
     shares = [sum(copies * ceil(x.count / dp) for x, copies in every if x.group == g) for g in range(len(w.optimizer.groups))]
     locked = Locked()
-    plain = 0.0
+    plain = first = 0.0
     if w.offload_param != "none":
         cut = [float(b * ceil(x.count / dp)) for x, copies in every for _ in range(copies)]
         if w.offload_param == "nvme":
             plain += PARAMETER_BUFFERS * max(cut)
             cut = [n for n in cut if n < MIN_SWAPPED]
-        alone = locked.add(cut)
-        locked.add(float(b * n) for n in shares)  # the groups' own, into which they are copied
+        alone = locked.add(cut) if w.lock_param else []
+        # the groups' own, into which they are copied; they are page-locked whatever pin_memory says
+        locked.add(float(b * n) for n in shares)
         locked.free(alone)
+        first = locked.nbytes + plain + (0.0 if w.lock_param else sum(cut))  # those that are not page-locked end here
     if w.offload_optimizer == "none":
-        return locked.nbytes + plain
+        return max(first, locked.nbytes + plain)
     groups = [(g, n) for g, share in enumerate(shares) for n in _sub_groups(w, stage, g, share)]
     away = [(g, n) for g, n in groups if w.offload_optimizer == "nvme" and 4 * n >= MIN_SWAPPED]
     here = [one for one in groups if one not in away]
-    locked.add(4.0 * n for _, n in here)
-    locked.add([4.0 * sum(shares)])
+    locked.add((4.0 * n for _, n in here), lock=w.lock_optimizer)
+    locked.add([4.0 * sum(shares)], lock=w.lock_optimizer)
     plain += sum(_states(w, g, n) for g, n in here)
     if away:
         largest = max(away, key=lambda one: one[1])
         plain += OPTIMIZER_BUFFERS * 4.0 * largest[1] + _states(w, *largest) - 4.0 * largest[1]
-    return locked.nbytes + plain
+    return max(first, locked.nbytes + plain)
 
 
 def _states(w: Workload, group: int, elements: int) -> float:
@@ -110,15 +116,15 @@ def _states(w: Workload, group: int, elements: int) -> float:
 
 
 def _sub_groups(w: Workload, stage: int, group: int, share: int) -> list[int]:
-    """Elements of each part of a group that ZeRO-3 steps at a time: weights in model order until there are SUB_GROUP or more."""
-    if share <= own.SUB_GROUP:
+    """Elements of each part of a group that ZeRO-3 steps at a time: weights in model order until there are sub_group_size or more."""
+    if share <= w.sub_group:
         return [share] if share else []
     first, last = edge_weights(w, stage)
     found, now = [], 0
     for weight in first + layer_weights(w) * w.layers_on(stage) + last:
         if weight.group == group:
             now += ceil(weight.count / w.shards)
-            if now >= own.SUB_GROUP:
+            if now >= w.sub_group:
                 found.append(now)
                 now = 0
     return [*found, now] if now else found

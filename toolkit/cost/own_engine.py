@@ -18,7 +18,6 @@ from toolkit.cost.workload import Workload
 from toolkit.parallel.exchange import sent_heads
 from toolkit.parallel.order import order, warmup
 
-SUB_GROUP = 1e9  # elements that ZeRO-3 steps at a time: DeepSpeed's default sub_group_size
 ALIGN = 2  # DeepSpeed pads each optimizer group of ZeRO-0/1/2 to this many elements per data-parallel rank
 
 
@@ -418,4 +417,4 @@ def _step_copies(w: Workload, stage: int) -> float:
     if w.zero < 2 or w.offload_optimizer != "none":
         return 0.0
     part = w.parameters_on(stage) / w.shards
-    return 4 * (min(part, SUB_GROUP) if w.zero == 3 else part)
+    return 4 * (min(part, w.sub_group) if w.zero == 3 else part)

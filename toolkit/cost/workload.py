@@ -56,6 +56,9 @@ class Workload:
     chunked_loss: str = "never"  # train.chunked_loss
     offload_activations: bool = False
     documents: bool = False  # data.document_mask
+    sub_group: float = 1e9  # elements that ZeRO-3 steps at a time (DeepSpeed's default)
+    lock_optimizer: bool = True  # pin_memory of offload_optimizer: what waits on the host is page-locked (DeepSpeed's default)
+    lock_param: bool = True  # the same of offload_param
     hpz: int = 1  # ranks over which ZeRO++ keeps a second partition of the weights
     qwz: bool = False  # ZeRO++ gathers weights in 8 bits
     qgz: bool = False  # ZeRO++ reduces gradients in 4 bits
@@ -171,6 +174,9 @@ class Workload:
             overlap_comm=bool(zero_key(config, "overlap_comm", False)),
             persist=persist,
             optimizer=config.optimizer.spec,
+            sub_group=float(zero_key(config, "sub_group_size", 1e9)),
+            lock_optimizer=_locks(config, "offload_optimizer"),
+            lock_param=_locks(config, "offload_param"),
             hpz=_hpz(config, dp),
             qwz=bool(zero_key(config, "zero_quantized_weights", False)),
             qgz=bool(zero_key(config, "zero_quantized_gradients", False)),
@@ -192,6 +198,11 @@ def _hpz(config: RunConfig, dp: int) -> int:
     if section.get("zero_hpz_partition_size") == "auto":
         return hpz_group(tp=config.parallel.tp, cp=config.parallel.cp, dp=dp)
     return int(zero_key(config, "zero_hpz_partition_size", 1))
+
+
+def _locks(config: RunConfig, section: str) -> bool:
+    """pin_memory of a section of the DeepSpeed JSON; "auto" counts as unset."""
+    return zero_key(config, section, {}).get("pin_memory", True) is not False
 
 
 def _buffers(config: RunConfig) -> tuple[float, float]:

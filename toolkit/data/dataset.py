@@ -1,4 +1,6 @@
-"""From the data section to prepared files, checked before any process group exists, and to megatron-core datasets."""
+"""From the data section to prepared files, checked before any process group exists, and to
+megatron-core datasets.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,9 @@ SPLITS = ("train", "valid", "test")
 class PreparedData:
     """What a run reads, resolved and checked.
 
-    weights: of each prefix, summing to 1; vocab_size: ids the model must know; eod, tokenizer (its spec), tokenizer_hash: None for data
-    without a manifest; entropy: unigram entropy in nats (for a blend the weighted mean of its members', never more than the mixture's);
+    weights: of each prefix, summing to 1; vocab_size: ids the model must know; eod, tokenizer (its
+    spec), tokenizer_hash: None for data without a manifest; entropy: unigram entropy in nats (for a
+    blend the weighted mean of its members', never more than the mixture's);
     identity: changes when any file's contents do.
     """
 
@@ -58,8 +61,8 @@ class PreparedData:
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """One prepared prefix: its index, its manifest (None for data made elsewhere), ids, entropy in nats, and what its contents are told
-    from.
+    """One prepared prefix: its index, its manifest (None for data made elsewhere), ids, entropy in
+    nats, and what its contents are told from.
     """
 
     prefix: str
@@ -76,11 +79,13 @@ def cache_dir_of(config: RunConfig) -> Path:
 
 
 def resolve_data(config: RunConfig, *, prepare_missing: bool) -> PreparedData:
-    """Find, and if allowed prepare, what data.source or data.blend name, and check it against the rest of the config.
+    """Find, and if allowed prepare, what data.source or data.blend name, and check it against the
+    rest of the config.
 
-    Needs no process group and no torch, unless something has to be prepared. Two processes may call it at once.
-    Raises DataError for missing, damaged or unfinished files, a tokenizer that is not the data's, a blend of different tokenizers,
-    a model.vocab_size that is too small, and a split with fewer tokens than one sample takes.
+    Needs no process group and no torch, unless something has to be prepared. Two processes may call
+    it at once. Raises DataError for missing, damaged or unfinished files, a tokenizer that is not
+    the data's, a blend of different tokenizers, a model.vocab_size that is too small, and a split
+    with fewer tokens than one sample takes.
     """
     members = open_members(config, prepare_missing=prepare_missing)
     named = list(config.data.blend.values()) if config.data.blend else [1.0]
@@ -131,7 +136,9 @@ def tokenizer_file(config: RunConfig, *, tokenizer_hash: str) -> Path | None:
 
 
 def open_members(config: RunConfig, *, prepare_missing: bool) -> list[Member]:
-    """The prepared prefixes of data.source or data.blend, each by itself whole; raises DataError as resolve_data() does."""
+    """The prepared prefixes of data.source or data.blend, each by itself whole; raises DataError as
+    resolve_data() does.
+    """
     data, cache = config.data, cache_dir_of(config)
     if not data.blend and not data.source:
         raise DataError("data.source is null", why="and data.blend names nothing either", fix="Set one of them.")
@@ -144,7 +151,9 @@ def open_members(config: RunConfig, *, prepare_missing: bool) -> list[Member]:
 
 
 def prefix_of(name: str) -> str | None:
-    """The absolute prefix a name leads to when it is one (`PREFIX`, `PREFIX.bin` or `PREFIX.idx`), else None."""
+    """The absolute prefix a name leads to when it is one (`PREFIX`, `PREFIX.bin` or `PREFIX.idx`),
+    else None.
+    """
     base = str(Path(name).expanduser())
     for suffix in (".bin", ".idx"):
         base = base.removesuffix(suffix)
@@ -155,7 +164,9 @@ def prefix_of(name: str) -> str | None:
 
 
 def _prepared_prefix(name: str, *, config: RunConfig, cache: Path, prepare_missing: bool) -> str:
-    """Prefix in the cache for a source that is not one itself; its name holds a digest of all that decides the ids."""
+    """Prefix in the cache for a source that is not one itself; its name holds a digest of all that
+    decides the ids.
+    """
     data = config.data
     if data.blend:
         hint = "" if is_source_path(name) else " Prepare it first with `toolkit data prepare`."
@@ -205,7 +216,9 @@ def _stat_identity(prefix: str) -> str:
 
 
 def _scan(index: Index, *, identity: str, cache: Path) -> tuple[int, float]:
-    """Largest id and entropy of data without a manifest, remembered in the cache since it takes reading all of it."""
+    """Largest id and entropy of data without a manifest, remembered in the cache since it takes
+    reading all of it.
+    """
     note = cache / "foreign" / f"{identity[:20]}.json"
     try:
         known = json.loads(note.read_bytes())
@@ -320,12 +333,14 @@ def _check_splits(config: RunConfig, member: Member) -> None:
 
 
 def build_datasets(config: RunConfig, prepared: PreparedData | GivenData, *, test_samples: int = 0) -> tuple[Any, Any, Any]:
-    """Train, valid and test as megatron-core datasets of {"text": int64 [seq_length + 1]}; None where no samples are wanted.
+    """Train, valid and test as megatron-core datasets of {"text": int64 [seq_length + 1]}; None
+    where no samples are wanted.
 
     With data.document_mask their samples are those of toolkit.data.documents.
 
-    Valid has eval_steps global batches when train.eval_every is set; test has test_samples. Every rank calls it, with or without
-    process groups; raises the same DataError on all of them. Data sets that a program gave come back ready to be read.
+    Valid has eval_steps global batches when train.eval_every is set; test has test_samples. Every
+    rank calls it, with or without process groups; raises the same DataError on all of them. Data
+    sets that a program gave come back ready to be read.
     """
     if isinstance(prepared, GivenData):
         return *prepared.datasets(config), None

@@ -15,13 +15,17 @@ Sample = dict[str, np.ndarray]
 
 
 def positions_of(starts: np.ndarray) -> np.ndarray:
-    """Places counted from each document's beginning. starts: bool [s], true at the first token of each; the first is one."""
+    """Places counted from each document's beginning. starts: bool [s], true at the first token of
+    each; the first is one.
+    """
     places = np.arange(len(starts), dtype=np.int32)
     return places - np.maximum.accumulate(np.where(starts, places, 0))
 
 
 def bounds_of(positions: np.ndarray) -> np.ndarray:
-    """Where documents begin in the rows of a batch laid end to end, and their end: int32 [documents + 1]. positions: [b, s]."""
+    """Where documents begin in the rows of a batch laid end to end, and their end: int32 [documents
+    + 1]. positions: [b, s].
+    """
     return np.append(np.flatnonzero(positions == 0), positions.size).astype(np.int32)
 
 

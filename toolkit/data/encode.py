@@ -45,7 +45,9 @@ def id_dtype(vocab_size: int) -> type[np.integer]:
 
 
 def encode_shard(shard: Shard, *, tok: TextTokenizer, work: Path) -> dict[str, Any]:
-    """Encode a shard into its part files and return its record. Raises DataError for a document the format cannot hold."""
+    """Encode a shard into its part files and return its record. Raises DataError for a document the
+    format cannot hold.
+    """
     fast = tok.fast_agrees(spread(shard.texts))
     ids = tok.encode_batch(shard.texts, fast=fast)
     lengths = np.array([len(i) + 1 for i in ids], dtype=np.int64)
@@ -78,7 +80,8 @@ def encode_shard(shard: Shard, *, tok: TextTokenizer, work: Path) -> dict[str, A
 class Helpers:
     """A few processes that encode shards; they end when this one does, since their pipe closes.
 
-    Plain subprocesses: multiprocessing's spawn runs the caller's main module again in every helper, and a fork copies its locks.
+    Plain subprocesses: multiprocessing's spawn runs the caller's main module again in every helper,
+    and a fork copies its locks.
     """
 
     def __init__(self, count: int, *, tok: TextTokenizer, work: Path) -> None:
@@ -95,7 +98,9 @@ class Helpers:
         self._threads = ThreadPoolExecutor(count)
 
     def submit(self, shard: Shard) -> Future[dict[str, Any]]:
-        """Encode a shard in the next free helper; the future raises DataError when the helper fails or is killed."""
+        """Encode a shard in the next free helper; the future raises DataError when the helper fails
+        or is killed.
+        """
         return self._threads.submit(self._encode, shard)
 
     def close(self) -> None:

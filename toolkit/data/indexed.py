@@ -1,4 +1,6 @@
-"""Reading Megatron's .idx/.bin pairs with numpy alone: a check that needs no torch and reports damage as DataError."""
+"""Reading Megatron's .idx/.bin pairs with numpy alone: a check that needs no torch and reports
+damage as DataError.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ class Index:
 def read_index(prefix: str | Path) -> Index:
     """Check a prefix's pair of files against each other and return the index.
 
-    Raises DataError naming the file when one is missing, is no Megatron index, is cut short, or does not belong to the other.
+    Raises DataError naming the file when one is missing, is no Megatron index, is cut short, or
+    does not belong to the other.
     """
     idx, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (idx, data):
@@ -85,7 +88,9 @@ _FIX = "Prepare the data again with `toolkit data prepare`, or set data.source t
 
 
 def count_ids(index: Index) -> np.ndarray:
-    """How often each token id occurs, by reading the whole .bin: int64 [largest id + 1]. Raises DataError on a negative id."""
+    """How often each token id occurs, by reading the whole .bin: int64 [largest id + 1]. Raises
+    DataError on a negative id.
+    """
     ids = np.memmap(f"{index.prefix}.bin", dtype=index.dtype, mode="r")
     counts = np.zeros(0, dtype=np.int64)
     for start in range(0, len(ids), _PIECE):

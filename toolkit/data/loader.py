@@ -35,7 +35,8 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def sample_ids(*, samples: int, layout: Layout, dp_rank: int, global_batch_size: int, consumed_samples: int = 0) -> Iterator[list[int]]:
-    """Sample ids of each micro-batch of a rank: global batch k is [kG, (k+1)G), and rank r's share its r-th of dp equal slices.
+    """Sample ids of each micro-batch of a rank: global batch k is [kG, (k+1)G), and rank r's share
+    its r-th of dp equal slices.
 
     Stops before the first global batch that the samples do not fill.
     """
@@ -58,7 +59,8 @@ Rows = np.ndarray | dict[str, np.ndarray] | ToolkitError
 
 
 def _collate(rows: list[Any]) -> Rows:
-    """A micro-batch: text as int32 [b, s+1], or what a data set of the user's own gives, each entry [b, …]; or a sample's error.
+    """A micro-batch: text as int32 [b, s+1], or what a data set of the user's own gives, each entry
+    [b, …]; or a sample's error.
 
     An array goes through the pipe; a tensor would go through /dev/shm, slower at these sizes and often small.
     """
@@ -73,7 +75,8 @@ def _collate(rows: list[Any]) -> Rows:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent, of the given process id, is gone (Linux; elsewhere nothing).
+    """Have the kernel kill this process when its parent, of the given process id, is gone (Linux;
+    elsewhere nothing).
 
     A killed parent cannot tell its helpers, and a helper that holds its sockets keeps other ranks waiting.
     """
@@ -86,7 +89,8 @@ def _end_with_parent(parent: int) -> None:
 
 def _start_worker(_: int, *, parent: int, started: int) -> None:
     _end_with_parent(parent)
-    # A scheduler's SIGTERM reaches every process, but the rank still needs its data up to the end of its step.
+    # A scheduler's SIGTERM reaches every process, but the rank still needs its data up to the end
+    # of its step.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SIGTERM_GRACE))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -96,8 +100,9 @@ def _start_worker(_: int, *, parent: int, started: int) -> None:
 def _started(loader: DataLoader[Rows], pipe: int) -> Iterator[Rows]:
     """The loader's iterator, with workers that are known to run; MachineError where they do not.
 
-    A fork copies the interpreter's lock over its list of threads as it is. Python 3.11 waits for it in the child before it makes it
-    anew, so a child hangs for good when a thread of gloo's was just entering or leaving Python. It is then killed and forked again.
+    A fork copies the interpreter's lock over its list of threads as it is. Python 3.11 waits for it
+    in the child before it makes it anew, so a child hangs for good when a thread of gloo's was just
+    entering or leaving Python. It is then killed and forked again.
     """
     for _ in range(_TRIES):
         with warnings.catch_warnings():
@@ -169,14 +174,17 @@ def batches(
     seed: int = 0,
     apart: bool = False,
 ) -> Batches:
-    """Micro-batches {"tokens", "labels"} of int64 [micro_batch_size, seq_length] for one data-parallel rank, in step order.
+    """Micro-batches {"tokens", "labels"} of int64 [micro_batch_size, seq_length] for one
+    data-parallel rank, in step order.
 
-    apart: data.document_mask; they then have "positions" (int64), "loss_mask" and "bounds" too, see toolkit.data.documents.
+    apart: data.document_mask; they then have "positions" (int64), "loss_mask" and "bounds" too, see
+    toolkit.data.documents.
 
-    dataset: one of build_datasets, or the user's own, whose other entries come along; consumed_samples: samples of all ranks
-    already trained on; workers: reading processes (0: none); seed: of the loader's own generator, so that torch's global one
-    is left alone. Which samples a step sees depends on the step only. With CUDA the batches lie in pinned memory.
-    Raises DataError when the global batch does not divide.
+    dataset: one of build_datasets, or the user's own, whose other entries come along;
+    consumed_samples: samples of all ranks already trained on; workers: reading processes (0: none);
+    seed: of the loader's own generator, so that torch's global one is left alone. Which samples a
+    step sees depends on the step only. With CUDA the batches lie in pinned memory. Raises DataError
+    when the global batch does not divide.
     """
     slice_size = layout.dp * layout.micro_batch_size
     if global_batch_size % slice_size:
@@ -198,7 +206,8 @@ def batches(
         return Batches(iter(read()), apart=apart)
     pipe, started = os.pipe()
     try:
-        # fork: a worker needs no import and shares the mapped files; it never touches process groups or the device.
+        # fork: a worker needs no import and shares the mapped files; it never touches process
+        # groups or the device.
         loader = read(
             multiprocessing_context="fork",
             prefetch_factor=_READ_AHEAD,

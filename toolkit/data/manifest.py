@@ -21,7 +21,9 @@ class _Part(BaseModel):
 
 
 class TokenizerRecord(_Part):
-    """spec: as asked for; hash: sha256 of what decides the ids; file: name of the tokenizer.json beside the manifest, null for bytes."""
+    """spec: as asked for; hash: sha256 of what decides the ids; file: name of the tokenizer.json
+    beside the manifest, null for bytes.
+    """
 
     spec: str
     hash: str
@@ -42,8 +44,10 @@ class ShardRecord(_Part):
 class Manifest(_Part):
     """A prepared data set; a .bin/.idx pair without one was not finished.
 
-    documents, tokens, characters, bytes: totals (tokens count the end-of-document ids, bytes are of the UTF-8 text);
-    skipped: empty documents left out; entropy: unigram entropy of the ids in nats, the loss of a model that only knows frequencies.
+    documents, tokens, characters, bytes: totals (tokens count the end-of-document ids, bytes are of
+    the UTF-8 text);
+    skipped: empty documents left out; entropy: unigram entropy of the ids in nats, the loss of a
+    model that only knows frequencies.
     """
 
     format: int = FORMAT
@@ -75,7 +79,8 @@ def save_manifest(manifest: Manifest, prefix: str | Path) -> None:
 def load_manifest(prefix: str | Path, *, verify: Literal["sizes", "hashes"] = "sizes") -> Manifest:
     """Read a prefix's manifest and hold its files to it.
 
-    verify: sizes (also reads the index), or hashes (reads every byte). Raises DataError naming the file and what is wrong with it.
+    verify: sizes (also reads the index), or hashes (reads every byte). Raises DataError naming the
+    file and what is wrong with it.
     """
     path = manifest_path(prefix)
     try:

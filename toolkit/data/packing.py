@@ -29,7 +29,9 @@ class Packs:
 
 
 def cut_long(lengths: np.ndarray, size: int) -> np.ndarray:
-    """Pieces [n, 3] (document, first token, tokens) of at most `size` tokens. lengths: of the documents; empty ones have none."""
+    """Pieces [n, 3] (document, first token, tokens) of at most `size` tokens. lengths: of the
+    documents; empty ones have none.
+    """
     counts = -(-lengths // size)
     documents = np.repeat(np.arange(len(lengths)), counts)
     number = np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)

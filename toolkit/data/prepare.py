@@ -1,4 +1,6 @@
-"""Text to Megatron .bin/.idx: many processes, resumable, and never a half-written file where a reader looks."""
+"""Text to Megatron .bin/.idx: many processes, resumable, and never a half-written file where a
+reader looks.
+"""
 
 from __future__ import annotations
 
@@ -54,12 +56,16 @@ def prepare(
     progress: bool | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Manifest:
-    """Turn a source's text into OUT.bin, OUT.idx and OUT.manifest.json, or reuse them when they already hold it.
+    """Turn a source's text into OUT.bin, OUT.idx and OUT.manifest.json, or reuse them when they
+    already hold it.
 
-    source: see open_source; tokenizer: see load_tokenizer; out: prefix of the files; workers: encoding processes (up to 1: in this one);
-    eod: text of the end-of-document token, if not the usual; progress: show a bar on stderr (None: on a terminal);
-    shard_bytes: text encoded and kept as one piece. The files depend on the text and the tokenizer only, not on workers or interruptions.
-    Raises DataError for a source or tokenizer that cannot be read, for no tokens at all, and for an OUT that holds something else.
+    source: see open_source; tokenizer: see load_tokenizer; out: prefix of the files; workers:
+    encoding processes (up to 1: in this one);
+    eod: text of the end-of-document token, if not the usual; progress: show a bar on stderr (None:
+    on a terminal);
+    shard_bytes: text encoded and kept as one piece. The files depend on the text and the tokenizer
+    only, not on workers or interruptions. Raises DataError for a source or tokenizer that cannot be
+    read, for no tokens at all, and for an OUT that holds something else.
     """
     text = open_source(source, text_key=text_key)
     if tokenizer.startswith("train:"):
@@ -119,7 +125,9 @@ def _read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def _locked(prefix: Path) -> Iterator[None]:
-    """One process at a time per target; the kernel frees the lock of a killed one. The file stays: removing it would race."""
+    """One process at a time per target; the kernel frees the lock of a killed one. The file stays:
+    removing it would race.
+    """
     with prefix.with_name(f".{prefix.name}.lock").open("a") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,7 +203,9 @@ def _shards(text: Source, *, shard_bytes: int, skipped: list[int]) -> Iterator[S
 def _encode_all(
     text: Source, tok: TextTokenizer, *, work: Path, workers: int, progress: bool | None, shard_bytes: int
 ) -> tuple[list[dict[str, Any]], int]:
-    """Encode every shard that is not already there; returns the records in order and the number of empty documents."""
+    """Encode every shard that is not already there; returns the records in order and the number of
+    empty documents.
+    """
     records: list[dict[str, Any] | None] = []
     waiting: deque[tuple[int, Future[dict[str, Any]]]] = deque()
     skipped = [0]
@@ -242,7 +252,9 @@ def _encode_all(
 
 
 def _assemble(shards: Sequence[dict[str, Any]], *, skipped: int, text: Source, tok: TextTokenizer, work: Path, prefix: Path) -> Manifest:
-    """Join the parts with megatron-core's builder in the work folder, then move the files into place, the manifest last."""
+    """Join the parts with megatron-core's builder in the work folder, then move the files into
+    place, the manifest last.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core warns about optional packages at import
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder

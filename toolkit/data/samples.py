@@ -36,7 +36,9 @@ _COMPLETE = "complete.json"
 
 
 class Samples(GPTDataset):
-    """megatron-core's samples as {"text": int64 [seq_length + 1]}, without the masks and positions that nothing here reads."""
+    """megatron-core's samples as {"text": int64 [seq_length + 1]}, without the masks and positions
+    that nothing here reads.
+    """
 
     def __getitem__(self, idx: int | None) -> dict[str, np.ndarray]:
         # 0.16 returns two values, 0.19 three.
@@ -92,7 +94,9 @@ class Packed(GPTDataset):
 
 
 class _Builder(BlendedMegatronDatasetBuilder):
-    """megatron-core's splitting and blending, without its barriers: who builds and who waits is decided in build()."""
+    """megatron-core's splitting and blending, without its barriers: who builds and who waits is
+    decided in build().
+    """
 
     @staticmethod
     def build_generic_dataset(kind: Callable[..., Any], is_built_on_rank: Callable[..., bool], synchronize_ranks: bool, *args: Any) -> Any:
@@ -101,7 +105,8 @@ class _Builder(BlendedMegatronDatasetBuilder):
             if not size:
                 return None
             if not dist.is_initialized():
-                # 0.16 asks for the rank before it saves a blend; without process groups the blend stays in memory.
+                # 0.16 asks for the rank before it saves a blend; without process groups the blend
+                # stays in memory.
                 config = copy.copy(config)
                 config.path_to_cache = None
             return BlendedDataset(members, weights, size, config)
@@ -138,8 +143,10 @@ def build(
 ) -> list[Any]:
     """Train, valid and test datasets; None where the size is 0. Collective: every rank of the world calls it.
 
-    document_mask, packing: as in the data section, which refuses best_fit without the mask. sizes: samples of each; identity: changes when the files' contents do; cache: folder for the indices, on a disk that all hosts share.
-    Rank 0 builds missing indices; if it fails, or another rank cannot see them, all ranks raise the same DataError.
+    document_mask, packing: as in the data section, which refuses best_fit without the mask. sizes:
+    samples of each; identity: changes when the files' contents do; cache: folder for the indices,
+    on a disk that all hosts share. Rank 0 builds missing indices; if it fails, or another rank
+    cannot see them, all ranks raise the same DataError.
     """
     in_memory_blend = len(prefixes) > 1 and not dist.is_initialized()
     facts = [list(prefixes), list(weights or []), split, seq_length, seed, sizes, identity, in_memory_blend, mcore_version]
@@ -179,7 +186,9 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _ensure(folder: Path, datasets: Callable[[Path], list[Any]]) -> None:
-    """Build the indices in a folder of their own and rename it: a killed build leaves nothing that looks finished."""
+    """Build the indices in a folder of their own and rename it: a killed build leaves nothing that
+    looks finished.
+    """
     if _is_complete(folder):
         return
     try:

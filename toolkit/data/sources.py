@@ -1,4 +1,6 @@
-"""Where text comes from: the built-in corpus, local files, or a Hugging Face dataset; always in the same order."""
+"""Where text comes from: the built-in corpus, local files, or a Hugging Face dataset; always in the
+same order.
+"""
 
 from __future__ import annotations
 
@@ -57,9 +59,11 @@ def is_source_path(spec: str) -> bool:
 
 
 def refuse_mistyped(spec: str, *, key: str, fix: str) -> None:
-    """Refuse a name that could be a hub's `owner/name`, and is far more like a path here: its folder is there, and one in it is near.
+    """Refuse a name that could be a hub's `owner/name`, and is far more like a path here: its
+    folder is there, and one in it is near.
 
-    The hub would be asked for it again and again, for half a minute without a network. Raises DataError with the near path.
+    The hub would be asked for it again and again, for half a minute without a network. Raises
+    DataError with the near path.
     """
     parent, slash, last = spec.rpartition("/")
     if not slash or not Path(parent).is_dir():
@@ -72,8 +76,9 @@ def refuse_mistyped(spec: str, *, key: str, fix: str) -> None:
 def open_source(spec: str, *, text_key: str = "text") -> Source:
     """Resolve a source spec without reading its text.
 
-    spec: `python-stdlib`; a .txt/.jsonl/.jsonl.gz/.parquet file or a folder of them; else a hub name, `name[:config[:split]]`.
-    Raises DataError when the path does not exist or holds nothing readable.
+    spec: `python-stdlib`; a .txt/.jsonl/.jsonl.gz/.parquet file or a folder of them; else a hub
+    name, `name[:config[:split]]`. Raises DataError when the path does not exist or holds nothing
+    readable.
     """
     if spec == BUILT_IN:
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -156,7 +161,8 @@ def _file_documents(path: Path, *, text_key: str, plain: bool) -> Iterator[str]:
         rows = _load("parquet", name=str(path), data_files=[glob.escape(str(path))])
         yield from _texts(rows, name=str(path), text_key=text_key)
         return
-    # Line by line, parsed here: Hugging Face's JSON loader infers one schema, and fails when a later row has another key.
+    # Line by line, parsed here: Hugging Face's JSON loader infers one schema, and fails when a
+    # later row has another key.
     lines = _load("text", name=str(path), data_files=[glob.escape(str(path))], encoding_errors="replace")
     yield from _texts(_parsed(lines, name=str(path)), name=str(path), text_key=text_key)
 
@@ -207,7 +213,9 @@ def _load(path: str, *, name: str, config: str | None = None, split: str = "trai
 
 
 def _ask_hub(name: str) -> None:
-    """Ask the hub once for a data set: where it does not answer, what is cached has to do, without half a minute of retries."""
+    """Ask the hub once for a data set: where it does not answer, what is cached has to do, without
+    half a minute of retries.
+    """
     import datasets
     import huggingface_hub
 

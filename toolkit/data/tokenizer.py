@@ -30,8 +30,10 @@ TRAINING_CHARACTERS = 200_000_000
 class TextTokenizer:
     """What preparing and generating need of a tokenizer; no beginning-of-text id is ever added.
 
-    vocab_size: one more than the largest id; eod: the id that ends a document; hash: sha256 of what decides the ids;
-    json: contents of tokenizer.json, or None; encode_batch: one integer array per text, without the end-of-document id.
+    vocab_size: one more than the largest id; eod: the id that ends a document; hash: sha256 of what
+    decides the ids;
+    json: contents of tokenizer.json, or None; encode_batch: one integer array per text, without the
+    end-of-document id.
     """
 
     spec: str
@@ -44,11 +46,14 @@ class TextTokenizer:
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int], *, special: bool = True) -> str:
-        """The text of ids; special: tokens that stand for no text of a document, such as its end, are written out too."""
+        """The text of ids; special: tokens that stand for no text of a document, such as its end,
+        are written out too.
+        """
         raise NotImplementedError
 
     def encode_prompt(self, text: str, *, special: bool) -> list[int]:
-        """Ids of a text to go on from; special: with the tokens that the tokenizer itself puts around a text (Llama's first one).
+        """Ids of a text to go on from; special: with the tokens that the tokenizer itself puts
+        around a text (Llama's first one).
 
         Raises DataError where some of the text has no id of its own.
         """
@@ -79,7 +84,8 @@ class BytesTokenizer(TextTokenizer):
 class SubwordTokenizer(TextTokenizer):
     """A tokenizer.json run by Hugging Face `tokenizers`, or by `gigatoken` where that gives the same ids.
 
-    eod: the end-of-document token's text; when None a usual name is looked for, and if there is none one more id is added.
+    eod: the end-of-document token's text; when None a usual name is looked for, and if there is
+    none one more id is added.
     """
 
     def __init__(self, spec: str, *, text: str, eod: str | None = None) -> None:
@@ -194,9 +200,11 @@ class SubwordTokenizer(TextTokenizer):
 def load_tokenizer(spec: str, *, train_on: Iterable[str] | None = None, cache: Path | None = None, eod: str | None = None) -> TextTokenizer:
     """Load or train the tokenizer a spec names.
 
-    spec: `bytes`; a tokenizer.json; a folder or Hugging Face name; `train:N` (byte-level BPE of N ids learned from train_on).
-    cache: a tokenizer.json that a trained one is kept in and read back from. eod: text of the end-of-document token, if not the usual.
-    Raises DataError when it is missing, unreadable, or has to be trained without text.
+    spec: `bytes`; a tokenizer.json; a folder or Hugging Face name; `train:N` (byte-level BPE of N
+    ids learned from train_on).
+    cache: a tokenizer.json that a trained one is kept in and read back from. eod: text of the
+    end-of-document token, if not the usual. Raises DataError when it is missing, unreadable, or has
+    to be trained without text.
     """
     if spec == "bytes":
         return BytesTokenizer()
@@ -335,7 +343,9 @@ def _named_eod(config: str | None) -> str | None:
 
 
 def _content_hash(text: str) -> str:
-    """sha256 over what decides the ids, whatever the layout of the JSON or the library version that wrote it."""
+    """sha256 over what decides the ids, whatever the layout of the JSON or the library version that
+    wrote it.
+    """
     content = json.loads(text)
     model = dict(content.get("model") or {})
     if "merges" in model:
@@ -345,7 +355,9 @@ def _content_hash(text: str) -> str:
 
 
 def spread(texts: Sequence[str], *, count: int = 8) -> list[str]:
-    """The first half of count texts, and as many spread evenly over the rest: what the fast encoder is checked on."""
+    """The first half of count texts, and as many spread evenly over the rest: what the fast encoder
+    is checked on.
+    """
     head = list(islice(texts, count // 2))
     rest = texts[len(head) :]
     return head + list(rest[:: max(1, len(rest) // max(1, count - len(head)))])[: count - len(head)]

@@ -1,4 +1,6 @@
-"""The vocabulary that prepared data decides, read without numpy or torch: for what plans a run and does not start it."""
+"""The vocabulary that prepared data decides, read without numpy or torch: for what plans a run and
+does not start it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ SUFFIX = ".manifest.json"
 
 
 def with_vocabulary(config: RunConfig) -> RunConfig:
-    """The config with model.vocab_size taken from its prepared data, as training takes it; as it is where that says nothing."""
+    """The config with model.vocab_size taken from its prepared data, as training takes it; as it is
+    where that says nothing.
+    """
     if config.model.vocab_size is not None:
         return config
     names = list(config.data.blend or ()) or [config.data.source or ""]
@@ -22,7 +26,9 @@ def with_vocabulary(config: RunConfig) -> RunConfig:
 
 
 def _vocabulary(name: str) -> int | None:
-    """Token ids of a prepared prefix; None where there is no such prefix, or its manifest cannot be read (training says why)."""
+    """Token ids of a prepared prefix; None where there is no such prefix, or its manifest cannot be
+    read (training says why).
+    """
     prefix = name.removesuffix(".bin").removesuffix(".idx")
     try:
         return int(json.loads(Path(f"{prefix}{SUFFIX}").expanduser().read_bytes())["tokenizer"]["vocab_size"])

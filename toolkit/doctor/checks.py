@@ -1,7 +1,8 @@
 """What is wrong with the hosts: each check compares the facts of all of them, and with what the config needs.
 
-A check yields a Finding for each thing that is red or yellow, and one green where there is none. Red: a run would fail, hang,
-compute on other code, or waste most of the hardware. Yellow: it would run, and the user may want to know.
+A check yields a Finding for each thing that is red or yellow, and one green where there is none.
+Red: a run would fail, hang, compute on other code, or waste most of the hardware. Yellow: it would
+run, and the user may want to know.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def judge(look: Look, checks: Sequence[Check]) -> list[Finding]:
 
 
 def odd_ones(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The value that most hosts have (the first host's where two are as common), and the hosts with another one."""
+    """The value of most hosts (the first host's where two are as common), and the hosts with another."""
     counts = Counter(map(repr, values.values()))
     common = max(values.values(), key=lambda v: counts[repr(v)])
     return common, {host: value for host, value in values.items() if repr(value) != repr(common)}
@@ -195,7 +196,7 @@ def estimated(look: Look) -> Iterator[Finding]:
 
 
 def needs(look: Look) -> Iterator[Finding]:
-    """What the config asks of each host: packages, compiler, libaio, folders; the rules; variables that can be exported."""
+    """What the config asks of each host: packages, compiler, libaio, folders, rules, variables."""
     for what, fix in look.refused:
         yield Finding(status=RED, check="config", hosts=(), found=what, fix=fix)
     rows: dict[tuple[str, str], list[str]] = {}

@@ -1,6 +1,8 @@
-"""`python -m toolkit.doctor.collective`: one rank of the all-reduce that doctor measures, a process of its own beside the probe.
+"""`python -m toolkit.doctor.collective`: one rank of the all-reduce that doctor measures, a process
+of its own beside the probe.
 
-torch is imported while the probe still gathers facts. A backend that crashes or hangs takes only this process with it.
+torch is imported while the probe still gathers facts. A backend that crashes or hangs takes only
+this process with it.
 It speaks JSON lines: the first says what torch is and sees; each task that comes in is answered by one.
 """
 

@@ -23,7 +23,9 @@ def doctor(
     build: Annotated[bool, typer.Option("--build", help="also compile the extensions that the config needs, on every host")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
 ) -> None:
-    """Look at every host of a run before it starts: what is wrong, and how to mend it; exit code 1 where something is red."""
+    """Look at every host of a run before it starts: what is wrong, and how to mend it; exit code 1
+    where something is red.
+    """
     from toolkit.cluster.environment import gpu_count
     from toolkit.cluster.hosts import LOCAL, read_hostfile
     from toolkit.config.load import load_config

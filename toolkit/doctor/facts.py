@@ -1,4 +1,5 @@
-"""What a host is: versions, GPUs, limits, memory, folders, build locks. Read by the probe on the host itself; no torch.
+"""What a host is: versions, GPUs, limits, memory, folders, build locks. Read by the probe on the
+host itself; no torch.
 
 Each function returns values as JSON has them. None judges: that is checks.py's, which sees all hosts.
 """
@@ -93,7 +94,9 @@ def _driver() -> str | None:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """GPUs that ranks can use: name, memory in MiB, uncorrected memory errors. Without the driver's tool only their number is known."""
+    """GPUs that ranks can use: name, memory in MiB, uncorrected memory errors. Without the driver's
+    tool only their number is known.
+    """
     count = gpu_count()
     if not count or shutil.which("nvidia-smi") is None:
         return [{"name": None}] * count
@@ -164,7 +167,9 @@ def existing(path: Path) -> Path:
 
 
 def folder(path: Path) -> dict[str, Any]:
-    """Free bytes and files, file system, and a write test of a folder or, while it is not there, of its nearest parent."""
+    """Free bytes and files, file system, and a write test of a folder or, while it is not there, of
+    its nearest parent.
+    """
     place = existing(path)
     space = os.statvfs(place)
     found: dict[str, Any] = {"path": str(path), "place": str(place), "free": space.f_bavail * space.f_frsize}
@@ -189,7 +194,9 @@ def _file_system(place: Path) -> str | None:
 
 
 def data_size(path: str) -> int | None:
-    """Bytes of a prepared data set's tokens, of a file, or the number of entries of a folder; None where there is nothing."""
+    """Bytes of a prepared data set's tokens, of a file, or the number of entries of a folder; None
+    where there is nothing.
+    """
     for candidate in (Path(f"{path}.bin"), Path(path)):
         if candidate.is_file():
             return candidate.stat().st_size
@@ -199,7 +206,9 @@ def data_size(path: str) -> int | None:
 
 
 def unmet_needs(config: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    """What the config needs and this host lacks: the messages with which `toolkit train` would refuse it here."""
+    """What the config needs and this host lacks: the messages with which `toolkit train` would
+    refuse it here.
+    """
     if config is None:
         return []
     from toolkit.cluster.needs import unmet
@@ -212,12 +221,15 @@ def unmet_needs(config: Mapping[str, Any] | None) -> list[dict[str, str]]:
 
 
 def builds() -> list[dict[str, Any]]:
-    """Extensions whose build is locked: the lock's path, seconds since anything changed, and processes that compile."""
+    """Extensions whose build is locked: the lock's path, seconds since anything changed, and
+    processes that compile.
+    """
     return [{"lock": str(b.lock), "idle_s": b.idle_s, "builders": b.builders, "stale": b.stale} for b in unfinished_builds()]
 
 
 def open_to_all() -> Iterator[str]:
-    """Files and folders that a run executes and that another user could change: writable by all, or owned by somebody else.
+    """Files and folders that a run executes and that another user could change: writable by all, or
+    owned by somebody else.
 
     The toolkit's own files, the interpreter, folders of PATH, and the extensions that DeepSpeed has compiled.
     """

@@ -1,4 +1,6 @@
-"""The hosts of one look: a probe on each, started over ssh with the environment that ranks would have, and asked in parallel."""
+"""The hosts of one look: a probe on each, started over ssh with the environment that ranks would
+have, and asked in parallel.
+"""
 
 from __future__ import annotations
 
@@ -156,7 +158,9 @@ def probe_words(python: str = sys.executable) -> list[str]:
 
 
 def probe_line(environ: Mapping[str, str] | None = None, *, folder: str | None = None, python: str = sys.executable) -> str:
-    """The line for another host's shell: the working folder, the exported environment, the interpreter by its path."""
+    """The line for another host's shell: the working folder, the exported environment, the
+    interpreter by its path.
+    """
     environ = os.environ if environ is None else environ
     variables = {k: v for k, v in environ.items() if k.startswith("PYTHON") and NAME.fullmatch(k)}
     variables |= users_variables(environ) or exported_variables(environ)
@@ -184,7 +188,9 @@ def each(hosts: Iterable[Host], action: Callable[[Host], Any]) -> list[Any]:
 
 
 def clock_offset(host: Host, *, tries: int = 3) -> dict[str, float]:
-    """Seconds by which a host's clock is ahead of this one's, and how far off that may be; of the try that took least time."""
+    """Seconds by which a host's clock is ahead of this one's, and how far off that may be; of the
+    try that took least time.
+    """
     best: tuple[float, float] | None = None
     for _ in range(tries):
         sent = time.time()
@@ -196,7 +202,8 @@ def clock_offset(host: Host, *, tries: int = 3) -> dict[str, float]:
 
 
 def rounds(names: Sequence[str], *, most: int) -> list[list[tuple[str, str]]]:
-    """Pairs of hosts in rounds: each host is in one pair of a round, and no pair comes twice (the circle method).
+    """Pairs of hosts in rounds: each host is in one pair of a round, and no pair comes twice (the
+    circle method).
 
     All pairs need one round fewer than there are hosts; `most` limits the rounds of a large cluster.
     """

@@ -1,6 +1,8 @@
-"""The network as the ranks will use it: which interface, whether a port opens, latency and bandwidth to one other host. No torch.
+"""The network as the ranks will use it: which interface, whether a port opens, latency and
+bandwidth to one other host. No torch.
 
-The listening side is a thread of the probe. It serves whoever knows the token of this look at the hosts, on one address only.
+The listening side is a thread of the probe. It serves whoever knows the token of this look at the
+hosts, on one address only.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ ECHO, TAKE, GIVE = b"E", b"T", b"G"  # what the other side is asked to do
 def interface(first: str, environ: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The interface that ranks of this environment use, with its address, state, MTU and Mb/s.
 
-    It is GLOO_SOCKET_IFNAME's or NCCL_SOCKET_IFNAME's where they name one; otherwise that of the route to the host `first`.
-    "named": what the variables say. "name" and "address" are None where there is no such interface here.
+    It is GLOO_SOCKET_IFNAME's or NCCL_SOCKET_IFNAME's where they name one; otherwise that of the
+    route to the host `first`. "named": what the variables say. "name" and "address" are None where
+    there is no such interface here.
     """
     environ = os.environ if environ is None else environ
     named = environ.get("GLOO_SOCKET_IFNAME") or environ.get("NCCL_SOCKET_IFNAME") or ""
@@ -120,7 +123,9 @@ def can_connect(address: str, port: int, token: bytes) -> str | None:
 
 
 def measure(address: str, port: int, token: bytes) -> dict[str, Any]:
-    """Round trip in microseconds (the middle of PINGS), and GB/s to (`out_gb_s`) and from (`in_gb_s`) another host's Listener."""
+    """Round trip in microseconds (the middle of PINGS), and GB/s to (`out_gb_s`) and from
+    (`in_gb_s`) another host's Listener.
+    """
     try:
         with _connected(address, port, token) as connection:
             trips = []

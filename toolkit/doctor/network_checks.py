@@ -1,4 +1,6 @@
-"""What is wrong between the hosts: names, interfaces, ports, links, and the all-reduce, held against the hardware catalogue."""
+"""What is wrong between the hosts: names, interfaces, ports, links, and the all-reduce, held
+against the hardware catalogue.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ SLOW_US, TOO_SLOW_US = 1_000.0, 20_000.0
 
 
 def names(look: Look) -> Iterator[Finding]:
-    """Every host must know the first one, where the ranks meet, by the same address; and none is there twice."""
+    """Every host must know the first one, where the ranks meet, by the same address; and none is
+    there twice.
+    """
     if not look.several or not look.facts:
         return
     wrong = False
@@ -177,7 +181,9 @@ def all_reduce(look: Look) -> Iterator[Finding]:
 
 
 def _expected(look: Look, gpu: Gpu) -> float:
-    """GB/s that a ring over these hosts can have: the network of a host's GPUs together, or the links within one host."""
+    """GB/s that a ring over these hosts can have: the network of a host's GPUs together, or the
+    links within one host.
+    """
     within = gpu.link_gb_s or gpu.pcie_gb_s
     if not look.several:
         return within
@@ -186,7 +192,9 @@ def _expected(look: Look, gpu: Gpu) -> float:
 
 
 def _gpu(look: Look) -> Gpu:
-    """The catalogue's entry for what the hosts have; its entry for CPUs where there is no GPU, or one that it lacks."""
+    """The catalogue's entry for what the hosts have; its entry for CPUs where there is no GPU, or
+    one that it lacks.
+    """
     seen: list[Any] = [gpu["name"] for gpus in look.values("gpus").values() if isinstance(gpus, list) for gpu in gpus]
     seen += [rank.get("name") for ranks in look.torch.values() for rank in ranks]
     return next((gpu for gpu in (gpu_of_device(name) for name in seen if name) if gpu), find_gpu("cpu"))

@@ -1,6 +1,8 @@
-"""`python -m toolkit.doctor.probe`: what doctor starts on each host; it answers JSON lines on stdin with JSON lines on stdout.
+"""`python -m toolkit.doctor.probe`: what doctor starts on each host; it answers JSON lines on stdin
+with JSON lines on stdout.
 
-The first line of its own names the toolkit and the protocol. It ends with its stdin, and takes away what it has made.
+The first line of its own names the toolkit and the protocol. It ends with its stdin, and takes away
+what it has made.
 """
 
 from __future__ import annotations
@@ -105,7 +107,9 @@ class Probe:
         return {"ranks": [self._answer(rank) for rank in self.ranks]}
 
     def do_build(self, task: Mapping[str, Any]) -> dict[str, Any]:
-        """Compile extensions that a run would compile at its first use; the last line of the compiler where one fails."""
+        """Compile extensions that a run would compile at its first use; the last line of the
+        compiler where one fails.
+        """
         done = {}
         for name in task["names"]:
             code = f"from deepspeed.ops.op_builder import {BUILDERS[name]}\n{BUILDERS[name]}().load(verbose=False)"

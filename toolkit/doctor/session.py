@@ -1,4 +1,6 @@
-"""One look at the hosts: start a probe on each, gather their facts, measure what lies between them, and end the probes."""
+"""One look at the hosts: start a probe on each, gather their facts, measure what lies between them,
+and end the probes.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,11 @@ def examine(
     build: bool = False,
     extra: Mapping[str, str] | None = None,
 ) -> Look:
-    """Look at the hosts with their slots, in the order of the ranks. Raises nothing for what is wrong with them: that is the answer.
+    """Look at the hosts with their slots, in the order of the ranks. Raises nothing for what is
+    wrong with them: that is the answer.
 
-    local: the one host is this machine, and needs no ssh. port: where the ranks are to meet. build: compile the extensions that
+    local: the one host is this machine, and needs no ssh. port: where the ranks are to meet. build:
+    compile the extensions that
     the config needs. extra: more folders to look at, by the name to show.
     """
     started = time.perf_counter()
@@ -126,7 +130,9 @@ def _gather(look: Look, hosts: list[Host], config: RunConfig | None, extra: Mapp
 
 
 def _refused(config: RunConfig | None, look: Look) -> list[tuple[str, str]]:
-    """What no host is to blame for: a variable that cannot be exported, a config that the rules refuse for these ranks."""
+    """What no host is to blame for: a variable that cannot be exported, a config that the rules
+    refuse for these ranks.
+    """
     found = []
     if look.several:
         try:
@@ -144,7 +150,9 @@ def _refused(config: RunConfig | None, look: Look) -> list[tuple[str, str]]:
 
 
 def _memory(config: RunConfig | None, look: Look) -> dict[str, float] | None:
-    """GiB that the estimate gives a GPU (likely, and the ends of its interval) and a host; None without GPUs of one known kind."""
+    """GiB that the estimate gives a GPU (likely, and the ends of its interval) and a host; None
+    without GPUs of one known kind.
+    """
     kinds = {gpu_of_device(gpu["name"]) for gpus in look.values("gpus").values() if isinstance(gpus, list) for gpu in gpus if gpu["name"]}
     gpu = kinds.pop() if len(kinds) == 1 else None
     if config is None or gpu is None or len(set(look.slots.values())) > 1:
@@ -159,7 +167,9 @@ def _memory(config: RunConfig | None, look: Look) -> dict[str, float] | None:
 
 
 def _between(look: Look, hosts: list[Host]) -> None:
-    """The port where ranks meet, and the links, one pair of a host at a time. Ranks of the all-reduce have started up before."""
+    """The port where ranks meet, and the links, one pair of a host at a time. Ranks of the
+    all-reduce have started up before.
+    """
     answers = each(hosts, lambda host: host.ask({"do": "torch"}))
     look.torch = {host.name: answer.get("ranks", []) for host, answer in zip(hosts, answers, strict=True)}
     by_name = {host.name: host for host in hosts}
@@ -186,7 +196,9 @@ def _between(look: Look, hosts: list[Host]) -> None:
 
 
 def _all_reduce(look: Look, hosts: list[Host]) -> None:
-    """One all-reduce over a rank of each host without GPUs, or of each GPU; nothing where there is one rank, or hosts differ in that."""
+    """One all-reduce over a rank of each host without GPUs, or of each GPU; nothing where there is
+    one rank, or hosts differ in that.
+    """
     if not look.several:
         answers = each(hosts, lambda host: host.ask({"do": "torch"}))
         look.torch = {host.name: answer.get("ranks", []) for host, answer in zip(hosts, answers, strict=True)}

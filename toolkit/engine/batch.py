@@ -1,5 +1,5 @@
-"""A global batch's micro-batches, made ready for the model: where documents lie, and what each token weighs in the loss, and
-which part of the sequence a rank takes.
+"""A global batch's micro-batches, made ready for the model: where documents lie, and what each
+token weighs in the loss, and which part of the sequence a rank takes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ Batch = dict[str, Tensor]
 
 
 def with_documents(batch: Batch) -> Batch:
-    """A micro-batch on the CPU with "bounds": int32 [documents + 1], where documents begin in its rows laid end to end, and their end.
+    """A micro-batch on the CPU with "bounds": int32 [documents + 1], where documents begin in its
+    rows laid end to end, and their end.
 
     positions [b, s]: 0 at each document's first token, and at each row's.
     """
@@ -26,9 +27,11 @@ def with_documents(batch: Batch) -> Batch:
 
 
 def part_of(batch: Batch, layout: Layout, *, rank: int) -> Batch:
-    """A context-parallel rank's part of a micro-batch: of every entry [b, s, …] its two chunks, of any other all.
+    """A context-parallel rank's part of a micro-batch: of every entry [b, s, …] its two chunks, of
+    any other all.
 
-    "positions" are those of the tokens in the whole sequence, or in their documents where those are kept apart.
+    "positions" are those of the tokens in the whole sequence, or in their documents where those are
+    kept apart.
     """
     tokens = batch["tokens"]
     s = tokens.shape[1]
@@ -46,7 +49,8 @@ def part_of(batch: Batch, layout: Layout, *, rank: int) -> Batch:
 
 
 def weigh(micro: Sequence[Batch], layout: Layout, *, group: dist.ProcessGroup | None, known: bool = False) -> None:
-    """Give each micro-batch of a rank "weights" [b, s] in fp32, if any token of the global batch is left out by a "loss_mask" [b, s].
+    """Give each micro-batch of a rank "weights" [b, s] in fp32, if any token of the global batch is
+    left out by a "loss_mask" [b, s].
 
     The sum over tokens of loss times weight is then this rank's and micro-batch's estimate of the
     mean over all tokens of the global batch that count: averaged over micro-batches and ranks, as

@@ -1,4 +1,5 @@
-"""What DeepSpeed's ZeRO optimizers hold, under names of our own: with zero.py the only code that knows their private attributes.
+"""What DeepSpeed's ZeRO optimizers hold, under names of our own: with zero.py the only code that
+knows their private attributes.
 
 state = DeepSpeedState(engine)
 for i in range(len(state)):
@@ -34,7 +35,9 @@ def full_shape(parameter: Any) -> list[int]:
 
 
 class DeepSpeedState:
-    """The flat partitions of an engine's optimizer, one for each optimizer group (ZeRO-3: for each sub-group)."""
+    """The flat partitions of an engine's optimizer, one for each optimizer group (ZeRO-3: for each
+    sub-group).
+    """
 
     def __init__(self, engine: Any) -> None:
         self.engine: Any = engine.engine
@@ -60,7 +63,9 @@ class DeepSpeedState:
         return group
 
     def counts_in_python(self, i: int) -> bool:
-        """Whether the step count is a Python integer (DeepSpeed's Adam for the CPU) instead of a tensor (torch)."""
+        """Whether the step count is a Python integer (DeepSpeed's Adam for the CPU) instead of a
+        tensor (torch).
+        """
         return hasattr(self._inner(i), "ds_opt_adam")
 
     def places(self, i: int) -> list[Place]:
@@ -85,11 +90,15 @@ class DeepSpeedState:
         return found
 
     def members(self, i: int) -> list[Any]:
-        """The weights that data-parallel ranks share out in a partition, whether or not this rank has a piece of them."""
+        """The weights that data-parallel ranks share out in a partition, whether or not this rank
+        has a piece of them.
+        """
         return list(self.zero.fp16_groups[i] if self.sharded else self.zero.bit16_groups[i])
 
     def offsets(self, i: int) -> list[tuple[Any, int]]:
-        """Below ZeRO-3: a group's weights and where each starts in the flat tensor that data-parallel ranks share out."""
+        """Below ZeRO-3: a group's weights and where each starts in the flat tensor that
+        data-parallel ranks share out.
+        """
         flat = self.zero.bit16_groups_flat[i]
         return [(p, p.storage_offset() - flat.storage_offset()) for p in self.zero.bit16_groups[i]]
 
@@ -153,7 +162,9 @@ class DeepSpeedState:
 
 
 def held_tensors(engine: Any) -> dict[str, list[Tensor]]:
-    """An engine's tensors by what they are for; "zero buffers" lists every tensor of DeepSpeed's optimizer, the other parts' too."""
+    """An engine's tensors by what they are for; "zero buffers" lists every tensor of DeepSpeed's
+    optimizer, the other parts' too.
+    """
     zero = engine.optimizer
     weights = [p for chunk in engine.chunks for p in chunk.parameters()]
     parameters: list[Tensor] = []

@@ -107,7 +107,8 @@ class FlatGradients:
 
 
 def add_within_product(module: torch.nn.Module) -> None:
-    """Let megatron-core's linears add a weight's gradient to its fp32 main_grad as the matrix product's own last step.
+    """Let megatron-core's linears add a weight's gradient to its fp32 main_grad as the matrix
+    product's own last step.
 
     Without it each micro-batch writes the gradient to new memory and reads it back to add it. megatron-core
     calls an Apex kernel for it; where that is absent, torch's addmm does the same on any device.

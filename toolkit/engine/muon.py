@@ -46,7 +46,9 @@ class WeightPart:
         return math.prod(self.shape)
 
     def within(self, size: int) -> tuple[int, int]:
-        """First and last + 1 element of a partition of `size` elements that are this weight's; equal where none is."""
+        """First and last + 1 element of a partition of `size` elements that are this weight's;
+        equal where none is.
+        """
         low = min(max(0, self.first), size)
         return low, max(low, min(size, self.first + self.numel))
 
@@ -57,15 +59,19 @@ class WeightPart:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who shares matrices: tensor-parallel ranks, and those over which flat tensors are cut (under ZeRO-0 only this one)."""
+    """Who shares matrices: tensor-parallel ranks, and those over which flat tensors are cut (under
+    ZeRO-0 only this one).
+    """
 
     tensor: dist.ProcessGroup
     data: dist.ProcessGroup
 
 
 class Muon(torch.optim.Optimizer):
-    """Updates flat tensors full of matrices. Each group holds one, and in "parts" the WeightParts that lie in it, alike on all ranks
-    but for where they start. adjust_lr: as the argument of torch.optim.Muon."""
+    """Updates flat tensors full of matrices. Each group holds one, and in "parts" the WeightParts
+    that lie in it, alike on all ranks
+    but for where they start. adjust_lr: as the argument of torch.optim.Muon.
+    """
 
     def __init__(
         self, groups: list[dict[str, Any]], *, model: ModelSpec, ranks: Ranks, lr: float, momentum: float, nesterov: bool, adjust_lr: str
@@ -97,7 +103,9 @@ class Muon(torch.optim.Optimizer):
         return joined(weight, [orthogonal(m).float() * scale(m.shape, self.adjust_lr) for m in matrices], self.model)
 
     def _whole(self, flat: Tensor, parts: Sequence[WeightPart]) -> Iterator[tuple[WeightPart, Tensor]]:
-        """Every weight of which this rank has a piece, whole and in bf16; in the same order on all tensor-parallel ranks."""
+        """Every weight of which this rank has a piece, whole and in bf16; in the same order on all
+        tensor-parallel ranks.
+        """
         size = flat.numel()
         cut = exchange(flat, [part for part in parts if part.is_cut(size)], self.ranks.data)
         for part in parts:
@@ -111,7 +119,8 @@ class Muon(torch.optim.Optimizer):
 def exchange(flat: Tensor, parts: Sequence[WeightPart], group: dist.ProcessGroup) -> dict[str, Tensor]:
     """Weights that partitions cut, put together from all ranks' pieces, in bf16; by name.
 
-    One message. Bytes are summed where all ranks but one have zeros, which every backend can do without changing a bit.
+    One message. Bytes are summed where all ranks but one have zeros, which every backend can do
+    without changing a bit.
     """
     if not parts:
         return {}
@@ -151,7 +160,9 @@ def joined(weight: WeightSpec, matrices: Sequence[Tensor], model: ModelSpec) -> 
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """About the nearest matrix with orthonormal rows (or columns, if there are fewer), in bf16; singular values end between 0.5 and 1.5."""
+    """About the nearest matrix with orthonormal rows (or columns, if there are fewer), in bf16;
+    singular values end between 0.5 and 1.5.
+    """
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.bfloat16()
@@ -164,6 +175,8 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def scale(shape: Sequence[int], adjust_lr: str) -> float:
-    """What lr is multiplied with for a matrix: match_rms_adamw (arXiv 2502.16982) or original (Keller Jordan)."""
+    """What lr is multiplied with for a matrix: match_rms_adamw (arXiv 2502.16982) or original
+    (Keller Jordan).
+    """
     rows, columns = shape
     return 0.2 * math.sqrt(max(rows, columns)) if adjust_lr == "match_rms_adamw" else math.sqrt(max(1, rows / columns))

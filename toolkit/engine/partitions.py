@@ -1,7 +1,9 @@
-"""How DeepSpeed cuts optimizer states over ranks, in integers: known without an engine, and held against real ones by a test.
+"""How DeepSpeed cuts optimizer states over ranks, in integers: known without an engine, and held
+against real ones by a test.
 
-Sources: deepspeed.runtime.zero.stage_1_and_2 (flat groups padded to a multiple of 2 x dp, cut in equal parts) and stage3 (every
-parameter cut by itself in equal parts, laid end to end in sub-groups).
+Sources: deepspeed.runtime.zero.stage_1_and_2 (flat groups padded to a multiple of 2 x dp, cut in
+equal parts) and stage3 (every parameter cut by itself in equal parts, laid end to end in
+sub-groups).
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ _START_ALIGNMENT = 2  # stage_1_and_2.nccl_start_alignment_factor
 
 @dataclass(frozen=True)
 class Fragment:
-    """flat[at : at + count] of a partition is parameter.flatten()[start : start + count] of this rank's parameter."""
+    """flat[at : at + count] of a partition is parameter.flatten()[start : start + count] of this
+    rank's parameter.
+    """
 
     name: str
     start: int
@@ -28,8 +32,9 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Cut:
-    """One flat partition of one rank: its length in elements, padding included, and what lies in it. members: names of all weights
-    that ranks share out here, of which this rank may have none."""
+    """One flat partition of one rank: its length in elements, padding included, and what lies in
+    it. members: names of all weights that ranks share out here, of which this rank may have none.
+    """
 
     numel: int
     fragments: list[Fragment]
@@ -37,7 +42,9 @@ class Cut:
 
 
 def stage_parameters(spec: ModelSpec, layout: Layout, *, stage: int) -> list[str]:
-    """Global names of a pipeline stage's parameters in its modules' order, chunk by chunk; the last stage has a tied embedding once more."""
+    """Global names of a pipeline stage's parameters in its modules' order, chunk by chunk; the last
+    stage has a tied embedding once more.
+    """
     names: list[str] = []
     for chunk in range(layout.vpp):
         first, last = stage == chunk == 0, stage == layout.pp - 1 and chunk == layout.vpp - 1
@@ -59,7 +66,8 @@ def partitions(
 ) -> list[Cut]:
     """A rank's partitions in the optimizer's order.
 
-    groups: names of its stage's parameters by optimizer group, in module order; shapes: of this rank's parts of them;
+    groups: names of its stage's parameters by optimizer group, in module order; shapes: of this
+    rank's parts of them;
     sub_group_size: ZeRO-3's, in elements.
     """
     at = layout.coordinates(rank)

@@ -43,7 +43,9 @@ class ChunkView(torch.nn.Module):
 
 
 class Schedule:
-    """Runs the micro-batches of one global batch through this rank's chunks. loss: the mean over all tokens if it is not given."""
+    """Runs the micro-batches of one global batch through this rank's chunks. loss: the mean over
+    all tokens if it is not given.
+    """
 
     def __init__(
         self, views: Sequence[ChunkView], layout: Layout, *, seq_length: int, micro_batch_size: int, loss: Loss | None = None
@@ -63,8 +65,9 @@ class Schedule:
     def __call__(self, batches: Callable[[], Iterator[Batch]], *, num_microbatches: int, forward_only: bool = False) -> Tensor | None:
         """Mean loss over this rank's micro-batches on the last stage, None elsewhere; gradients accumulate.
 
-        batches: called once per chunk; each iterator yields {"tokens", "labels"} of shape [b, s], and what else the loss asks for.
-        "bounds" and "positions" (see toolkit.engine.batch) keep documents apart.
+        batches: called once per chunk; each iterator yields {"tokens", "labels"} of shape [b, s],
+        and what else the loss asks for. "bounds" and "positions" (see toolkit.engine.batch) keep
+        documents apart.
         """
         losses = self.run(
             forward_step_func=self._forward_step,
@@ -96,7 +99,9 @@ class Schedule:
 
 @contextmanager
 def observed(around: Callable[[str], AbstractContextManager[None]]) -> Iterator[None]:
-    """Run every micro-batch's forward and backward inside around("forward") and around("backward"): the only place that sees each."""
+    """Run every micro-batch's forward and backward inside around("forward") and around("backward"):
+    the only place that sees each.
+    """
     module: Any = schedules
     kept = {name: getattr(module, f"{name}_step") for name in ("forward", "backward")}
 

@@ -1,4 +1,6 @@
-"""What an engine holds that a resumed run needs: flat partitions of weights and moments, counters, random generators."""
+"""What an engine holds that a resumed run needs: flat partitions of weights and moments, counters,
+random generators.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ MASTER = "master"
 
 @dataclass(frozen=True)
 class SavedPartition:
-    """One optimizer group of this rank (ZeRO-3: sub-group). tensors: "master" (fp32, flat) and the optimizer's states by its own names."""
+    """One optimizer group of this rank (ZeRO-3: sub-group). tensors: "master" (fp32, flat) and the
+    optimizer's states by its own names.
+    """
 
     tensors: dict[str, Tensor]
     numbers: dict[str, float]
@@ -75,9 +79,11 @@ class EngineState:
 
     @torch.no_grad()
     def fill(self, index: int, read: Callable[[Tensor, str, str, int], None], *, keys: Sequence[str], step: int | None) -> None:
-        """Give a partition its values fragment by fragment: read(out, name, key, start) fills a flat piece of a live tensor.
+        """Give a partition its values fragment by fragment: read(out, name, key, start) fills a
+        flat piece of a live tensor.
 
-        keys: "master", and the optimizer's states to set; step: the updates it has made, for its own count. Padding becomes zero.
+        keys: "master", and the optimizer's states to set; step: the updates it has made, for its
+        own count. Padding becomes zero.
         """
         swapped = self.held.swap_in(index)
         master, states = self.held.master(index), self.held.states(index)
@@ -113,8 +119,9 @@ class EngineState:
         return [Fragment(self.names[id(p)], start, at, numel) for p, start, at, numel in self.held.places(i)]
 
     def foreign(self, i: int, keys: Iterable[str]) -> str:
-        """In words, how a partition's saved states differ from those that its optimizer keeps; "" where they do not, or where nothing
-        is known of the optimizer, or nothing was saved yet."""
+        """In words, how a partition's saved states differ from those that its optimizer keeps; ""
+        where they do not, or where nothing is known of the optimizer, or nothing was saved yet.
+        """
         there = set(keys) - {MASTER, "step"}
         if self.optimizer is None or not there:
             return ""
@@ -128,7 +135,9 @@ class EngineState:
         self.held.before_set()
 
     def after_set(self) -> None:
-        """Bring the weights used in forward in line with the masters; every rank calls it after its last set()."""
+        """Bring the weights used in forward in line with the masters; every rank calls it after its
+        last set().
+        """
         self.held.after_set()
 
     def numbers(self) -> dict[str, dict[str, float]]:

@@ -1,6 +1,6 @@
 """The DeepSpeed engine: the one file that imports deepspeed, and all that it needs to run under a schedule.
 
-What its optimizers hold is read through deepspeed_state.py; no other file knows DeepSpeed's private attributes.
+What its optimizers hold is read through deepspeed_state.py, which alone knows its private attributes.
 
 Facts about DeepSpeed 0.19 that the code answers are numbered as in docs/design.md.
 """
@@ -62,7 +62,7 @@ class Chunks(torch.nn.Module):
 def partitioner(config: RunConfig, ds_config: dict[str, Any], *, trains: bool = True) -> Callable[[torch.nn.Parameter], None] | None:
     """What frees all but a rank's part of each new parameter (ZeRO-3), None for lower stages.
 
-    In training, parameter offload to NVMe swaps through the engine's own buffers, so there the engine partitions.
+    In training, offload to NVMe swaps through the engine's own buffers, so there the engine partitions.
     """
     if config.zero.stage < 3 or (trains and config.zero.offload_param == "nvme"):
         return None
@@ -78,7 +78,7 @@ def partitioner(config: RunConfig, ds_config: dict[str, Any], *, trains: bool = 
 
 
 def bring_weights(module: torch.nn.Module, ds_config: dict[str, Any], *, whole: type[torch.nn.Module]) -> Any:
-    """Have ZeRO-3 bring the weights of each `whole` module within a module as it is called; the engine, which must be kept.
+    """Have ZeRO-3 bring the weights of each `whole` module as it is called; the engine, to be kept.
 
     Without an optimizer DeepSpeed makes of it what it calls ZeRO-Inference.
     """
@@ -205,7 +205,7 @@ class Engine:
     def close(self) -> None:
         """Let go of the model and its state; the engine and its chunks cannot be used afterwards.
 
-        PyTorch's C++ side holds parameters too, so Python never collects the cycles that DeepSpeed's hooks make through them.
+        PyTorch's C++ side holds parameters too: Python never collects the cycles of DeepSpeed's hooks.
         """
         held = [m for chunk in self.chunks for m in chunk.modules()] + [self]
         if "engine" in vars(self):  # else it was cut off in the making
@@ -385,7 +385,7 @@ def _engine_config(ds_config: dict[str, Any], *, stage: int, schedule_drives_mod
         final.pop("train_batch_size", None)
         final["zero_optimization"] = {**final.get("zero_optimization", {}), "stage": 1}
     if schedule_drives_module:
-        # it makes DeepSpeed's hooks reduce within backward, a second time where the schedule runs several micro-batches
+        # it makes DeepSpeed's hooks reduce within backward, again for each of several micro-batches
         final["zero_optimization"] = {**final.get("zero_optimization", {}), "overlap_comm": False}
     if flat:
         # DeepSpeed's hooks set up a bucket of 5e8 elements that flat gradients never use: 1.9 GiB a rank

@@ -39,7 +39,9 @@ def main(arguments: list[str]) -> int:
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """This rank's part of what the command has written into a folder; returns what session.evaluate does, alike on all ranks."""
+    """This rank's part of what the command has written into a folder; returns what session.evaluate
+    does, alike on all ranks.
+    """
     config, task = read(folder)
     t = config.train
     windows = Windows(task.span, seq_length=t.seq_length, windows=task.batches * t.global_batch_size)

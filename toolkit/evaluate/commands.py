@@ -19,7 +19,9 @@ def evaluate(
     split: Annotated[Literal["all", "train", "valid", "test"], typer.Option(help="which part, cut as training cuts it")] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a line")] = False,
 ) -> None:
-    """Say how well a checkpoint predicts data: loss in nats a token and perplexity, each token once, without dropout."""
+    """Say how well a checkpoint predicts data: loss in nats a token and perplexity, each token
+    once, without dropout.
+    """
     import json
     import math
     import os

@@ -157,8 +157,8 @@ def _data(config: RunConfig, data: str, manifest: Manifest, *, path: Path) -> Me
 
 
 def _tokenizer(spec: str, manifest: Manifest, *, path: Path) -> str:
-    """What tokenizes new text as the training data was: for a tokenizer that was learned from that data, or that moved with the weights,
-    its file.
+    """What tokenizes new text as the training data was: for a tokenizer that was learned from that
+    data, or that moved with the weights, its file.
     """
     if not spec.startswith("train:"):
         own = path / "tokenizer.json"

@@ -24,7 +24,9 @@ _SAID_EVERY_S = 10.0
 
 
 def evaluate(resolved: ResolvedRun, windows: Windows, task: Task) -> dict[str, Any]:
-    """Mean loss in nats over every label that counts, the number of these, and the seconds it took; alike on all ranks."""
+    """Mean loss in nats over every label that counts, the number of these, and the seconds it took;
+    alike on all ranks.
+    """
     config, world = resolved.config, World.from_environment()
     connect(world, resolved.layout, seed=config.run.seed)
     offloaded = config.zero.offload_optimizer != "none"

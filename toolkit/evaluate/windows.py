@@ -17,7 +17,9 @@ from toolkit.errors import DataError
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens first … last - 1 of a prepared prefix, as they lie in its .bin, documents in a row. apart: each is read alone."""
+    """Tokens first … last - 1 of a prepared prefix, as they lie in its .bin, documents in a row.
+    apart: each is read alone.
+    """
 
     prefix: str
     dtype: str
@@ -27,7 +29,8 @@ class Span:
 
     @classmethod
     def of(cls, member: Member, *, split: str, weights: tuple[float, ...], apart: bool = False) -> Span:
-        """The documents of a split (train, valid or test, cut as training cuts them), or all of them. Raises DataError.
+        """The documents of a split (train, valid or test, cut as training cuts them), or all of
+        them. Raises DataError.
 
         apart: data.document_mask of the run.
         """
@@ -53,7 +56,9 @@ class Span:
 
     @property
     def labels(self) -> int:
-        """Places of a label: every token but the first. With documents apart, no document's first token counts as one."""
+        """Places of a label: every token but the first. With documents apart, no document's first
+        token counts as one.
+        """
         return self.last - self.first - 1
 
     def windows(self, seq_length: int) -> int:
@@ -62,7 +67,8 @@ class Span:
 
 
 class Windows:
-    """The windows of a span as a data set: {"tokens", "labels", "mask"} of shape [s], and "positions" where documents are apart.
+    """The windows of a span as a data set: {"tokens", "labels", "mask"} of shape [s], and
+    "positions" where documents are apart.
 
     The mask is 1 where a label counts; it is 0 after the last token, and in windows past the end,
     which fill the last global batch. With documents apart it is 0 at each one's last token, too.

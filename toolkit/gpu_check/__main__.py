@@ -1,4 +1,6 @@
-"""`python -m toolkit.gpu_check`: what nothing but a GPU can show, unattended, onto one page. toolkit.gpu_check.command has its options."""
+"""`python -m toolkit.gpu_check`: what nothing but a GPU can show, unattended, onto one page.
+toolkit.gpu_check.command has its options.
+"""
 
 from __future__ import annotations
 

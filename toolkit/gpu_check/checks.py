@@ -16,9 +16,10 @@ HERE = "toolkit.gpu_check"
 class Check:
     """One check. function: MODULE:NAME, called with the setting and a function that takes a row.
 
-    seconds: its deadline; alone: in a process that has done nothing else; on_cpu: with the GPU hidden; environ: of its process;
-    runs: MODULE:NAME of what gives the YAML of each of its runs, for a rehearsal of the check; needs: checks that must have
-    run before it.
+    seconds: its deadline; alone: in a process that has done nothing else; on_cpu: with the GPU
+    hidden; environ: of its process;
+    runs: MODULE:NAME of what gives the YAML of each of its runs, for a rehearsal of the check;
+    needs: checks that must have run before it.
     """
 
     name: str

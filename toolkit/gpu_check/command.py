@@ -1,7 +1,7 @@
 """The command line of a GPU check.
 
-Exit code 0: all checks that ran are as expected; 1: one failed, or the budget ended before all had run; 2: there is no GPU, or
-something is missing that all checks need.
+Exit code 0: all checks that ran are as expected; 1: one failed, or the budget ended before all had
+run; 2: there is no GPU, or something is missing that all checks need.
 """
 
 from __future__ import annotations

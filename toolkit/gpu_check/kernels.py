@@ -44,7 +44,9 @@ def attention(setting: Setting, say: Say) -> None:
 
 
 def _profiled(raw: Raw) -> tuple[list[str], list[str]]:
-    """Attention's operators of PyTorch in the last step of a run, and the GPU's kernels, the longest first."""
+    """Attention's operators of PyTorch in the last step of a run, and the GPU's kernels, the
+    longest first.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
     profiler = torch.profiler.profile(activities=activities)

@@ -71,7 +71,9 @@ def _driver() -> str | None:
 
 
 def collectives(setting: Setting, say: Say) -> None:
-    """Each collective that training uses, in a group of this process alone: their values, and that they end."""
+    """Each collective that training uses, in a group of this process alone: their values, and that
+    they end.
+    """
     connect(World(0, 1, 0), Layout(), seed=1)
     device = torch.device(setting.device)
     say(Row(name="backend", verdict="note", measured=dist.get_backend()))

@@ -1,4 +1,6 @@
-"""Checks of what was predicted: where the host waits in a step, and the speed and memory of a model of a real size."""
+"""Checks of what was predicted: where the host waits in a step, and the speed and memory of a model
+of a real size.
+"""
 
 from __future__ import annotations
 
@@ -61,14 +63,18 @@ def sync_runs(setting: Setting) -> dict[str, Raw]:
 
 
 class Waits:
-    """Counts what torch.cuda.set_sync_debug_mode warns of, by the line of the program that made the host wait."""
+    """Counts what torch.cuda.set_sync_debug_mode warns of, by the line of the program that made the
+    host wait.
+    """
 
     def __init__(self) -> None:
         self.places: Counter[str] = Counter()
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Within this context every warning of a synchronisation counts; other warnings go where they went before."""
+        """Within this context every warning of a synchronisation counts; other warnings go where
+        they went before.
+        """
         before = warnings.showwarning
 
         def show(message: Any, category: Any, filename: str, lineno: int, *rest: Any, **more: Any) -> None:
@@ -106,7 +112,9 @@ def waits(setting: Setting, say: Say) -> None:
 
 
 def wait_rows(name: str, places: Mapping[str, int], foreseen: set[str], *, known: bool) -> list[Row]:
-    """One row for each place, and one for what was foreseen and not seen. foreseen: files, as last two parts of their path."""
+    """One row for each place, and one for what was foreseen and not seen. foreseen: files, as last
+    two parts of their path.
+    """
     rows = []
     for place, count in sorted(places.items(), key=lambda item: -item[1]):
         # the loop reads the loss once a step, after the step; a rehearsal ends before it
@@ -176,8 +184,10 @@ def prediction_rows(
     reserved: float | None,
     bound: bool,
 ) -> list[Row]:
-    """Measured figures beside the estimate's and the rehearsal's. bound: whether they are held to them; reserved: GiB, None on a CPU,
-    where the peak is that of the whole process and is not compared."""
+    """Measured figures beside the estimate's and the rehearsal's. bound: whether they are held to
+    them; reserved: GiB, None on a CPU, where the peak is that of the whole process and is not
+    compared.
+    """
     rows = []
     if predicted is None:
         rows.append(skipped("estimate", "the catalogue lacks this GPU"))

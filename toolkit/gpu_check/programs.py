@@ -51,7 +51,9 @@ def profile_runs(setting: Setting) -> dict[str, Raw]:
 
 
 def profile(setting: Setting, say: Say) -> None:
-    """`toolkit profile` through its launcher: each part of memory against the estimate, and the files it promises."""
+    """`toolkit profile` through its launcher: each part of memory against the estimate, and the
+    files it promises.
+    """
     (raw,) = profile_runs(setting).values()
     arguments: list[str | Path] = ["-m", "toolkit", "profile", write_yaml(setting, raw), "--num-procs=1", "--steps=2"]
     exit_code, output = program(setting, "profile", arguments)

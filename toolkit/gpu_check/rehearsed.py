@@ -1,4 +1,6 @@
-"""What a rehearsal says of the runs that a check measures: made here on the CPU, or read from a file that another machine has made."""
+"""What a rehearsal says of the runs that a check measures: made here on the CPU, or read from a
+file that another machine has made.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def rehearse_all(runs: Mapping[str, Raw], *, hardware: str) -> dict[str, Any]:
 
 
 def rehearsals(setting: Setting, name: str) -> dict[str, Any] | None:
-    """What the rehearsal of a run has said, from --rehearsed or from the check before; None where there is none."""
+    """What the rehearsal of a run has said, from --rehearsed or from the check before; None where
+    there is none.
+    """
     path = setting.rehearsed or setting.folder / "rehearsed.json"
     try:
         found = json.loads(path.read_text()).get(name)

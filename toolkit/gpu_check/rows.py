@@ -10,8 +10,9 @@ from typing import Any, Literal
 Verdict = Literal["pass", "fail", "note", "skip"]
 Value = float | str | None
 
-# worst relative difference of (loss, gradient norm) over all steps between a GPU and the CPU that the same weights are given to.
-# fp32 with TF32 off has the bounds of the parity suite; in 16 bits, two processors round each sum differently.
+# worst relative difference of (loss, gradient norm) over all steps between a GPU and the CPU that
+# the same weights are given to. fp32 with TF32 off has the bounds of the parity suite; in 16 bits,
+# two processors round each sum differently.
 PROCESSORS = {"fp32": (1e-5, 1e-4), "bf16": (2e-3, 4e-2), "fp16": (5e-4, 2e-2)}
 
 

@@ -27,7 +27,9 @@ Say = Callable[[Row], None]
 
 
 def train(raw: Mapping[str, Any], **plugged_in: Any) -> list[dict[str, Any]]:
-    """Train in this process and return the run's records, one a step. plugged_in: hooks as Trainer takes them."""
+    """Train in this process and return the run's records, one a step. plugged_in: hooks as Trainer
+    takes them.
+    """
     try:
         Trainer(raw, **plugged_in).fit()
     finally:
@@ -44,7 +46,9 @@ def free() -> None:
 
 
 def attempt(name: str, say: Say, measure: Callable[[], Row]) -> None:
-    """Say one row; an error is a failed row, and the check goes on, unless the GPU itself no longer answers."""
+    """Say one row; an error is a failed row, and the check goes on, unless the GPU itself no longer
+    answers.
+    """
     try:
         say(measure())
     except ToolkitError as error:
@@ -67,7 +71,9 @@ def write_yaml(setting: Setting, raw: Mapping[str, Any]) -> Path:
 
 
 def program(setting: Setting, name: str, arguments: Sequence[str | Path], **environ: str) -> tuple[int, str]:
-    """Run Python with arguments; its exit code and all that it wrote, which also stays in the folder for a check that hangs."""
+    """Run Python with arguments; its exit code and all that it wrote, which also stays in the
+    folder for a check that hangs.
+    """
     output = setting.folder / "logs" / f"{name}.log"
     with output.open("w") as file:
         done = subprocess.run(

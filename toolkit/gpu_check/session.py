@@ -1,4 +1,6 @@
-"""Runs the list of checks within a budget: each has a deadline, one that hangs is ended with its stacks, and the next ones go on."""
+"""Runs the list of checks within a budget: each has a deadline, one that hangs is ended with its
+stacks, and the next ones go on.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ State = Literal["done", "skip", "error", "hang", "not started"]
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What became of one check. rows: as toolkit.gpu_check.rows.Row gives them; trace: of an error, or the stacks of a hang."""
+    """What became of one check. rows: as toolkit.gpu_check.rows.Row gives them; trace: of an error,
+    or the stacks of a hang.
+    """
 
     name: str
     title: str
@@ -58,7 +62,8 @@ def run_checks(
     started: Callable[[Check], None] = lambda check: None,
     worker: str = WORKER,
 ) -> list[Outcome]:
-    """Run checks in their order for at most so many minutes; finished is called after each, so that nothing is lost when this ends.
+    """Run checks in their order for at most so many minutes; finished is called after each, so that
+    nothing is lost when this ends.
 
     worker: the module whose main loop runs them, for tests of this one.
     """

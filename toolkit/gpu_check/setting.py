@@ -1,7 +1,7 @@
 """Where and how large a GPU check is, the text it trains on, and the YAML of its runs: pure.
 
-Two models: one that a CPU trains in a second, for results, and one that keeps a GPU busy, for times and memory. `--quick`
-makes the second as small as the first.
+Two models: one that a CPU trains in a second, for results, and one that keeps a GPU busy, for times
+and memory. `--quick` makes the second as small as the first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ MEDIUM = SMALL | {
     "vocab_size": 32000,
     "max_position_embeddings": 2048,
 }
-# DeepSpeed's own defaults take gigabytes for a model of any size, and keep weights as small as these whole in ZeRO-3
+# DeepSpeed's own defaults take gigabytes for a model of any size, and keep weights as small as
+# these whole in ZeRO-3
 DEEPSPEED: dict[str, Any] = {
     "fp16": {"initial_scale_power": 8},  # a scale that overflows does so at another step on another processor
     "zero_optimization": {"reduce_bucket_size": 1_000_000, "stage3_param_persistence_threshold": 0},
@@ -42,7 +43,9 @@ DEEPSPEED: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """folder: where runs and logs go; device: cuda or cpu; rehearsed: a file of what a rehearsal has said already."""
+    """folder: where runs and logs go; device: cuda or cpu; rehearsed: a file of what a rehearsal
+    has said already.
+    """
 
     folder: Path
     device: str = "cuda"
@@ -62,7 +65,9 @@ class Setting:
         return self.folder / "runs" / name
 
     def small(self, name: str, keys: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The YAML, as a mapping, of a run of the small model in the folder runs/NAME; keys: `section.key` values of its own."""
+        """The YAML, as a mapping, of a run of the small model in the folder runs/NAME; keys:
+        `section.key` values of its own.
+        """
         train = {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "seq_length": 64, "precision": "fp32"}
         train |= QUICK if self.quick else {}
         return self._raw(name, SMALL, train, keys or {})

@@ -1,7 +1,7 @@
 """Attention over documents and over parts of a sequence, on the device against fp32 on the CPU.
 
-A CPU runs other kernels for it than a GPU, so only a GPU can show that variable-length flash attention, and the blocks that a
-ring merges, give the same results and gradients.
+A CPU runs other kernels for it than a GPU, so only a GPU can show that variable-length flash
+attention, and the blocks that a ring merges, give the same results and gradients.
 """
 
 from __future__ import annotations

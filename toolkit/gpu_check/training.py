@@ -1,4 +1,6 @@
-"""Checks of results: a CPU's losses and gradient norms on the GPU, in every way the engine can hold the states."""
+"""Checks of results: a CPU's losses and gradient norms on the GPU, in every way the engine can hold
+the states.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ def offload_runs(setting: Setting) -> dict[str, Raw]:
 
 
 def offload(setting: Setting, say: Say) -> None:
-    """Compile what DeepSpeed needs, each once and with a row of its own, then train with whatever is there."""
+    """Compile what DeepSpeed needs, each once and with a row of its own, then train with whatever
+    is there.
+    """
     runs, lacking = offload_runs(setting), dict[str, str]()
     for extension, device in (("cpu_adam", "cpu"), ("async_io", "nvme")):
         if device == "nvme" and setting.quick:
@@ -150,7 +154,9 @@ def resume_runs(setting: Setting) -> dict[str, Raw]:
 
 
 def resume(setting: Setting, say: Say) -> None:
-    """A run that kill -9 ends, started again, against one that nothing disturbs: the same losses and the same bits at the end."""
+    """A run that kill -9 ends, started again, against one that nothing disturbs: the same losses
+    and the same bits at the end.
+    """
     runs = resume_runs(setting)
     torch.use_deterministic_algorithms(True, warn_only=True)
     whole = train(runs["undisturbed"])

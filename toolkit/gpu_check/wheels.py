@@ -1,9 +1,11 @@
-"""The packages that a GPU check needs beside PyTorch, for a machine without a registry: standard library only.
+"""The packages that a GPU check needs beside PyTorch, for a machine without a registry: standard
+library only.
 
     python -m toolkit.gpu_check.wheels collect FOLDER        where there is a registry: download and build them, for this Python
     python -m toolkit.gpu_check.wheels install FOLDER INTO   where there is none: put what is missing into INTO, for PYTHONPATH
 
-Nothing that is installed is touched, PyTorch least of all: what this Python already has is left out, whatever its version.
+Nothing that is installed is touched, PyTorch least of all: what this Python already has is left
+out, whatever its version.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ def collect(folder: Path, *, constraints: Path) -> int:
 
 
 def install(folder: Path, into: Path) -> int:
-    """Put the wheels of packages that this Python lacks into a folder of its own; 2 where the wheels do not do."""
+    """Put the wheels of packages that this Python lacks into a folder of its own; 2 where the
+    wheels do not do.
+    """
     wheels = {re.sub(r"[-_.]+", "-", path.name.split("-")[0]).lower(): path for path in sorted(folder.glob("*.whl"))}
     lacking = [name for name in (BUILT, ALONE, *OTHERS) if name not in wheels and not _installed(name)]
     if not _installed("torch"):

@@ -2,8 +2,9 @@
 
     python -m toolkit.gpu_check.worker FOLDER
 
-FOLDER/setting.json: the Setting. Standard input: the name of a check a line. FOLDER/events.jsonl gets a line of JSON for each row, and
-one at a check's end: {"check", "row"} or {"check", "end": "done" | "skip" | "error", "note"}.
+FOLDER/setting.json: the Setting. Standard input: the name of a check a line. FOLDER/events.jsonl
+gets a line of JSON for each row, and one at a check's end: {"check", "row"} or {"check", "end":
+"done" | "skip" | "error", "note"}.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ SETTING, EVENTS = "setting.json", "events.jsonl"
 
 
 def main(folder: Path) -> int:
-    """Answer every name on standard input; ends with the first check that fails with an error, as its process may be of no use."""
+    """Answer every name on standard input; ends with the first check that fails with an error, as
+    its process may be of no use.
+    """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the parent ends a check that hangs with SIGABRT, for its stacks
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     quiet()

@@ -70,6 +70,11 @@ class Hardware:
         return self.gpus_per_node * self.nodes
 
     @property
+    def units(self) -> str:
+        """What ranks run on, as a reader would call it."""
+        return "GPUs" if self.gpu.accelerator else "processes"
+
+    @property
     def domain(self) -> int:
         """GPUs that reach each other without the network."""
         return self.gpu.domain or self.gpus_per_node

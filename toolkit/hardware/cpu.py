@@ -85,7 +85,10 @@ class Setting:
     """What one rank reaches with so many threads while so many ranks work. precision: "fp32" or "bf16".
 
     multiplies: seconds a FLOP by tokens, outputs and inputs, for each of WAYS. attention: seconds of one query head's s² d by
-    sequence and head width, forward and backward. pieces: forward and backward seconds by elements.
+    sequence and head width, forward and backward. pieces: forward and backward seconds by elements. handover_s: seconds until one of
+    the cores sees what another has written, meanwhile; 0.0: not known. handed_s: seconds by which an
+    element of what a layer's multiplies read and write makes a step longer than the operators alone, since half of it lies with
+    another core.
     """
 
     threads: int
@@ -94,6 +97,8 @@ class Setting:
     multiplies: Mapping[str, Grid]
     attention: Mapping[str, Grid]
     pieces: Mapping[str, tuple[Curve, Curve]]
+    handover_s: float = 0.0
+    handed_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +118,14 @@ class CpuRates:
     collective_ranks: int = 2
 
     def setting(self, *, threads: int, ranks: int, precision: str) -> Setting:
-        """The measured setting nearest to so many threads of so many ranks; ConfigError for a precision that was not measured.
+        """The first of what settings_for() finds."""
+        return self.settings_for(threads=threads, ranks=ranks, precision=precision)[0]
 
-        More ranks than cores take turns on them: each then works as it does when the cores are full.
+    def settings_for(self, *, threads: int, ranks: int, precision: str) -> tuple[Setting, ...]:
+        """The measured settings nearest to so many threads of so many ranks, one for each distance of the cores that was met.
+
+        More ranks than cores take turns on them: each then works as it does when the cores are full. ConfigError for a precision that
+        was not measured.
         """
         known = [s for s in self.settings if s.precision == precision]
         if not known:
@@ -126,7 +136,9 @@ class CpuRates:
                 fix=f"Write it anew with toolkit calibrate --precision {precision}.",
             )
         threads, ranks = min(threads, self.cores), min(ranks, self.cores)
-        return min(known, key=lambda s: (abs(s.ranks - ranks), abs(s.threads - threads)))
+        far = {(abs(s.ranks - ranks), abs(s.threads - threads)): s for s in known}
+        nearest = far[min(far)]
+        return tuple(s for s in known if (s.ranks, s.threads) == (nearest.ranks, nearest.threads))
 
 
 def to_yaml(rates: CpuRates) -> dict[str, Any]:
@@ -139,6 +151,7 @@ def to_yaml(rates: CpuRates) -> dict[str, Any]:
         "settings": [
             {
                 **{name: getattr(s, name) for name in ("threads", "ranks", "precision")},
+                **{name: _short(getattr(s, name)) for name in ("handover_s", "handed_s")},
                 "multiplies": {way: _grid(grid) for way, grid in s.multiplies.items()},
                 "attention": {way: _grid(grid) for way, grid in s.attention.items()},
                 "pieces": {name: [_points(forward), _points(backward)] for name, (forward, backward) in s.pieces.items()},
@@ -158,6 +171,8 @@ def from_yaml(raw: Any, *, path: Path) -> CpuRates:
                 threads=int(s["threads"]),
                 ranks=int(s["ranks"]),
                 precision=str(s["precision"]),
+                handover_s=float(s.get("handover_s", 0.0)),
+                handed_s=float(s.get("handed_s", 0.0)),
                 multiplies={way: _read_grid(s["multiplies"][way]) for way in WAYS},
                 attention={way: _read_grid(s["attention"][way]) for way in ("forward", "backward")},
                 pieces={name: (_read_points(s["pieces"][name][0]), _read_points(s["pieces"][name][1])) for name in PIECES},

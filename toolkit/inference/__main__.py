@@ -1,4 +1,4 @@
-"""`python -m toolkit.inference REQUEST`: one rank of a generation, as the launcher starts it."""
+"""`python -m toolkit.inference REQUEST`: one rank of a generation, as the command starts it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from toolkit.errors import MachineError, ToolkitError
 from toolkit.inference.request import Request
 from toolkit.train.program import quiet, say
 
-LAUNCHER_S = 20.0  # the launcher looks after its ranks once a second, and ends them all when one has died
+COMMAND_S = 20.0  # the command ends all ranks within a second when one has died
 
 
 def main(arguments: list[str]) -> int:
@@ -36,7 +36,9 @@ def main(arguments: list[str]) -> int:
     except RuntimeError as error:
         if not _lost_a_rank(error):
             raise
-        time.sleep(LAUNCHER_S)  # the command says which signal ended the other rank; without a launcher it is said here
+        time.sleep(
+            COMMAND_S
+        )  # the command names the rank and the signal that ended it; where another program started the ranks, it is said here
         lost = MachineError("another rank has ended", why="its messages stopped coming", fix="Look for its own message above.")
         say(lost, rank=rank, local_rank=local_rank)
         return lost.exit_code

@@ -1,4 +1,6 @@
-"""`toolkit generate --auto`: the devices that are there, what each has free, and the plainest way to cut the model over them. No torch of its own."""
+"""`toolkit generate --auto`: the devices that are there, what each has free, and the plainest way
+to cut the model over them. No torch of its own.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,16 @@ from toolkit.plan.here import hardware_here
 
 
 def devices_here(wanted: int | None) -> int:
-    """Devices to use: as many as asked for, else all GPUs, else one process on the CPU, whose threads use all cores."""
+    """Devices to use: as many as asked for, else all GPUs, else one process on the CPU, whose
+    threads use all cores.
+    """
     return wanted or gpu_count() or 1
 
 
 def machine(devices: int, *, memory_limit: float | None = None) -> Hardware:
-    """So many devices of this machine with the memory that each has free now, or is limited to (GiB beside its libraries)."""
+    """So many devices of this machine with the memory that each has free now, or is limited to (GiB
+    beside its libraries).
+    """
     hardware = hardware_here(devices)
     if hardware is None:
         raise ConfigError(
@@ -57,8 +63,9 @@ def choice_for(
     tokens: int | None = None,
     model: Model | None = None,
 ) -> Choice:
-    """How to answer a request on so many devices; fixed: options that the user has set. tokens: of prompt and answer, else worked out
-    from the prompts' bytes, which no tokenizer exceeds. spread: use as many of the devices as the model can be cut over.
+    """How to answer a request on so many devices; fixed: options that the user has set. tokens: of
+    prompt and answer, else worked out from the prompts' bytes, which no tokenizer exceeds. spread:
+    use as many of the devices as the model can be cut over.
     """
     model = model or open_model(Path(request.model))
     section = model.section
@@ -90,7 +97,9 @@ def choice_for(
 
 
 def with_choice(request: Request, choice: Choice) -> Request:
-    """The request as it was chosen to be answered; the layers are shared out by what the ranks then measure."""
+    """The request as it was chosen to be answered; the layers are shared out by what the ranks then
+    measure.
+    """
     way = choice.way
     measured = way.pp > 1 and way.offload == "none"
     return replace(

@@ -1,7 +1,8 @@
 """`toolkit bench-inference`: the plain model and each memory saving, one after the other on the same text.
 
-Bytes of weights and of keys and values are those of each rank; peak memory is what the system counts for its process (on a GPU:
-what PyTorch's allocator has given out). Perplexity is over windows of the text, each token predicted from those before it.
+Bytes of weights and of keys and values are those of each rank; peak memory is what the system
+counts for its process (on a GPU: what PyTorch's allocator has given out). Perplexity is over
+windows of the text, each token predicted from those before it.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ ON_A_GPU: tuple[dict[str, Any], ...] = ({"kv": "cpu"}, {"offload": "cpu"})
 
 @dataclass(frozen=True)
 class Measured:
-    """One variant. Bytes: the largest of all ranks; saved: against the plain model's, in percent; agreement: share of places whose
-    most probable token is the plain model's; first_token_ms: of a prompt of 8 tokens. refused: why it could not be measured here.
+    """One variant. Bytes: the largest of all ranks; saved: against the plain model's, in percent;
+    agreement: share of places whose most probable token is the plain model's; first_token_ms: of a
+    prompt of 8 tokens. refused: why it could not be measured here.
     """
 
     name: str
@@ -82,8 +84,8 @@ def run(request: Request, *, out: TextIO | None = None) -> None:
 
 
 def measure(request: Request) -> dict[str, Any] | None:
-    """Every variant, where each rank's memory and time are in the plain model, and what that means; on rank 0, None elsewhere. All ranks
-    call it.
+    """Every variant, where each rank's memory and time are in the plain model, and what that means;
+    on rank 0, None elsewhere. All ranks call it.
     """
     session = Session(request)
     if session.layout.dp > 1:

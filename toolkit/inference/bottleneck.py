@@ -1,4 +1,6 @@
-"""Where a generation's memory and time go on each rank, and which change would help most, from what bench-inference measured. No torch."""
+"""Where a generation's memory and time go on each rank, and which change would help most, from what
+bench-inference measured. No torch.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def rank_line(r: Mapping[str, Any]) -> str:
 
 
 def analyse(ranks: Sequence[Mapping[str, Any]], variants: Sequence[Mapping[str, Any]], *, model: int) -> list[str]:
-    """What stands in the way, one sentence each; the last ones name the change that helps most. model: bytes of the whole model."""
+    """What stands in the way, one sentence each; the last ones name the change that helps most.
+    model: bytes of the whole model.
+    """
     said = [line for line in (_read_twice(ranks, model), _uneven(ranks), _idle(ranks), _duplicates(ranks)) if line]
     return said + _helps_most(variants)
 

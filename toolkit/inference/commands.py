@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from dataclasses import replace
@@ -103,6 +102,12 @@ def generate(
     if offload == "zero-nvme" and not (nvme_path and nvme_path.is_dir()):
         what = f"--nvme-path {nvme_path} is no folder" if nvme_path else "--offload zero-nvme without --nvme-path"
         raise ConfigError(what, why="parts of weights are written there", fix="Name a folder on a local disk.")
+    if nvme_path and offload == "zero-nvme":
+        from toolkit.cluster.locks import check_extension_locks
+        from toolkit.cluster.needs import check_generation_on_nvme
+
+        check_generation_on_nvme(nvme_path)
+        check_extension_locks({"async_io"})
     if nvme_path and offload != "zero-nvme":
         raise ConfigError("--nvme-path without --offload zero-nvme", why="nothing is written there", fix="Leave one of the two out.")
     if (counts := counts_of(layers_per_stage)) and (auto or interactive):
@@ -147,7 +152,9 @@ def bench_inference(
     num_procs: Annotated[int | None, typer.Option(help="processes on this machine; default: as many as the degrees make")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
 ) -> None:
-    """Measure what each memory saving buys and costs: bytes, tokens a second, perplexity, agreement with the plain model."""
+    """Measure what each memory saving buys and costs: bytes, tokens a second, perplexity, agreement
+    with the plain model.
+    """
     from toolkit.inference.request import Request
     from toolkit.plan.commands import log_to_stderr
 
@@ -177,7 +184,9 @@ def bench_inference(
 
 
 def _degrees(overrides: list[str]) -> int:
-    """Processes that one copy of the model takes; what is no number is refused later, with all else that is wrong."""
+    """Processes that one copy of the model takes; what is no number is refused later, with all else
+    that is wrong.
+    """
     product = 1
     for override in overrides:
         key, _, value = override.partition("=")
@@ -187,11 +196,11 @@ def _degrees(overrides: list[str]) -> int:
 
 
 def _on_ranks(request: object, processes: int) -> int:
-    from toolkit.cluster.launch import run_local
+    from toolkit.inference.ranks import run_ranks
     from toolkit.inference.request import Request
 
     assert isinstance(request, Request)
     with tempfile.TemporaryDirectory(prefix="toolkit-generate-") as folder:
         path = Path(folder) / "request.json"
         request.save(path)
-        return run_local(path, num_procs=processes, module="toolkit.inference", environ=dict(os.environ))
+        return run_ranks(path, processes=processes)

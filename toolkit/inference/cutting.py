@@ -1,4 +1,6 @@
-"""Where a session's layers are: cut by what its devices can do before the model is read, and moved between prompts. No torch of its own."""
+"""Where a session's layers are: cut by what its devices can do before the model is read, and moved
+between prompts. No torch of its own.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ logger = logging.getLogger(__name__)
 
 
 def cut_as_measured(session: Session) -> None:
-    """Cut the layers by what each stage's device takes for one of them, and by how many it can hold; all ranks call it."""
+    """Cut the layers by what each stage's device takes for one of them, and by how many it can
+    hold; all ranks call it.
+    """
     from toolkit.inference.pace import all_stages, one_layer, time_layer
     from toolkit.parallel.agree import everywhere
 
@@ -51,8 +55,9 @@ def cut_as_measured(session: Session) -> None:
 
 
 def rebalance(session: Session) -> str | None:
-    """Compare what the last prompts took with other cuts, and take one that is faster by more than WORTH_MOVING, or that fits where the
-    present one does not. Returns what was done, on all ranks; all ranks call it.
+    """Compare what the last prompts took with other cuts, and take one that is faster by more than
+    WORTH_MOVING, or that fits where the present one does not. Returns what was done, on all ranks;
+    all ranks call it.
     """
     from toolkit.inference.pace import all_stages, pace_of
     from toolkit.model.savings import weight_bytes
@@ -110,7 +115,9 @@ def _room(session: Session) -> float:
 
 
 def _most_asked(session: Session) -> Generation:
-    """What the request asks at most, as the estimate has it. No tokenizer makes more tokens of a text than it has bytes."""
+    """What the request asks at most, as the estimate has it. No tokenizer makes more tokens of a
+    text than it has bytes.
+    """
     request, layout, known = session.request, session.layout, session.config.model.max_position_embeddings
     longest = max((len(p.encode()) for p in request.prompts), default=known)
     context = min(known, longest + request.max_new_tokens)

@@ -1,4 +1,6 @@
-"""`toolkit estimate --inference`: what generating with a model takes, from a run's YAML or from the model itself, without a GPU."""
+"""`toolkit estimate --inference`: what generating with a model takes, from a run's YAML or from the
+model itself, without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from toolkit.plan.generation import check_way, generation_json, generation_text
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """Options of the command. context: tokens of prompt and answer, None for all that the model knows; precision: None as the weights are."""
+    """Options of the command. context: tokens of prompt and answer, None for all that the model
+    knows; precision: None as the weights are.
+    """
 
     batch: int = 1
     context: int | None = None

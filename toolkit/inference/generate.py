@@ -31,8 +31,9 @@ OnToken = Callable[[int, int], None]
 
 @dataclass
 class Answer:
-    """What a prompt got. number: the prompt's; finish: stop (a stop token, which is not in tokens), length (as many as asked for) or
-    context (the model knows no place beyond); prompt_tokens: of its prompt.
+    """What a prompt got. number: the prompt's; finish: stop (a stop token, which is not in tokens),
+    length (as many as asked for) or context (the model knows no place beyond); prompt_tokens: of
+    its prompt.
     """
 
     number: int
@@ -43,7 +44,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of prompts and of single tokens, and how many of them there were, over all rows of this rank."""
+    """Seconds of prompts and of single tokens, and how many of them there were, over all rows of
+    this rank.
+    """
 
     prefill: float = 0.0
     decode: float = 0.0
@@ -56,8 +59,8 @@ NO_TIMES = Times()
 
 @dataclass
 class _Flight:
-    """A micro-batch on its way through the stages, again and again. place: of the token that is computed, in its answer; live: rows
-    whose answer has not ended; arrive: waits for `chosen`.
+    """A micro-batch on its way through the stages, again and again. place: of the token that is
+    computed, in its answer; live: rows whose answer has not ended; arrive: waits for `chosen`.
     """
 
     answers: list[Answer]
@@ -75,10 +78,12 @@ class _Flight:
 
 
 class Generator:
-    """Generates with one copy of a model; every rank of the copy calls it with the same arguments and gets the same answers.
+    """Generates with one copy of a model; every rank of the copy calls it with the same arguments
+    and gets the same answers.
 
-    stop: ids that end an answer. batch: prompts computed at once; with several pipeline stages they are split into as many micro-batches,
-    so that every stage has one to compute. encode: ids of a prompt that is text, its number given too; it is called in a thread, for the
+    stop: ids that end an answer. batch: prompts computed at once; with several pipeline stages they
+    are split into as many micro-batches, so that every stage has one to compute. encode: ids of a
+    prompt that is text, its number given too; it is called in a thread, for the
     next batch while one is computed. times: of what was generated before.
     """
 
@@ -130,7 +135,8 @@ class Generator:
         flights = [self._flight(part, max_new_tokens) for part in split_evenly(rows, self.in_flight)]
         overlapped = len(flights) > 1
         started, prefill, decoded = time.perf_counter(), 0.0, 0
-        # Every rank takes the micro-batches in the same order and waits for no send, so no two ranks can wait for each other.
+        # Every rank takes the micro-batches in the same order and waits for no send, so no two
+        # ranks can wait for each other.
         while any(flight.live for flight in flights):
             for flight in flights:
                 if flight.live and flight.place:
@@ -161,7 +167,9 @@ class Generator:
 
     @property
     def in_flight(self) -> int:
-        """Micro-batches that the stages compute at the same time. Layers that are streamed would come anew for each one."""
+        """Micro-batches that the stages compute at the same time. Layers that are streamed would
+        come anew for each one.
+        """
         return self.stage.layout.pp if self.stage.savings.offload == "none" else 1
 
     def _flight(self, rows: Sequence[tuple[int, list[int]]], max_new_tokens: int) -> _Flight:
@@ -199,7 +207,8 @@ class Generator:
 
 
 def ahead(items: Sequence[Item], make: Callable[[Item], Made]) -> Iterator[tuple[Made, float]]:
-    """What is made of each item, and the seconds it was waited for: a thread makes the next while the caller uses this one.
+    """What is made of each item, and the seconds it was waited for: a thread makes the next while
+    the caller uses this one.
 
     What `make` raises is raised when it is the item's turn.
     """
@@ -236,7 +245,9 @@ def check_lengths(prompts: Sequence[Sequence[int]], *, context: int, names: Sequ
 
 
 def pad(rows: Sequence[Sequence[int]], *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of ids side by side, filled up with 0 on the left: ids [b, s], and how many were filled up, [b]."""
+    """Rows of ids side by side, filled up with 0 on the left: ids [b, s], and how many were filled
+    up, [b].
+    """
     longest = max(map(len, rows))
     padding = torch.tensor([longest - len(ids) for ids in rows], device=device)
     return torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in rows], device=device), padding

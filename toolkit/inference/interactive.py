@@ -1,7 +1,8 @@
 """`toolkit generate --interactive`: a conversation that outlives the ranks that hold the model.
 
-This process holds the conversation, and no torch. The ranks hold the model. When there are other devices than before, or a rank has
-died, it ends them, has the model cut anew from its files over the devices that there are, and goes on where the conversation was.
+This process holds the conversation, and no torch. The ranks hold the model. When there are other
+devices than before, or a rank has died, it ends them, has the model cut anew from its files over
+the devices that there are, and goes on where the conversation was.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import json
 import selectors
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -22,23 +22,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from toolkit.cluster.environment import gpu_count, rank_environment
-from toolkit.cluster.launch import end_with_parent
 from toolkit.errors import ConfigError, MachineError, ToolkitError
 from toolkit.inference.auto import choice_for, devices_here, with_choice
+from toolkit.inference.ranks import RankDied, start_rank
 from toolkit.inference.request import Request
 from toolkit.inference.source import Model, open_model
 
 START_S = 1800.0  # a large model comes from a slow disk
 END_S = 10.0
 HELP = "/devices N: go on with so many; /new: begin again; /quit or end of input: leave"
-
-
-class RankDied(Exception):
-    """A rank has ended that nobody asked to; code: its exit code."""
-
-    def __init__(self, rank: int, code: int) -> None:
-        self.rank, self.code = rank, code
-        super().__init__(f"rank {rank} has ended" + (f" by {signal.Signals(-code).name}" if code < 0 else f" with exit code {code}"))
 
 
 class Ranks:
@@ -57,8 +49,9 @@ class Ranks:
                 listener.settimeout(0.2)
                 request = replace(request, socket=str(path))
                 request.save(self.folder / "request.json")
+                env = rank_environment(processes)
                 for rank in range(processes):
-                    self.processes.append(self._start(rank, processes))
+                    self.processes.append(start_rank(self.folder / "request.json", rank=rank, size=processes, env=env))
                 self._accept(listener)
             first = [(self._message(c, deadline=time.monotonic() + START_S), c) for c in self.connections]
             ready = {message["ready"]: c for message, c in first}
@@ -67,16 +60,6 @@ class Ranks:
         except BaseException:
             self.close()
             raise
-
-    def _start(self, rank: int, size: int) -> subprocess.Popen[bytes]:
-        env = rank_environment(size) | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-        return subprocess.Popen(
-            [sys.executable, "-m", "toolkit.inference", str(self.folder / "request.json")],
-            env=env,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C in a terminal is this process's to handle
-            preexec_fn=end_with_parent if sys.platform == "linux" else None,
-        )
 
     def _accept(self, listener: socket.socket) -> None:
         deadline = time.monotonic() + START_S
@@ -94,7 +77,9 @@ class Ranks:
                 raise RankDied(rank, code)
 
     def ask(self, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Send a prompt to all ranks; the pieces of the answer as they come, and the answer at the end. Raises RankDied."""
+        """Send a prompt to all ranks; the pieces of the answer as they come, and the answer at the
+        end. Raises RankDied.
+        """
         line = (json.dumps(asked) + "\n").encode()
         for connection in self.connections:
             try:
@@ -155,7 +140,9 @@ class Ranks:
 
 @dataclass
 class Conversation:
-    """What has been said, and the ranks that answer. request: without prompts; devices: to use, None for those that are there."""
+    """What has been said, and the ranks that answer. request: without prompts; devices: to use,
+    None for those that are there.
+    """
 
     request: Request
     devices: int | None = None
@@ -171,7 +158,9 @@ class Conversation:
     _model: Model | None = None
 
     def say(self, words: str, *, show: Callable[[str], Any] = lambda _piece: None) -> dict[str, Any]:
-        """The answer to a line. Where a rank dies, the model is cut over the devices that are left, and the line asked again."""
+        """The answer to a line. Where a rank dies, the model is cut over the devices that are left,
+        and the line asked again.
+        """
         asked = {"messages": [*self.messages, {"role": "user", "content": words}]} if self.request.chat else {"text": self.text + words}
         shown = ""
         while True:
@@ -197,7 +186,9 @@ class Conversation:
         return answer
 
     def _rebalance(self) -> None:
-        """Have the ranks move the cut where the answer has shown that another one is faster, or that this one no longer fits."""
+        """Have the ranks move the cut where the answer has shown that another one is faster, or
+        that this one no longer fits.
+        """
         assert self.ranks is not None
         try:
             (message,) = self.ranks.ask({"rebalance": True})
@@ -242,7 +233,8 @@ class Conversation:
         way = choice.way
         self.cut = f"tp {way.tp} x pp {way.pp}"
         self.note(f"{there} device{'s' * (there > 1)}: {'; '.join(choice.reasons)}")
-        # a conversation has one prompt in flight, which the fastest device alone would answer soonest: measured only where it is asked for
+        # a conversation has one prompt in flight, which the fastest device alone would answer
+        # soonest: measured only where it is asked for
         measured = self.request.layers_per_stage == "measured" and way.pp > 1 and way.offload == "none"
         request = replace(with_choice(self.request, choice), batch=1, layers_per_stage="measured" if measured else "even")
         self._rebalances = request.rebalance

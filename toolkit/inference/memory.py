@@ -1,4 +1,6 @@
-"""The most memory that this process has taken, counted by the system, on a GPU by PyTorch's allocator; and what is said when it ends."""
+"""The most memory that this process has taken, counted by the system, on a GPU by PyTorch's
+allocator; and what is said when it ends.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def peak(device: torch.device) -> int:
 
 
 def fragmented(device: torch.device) -> int:
-    """Bytes that were freed and are still this process's: in PyTorch's allocator, or in the C library's heaps; 0 where it does not say."""
+    """Bytes that were freed and are still this process's: in PyTorch's allocator, or in the C
+    library's heaps; 0 where it does not say.
+    """
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
@@ -64,7 +68,9 @@ def free(device: torch.device) -> int:
 
 
 def room(device: torch.device, *, limit_gib: float | None, ranks: int) -> float:
-    """Bytes that this rank may still take for its part of a model. ranks: on this host; on a CPU they share what is free."""
+    """Bytes that this rank may still take for its part of a model. ranks: on this host; on a CPU
+    they share what is free.
+    """
     if device.type == "cuda":
         here = float(torch.cuda.mem_get_info(device)[0])
         return here if limit_gib is None else min(here, limit_gib * GIB)
@@ -79,7 +85,9 @@ def room(device: torch.device, *, limit_gib: float | None, ranks: int) -> float:
 
 @contextmanager
 def said_when_memory_ends(what: str, *, rank: int, offload: str, limit_gib: float | None) -> Iterator[None]:
-    """Turn every way in which PyTorch says that memory has ended into OutOfMemory. what: it was wanted for."""
+    """Turn every way in which PyTorch says that memory has ended into OutOfMemory. what: it was
+    wanted for.
+    """
     from toolkit.train.memory import is_out_of_memory
 
     try:

@@ -1,4 +1,5 @@
-"""What each stage's device takes for a layer and how many it can hold: measured on one layer before the model is read, or on answers.
+"""What each stage's device takes for a layer and how many it can hold: measured on one layer before
+the model is read, or on answers.
 
 Every rank looks at itself; all ranks then know all stages, so that all of them choose the same cut.
 """
@@ -30,8 +31,8 @@ FLUSH = 64 * 2**20  # bytes: more than the processor's cache, from which a model
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """One rank: seconds of a layer and of its stage's embedding or output, for one new token of a micro-batch; room: bytes that its
-    part of the model may take.
+    """One rank: seconds of a layer and of its stage's embedding or output, for one new token of a
+    micro-batch; room: bytes that its part of the model may take.
     """
 
     layer: float
@@ -48,7 +49,9 @@ def one_layer(config: RunConfig, layout: Layout, *, rank: int, device: torch.dev
 
 
 def time_layer(stage: Stage, *, texts: int, room: float) -> Pace:
-    """What the layer takes for one new token of so many texts, and the stage's embedding or output; a stage's ranks call it together."""
+    """What the layer takes for one new token of so many texts, and the stage's embedding or output;
+    a stage's ranks call it together.
+    """
     model, device = stage.config.model, stage.device
     flush = torch.zeros(max(1, int(min(FLUSH, room / 8))), dtype=torch.uint8, device=device)
     past = max(1, min(PAST, model.max_position_embeddings - REPEATS - WARM_UP))
@@ -89,7 +92,9 @@ def all_stages(mine: Callable[[], Pace], *, layout: Layout, way: Generation) -> 
 
 
 def _drawn(tp: int) -> Callable[[WeightSpec], Tensor]:
-    """Weights of this rank's shapes: one small block of drawn numbers over and over, which is as good to time and quick to make."""
+    """Weights of this rank's shapes: one small block of drawn numbers over and over, which is as
+    good to time and quick to make.
+    """
     block = 0.02 * torch.randn(65521, generator=torch.Generator().manual_seed(0))
 
     def read(weight: WeightSpec) -> Tensor:

@@ -1,4 +1,6 @@
-"""The config and the layout of a generation: the model's own section, cut as the command line says. No torch."""
+"""The config and the layout of a generation: the model's own section, cut as the command line says.
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ _NOT_THERE = {
 def plan(
     section: ModelSection, overrides: Sequence[str], *, processes: int, precision: str, layers_per_stage: str = "even"
 ) -> tuple[RunConfig, Layout]:
-    """Config and layout of `processes` ranks; raises ConfigError or LayoutError with the nearest degrees that would do.
+    """Config and layout of `processes` ranks; raises ConfigError or LayoutError with the nearest
+    degrees that would do.
 
     layers_per_stage: as the option; "measured" gives a cut that is nearly even, to begin with.
     """
@@ -67,7 +70,9 @@ def check_keys(overrides: Sequence[str]) -> None:
 
 
 def check_tensor_degree(config: RunConfig) -> None:
-    """Refuse a tensor degree that the model cannot be cut by; the nearest ones are named whatever the number of processes."""
+    """Refuse a tensor degree that the model cannot be cut by; the nearest ones are named whatever
+    the number of processes.
+    """
     tp, spec = config.parallel.tp, config.model.spec
     parts = {
         "model.num_attention_heads": (spec.heads, "each rank computes whole attention heads"),

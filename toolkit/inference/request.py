@@ -12,9 +12,11 @@ from toolkit.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen. temperature 0: the most probable one; top_k 0 and top_p 1 leave all tokens in.
+    """How the next token is chosen. temperature 0: the most probable one; top_k 0 and top_p 1 leave
+    all tokens in.
 
-    A draw depends on seed, the prompt's number and the token's place alone, so that every layout draws the same.
+    A draw depends on seed, the prompt's number and the token's place alone, so that every layout
+    draws the same.
     """
 
     temperature: float = 0.0
@@ -51,11 +53,13 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One command. overrides: parallel.* of the command line; prompts: texts, or with chat users' messages; batch: prompts of one
-    data-parallel rank that are computed at once; dtype: None as the weights are stored; weights, kv, grow, prune, offload: as
-    toolkit.model.savings.Savings; layers_per_stage: how pipeline stages share the layers, as the option; rebalance: move that cut
-    between prompts when devices have changed; memory_limit: GiB that a rank may take beside its libraries; auto: why --auto
-    chose what the other values say; bench: measure savings on this text, "" for the usual one, None to generate;
+    """One command. overrides: parallel.* of the command line; prompts: texts, or with chat users'
+    messages; batch: prompts of one data-parallel rank that are computed at once; dtype: None as the
+    weights are stored; weights, kv, grow, prune, offload: as toolkit.model.savings.Savings;
+    layers_per_stage: how pipeline stages share the layers, as the option; rebalance: move that cut
+    between prompts when devices have changed; memory_limit: GiB that a rank may take beside its
+    libraries; auto: why --auto chose what the other values say; bench: measure savings on this
+    text, "" for the usual one, None to generate;
     socket: of the conversation that a resident rank serves.
     """
 

@@ -1,7 +1,10 @@
-"""A rank that stays: it loads its part of a model once and answers one prompt after the other, as the conversation sends them.
+"""A rank that stays: it loads its part of a model once and answers one prompt after the other, as
+the conversation sends them.
 
-Every rank has a connection of its own to the conversation, so that none waits in a collective while a person thinks. Messages are lines
-of JSON: to a rank {"text": …}, {"messages": […]} or {"rebalance": true}; from rank 0 {"piece": …} as text comes, then {"tokens": …, "finish": …} or
+Every rank has a connection of its own to the conversation, so that none waits in a collective while
+a person thinks. Messages are lines
+of JSON: to a rank {"text": …}, {"messages": […]} or {"rebalance": true}; from rank 0 {"piece": …}
+as text comes, then {"tokens": …, "finish": …} or
 {"error": …}, or {"recut": what was changed, or null}; from every rank {"ready": rank} at first.
 """
 
@@ -16,7 +19,9 @@ from toolkit.inference.request import Request
 
 
 def serve(request: Request) -> None:
-    """Load the model and answer until the conversation hangs up; a prompt that is refused leaves the rank as it was."""
+    """Load the model and answer until the conversation hangs up; a prompt that is refused leaves
+    the rank as it was.
+    """
     from toolkit.inference.cutting import rebalance
     from toolkit.inference.run import Session
     from toolkit.inference.text import TextStream

@@ -48,7 +48,9 @@ class Session:
             self.model.section, request.overrides, processes=self.world.size, precision=precision, layers_per_stage=request.layers_per_stage
         )
         self.prompts = self.prepare(request.prompts)
-        """As generate() takes them; what is wrong with one is said before memory is taken, where that can be known."""
+        """As generate() takes them; what is wrong with one is said before memory is taken, where
+        that can be known.
+        """
         meeting = f"{request.socket}.meeting" if request.socket else None
         connect(self.world, self.layout, seed=0, timeout_s=600.0, meeting=meeting)
         self.files = ExitStack()
@@ -140,7 +142,9 @@ class Session:
         self.files.close()
 
     def refuse(self, request: Request) -> None:
-        """Raise LayoutError for savings that do not go together, or not with this model or machine; on all ranks alike."""
+        """Raise LayoutError for savings that do not go together, or not with this model or machine;
+        on all ranks alike.
+        """
         case = GenerationCase.of(
             self.config.model.spec,
             tp=self.layout.tp,
@@ -158,7 +162,8 @@ class Session:
         refuse(generation_violations(case))
 
     def memory(self) -> dict[str, int]:
-        """Bytes on this rank: model: of the whole model; weights: of this rank's part; held: the most of it that was in memory at once;
+        """Bytes on this rank: model: of the whole model; weights: of this rank's part; held: the
+        most of it that was in memory at once;
         read: of layers that were brought; peak: of the process, on a GPU of PyTorch's allocator.
         """
         from toolkit.inference.memory import peak
@@ -193,10 +198,12 @@ class Session:
         return ids
 
     def prepare(self, prompts: Sequence[str]) -> Sequence[str | list[int]]:
-        """Prompts as generate() takes them: ids, or the texts where the next ones can be encoded while others are computed.
+        """Prompts as generate() takes them: ids, or the texts where the next ones can be encoded
+        while others are computed.
 
-        What could be too long is looked at now: no tokenizer makes more tokens of a text than it has bytes, but for special ones. Several
-        copies have other prompts each, and a mistake must end all ranks with one message, so there all of it is done now.
+        What could be too long is looked at now: no tokenizer makes more tokens of a text than it
+        has bytes, but for special ones. Several copies have other prompts each, and a mistake must
+        end all ranks with one message, so there all of it is done now.
         """
         context = self.config.model.max_position_embeddings
         if self.layout.dp > 1 or len(prompts) <= self.request.batch or self.request.chat:
@@ -226,7 +233,9 @@ class Session:
         return ids
 
     def generate(self, prompts: Sequence[Sequence[int] | str], *, on_token: Any = None) -> list[Any] | None:
-        """Answers to all prompts, ids or texts, in order on rank 0, None elsewhere. on_token: called on rank 0 with its own copy's tokens."""
+        """Answers to all prompts, ids or texts, in order on rank 0, None elsewhere. on_token:
+        called on rank 0 with its own copy's tokens.
+        """
         import torch.distributed as dist
 
         from toolkit.inference.generate import NO_TIMES, Generator
@@ -294,7 +303,9 @@ def _without_compiler() -> Iterator[None]:
 
 
 def run(request: Request, *, out: TextIO | None = None) -> None:
-    """Generate and show the answers on rank 0: one prompt as it comes, several one after the other, or JSON."""
+    """Generate and show the answers on rank 0: one prompt as it comes, several one after the other,
+    or JSON.
+    """
     out = out or sys.stdout
     session = Session(request)
     single = len(session.prompts) == 1 and not request.as_json

@@ -1,4 +1,5 @@
-"""What CKPT may be: a checkpoint of the toolkit in any layout, an imported model, a Hugging Face folder, a GGUF file, nanoGPT's ckpt.pt.
+"""What CKPT may be: a checkpoint of the toolkit in any layout, an imported model, a Hugging Face
+folder, a GGUF file, nanoGPT's ckpt.pt.
 
 model = open_model(path)
 model.section                      # what it is, in the words of the config
@@ -33,9 +34,11 @@ class Read(Protocol):
 
 @dataclass(frozen=True)
 class Model:
-    """A model to generate with. precision: its weights are stored in it, or were trained in it; foreign: its tokenizer decides which
-    special tokens a prompt starts with, as it does elsewhere; files: tokenizer and generation settings by name; tokenizer: what
-    data.tokenizer says in the config of the run that trained it; config: that run's, whole; by_part: weights can be read one by one;
+    """A model to generate with. precision: its weights are stored in it, or were trained in it;
+    foreign: its tokenizer decides which special tokens a prompt starts with, as it does elsewhere;
+    files: tokenizer and generation settings by name; tokenizer: what data.tokenizer says in the
+    config of the run that trained it; config: that run's, whole; by_part: weights can be read one
+    by one;
     cuts: a rank reads its own part of a weight alone, not the whole one.
     """
 
@@ -52,7 +55,9 @@ class Model:
 
 
 def open_model(path: Path) -> Model:
-    """Find out what CKPT is. torch is imported only where the format needs it. Raises CheckpointError or ConvertError."""
+    """Find out what CKPT is. torch is imported only where the format needs it. Raises
+    CheckpointError or ConvertError.
+    """
     path = path.expanduser()
     if path.is_dir() and not _is_ours(path) and any((path / n).is_file() for n in ("config.json", "ckpt.pt")):
         return _foreign(path)
@@ -94,7 +99,9 @@ def _is_ours(path: Path) -> bool:
 
 
 def _carried(folder: Path, manifest: Manifest) -> tuple[dict[str, bytes], str | None]:
-    """Files of the checkpoint itself, else of what its run started from; and the data.tokenizer of its config."""
+    """Files of the checkpoint itself, else of what its run started from; and the data.tokenizer of
+    its config.
+    """
     from toolkit.convert.carried import carried_files
 
     files: dict[str, bytes] = {}

@@ -1,4 +1,6 @@
-"""Prompts to ids and ids to text: the model's tokenizer, its chat template, and the tokens that end an answer. No torch."""
+"""Prompts to ids and ids to text: the model's tokenizer, its chat template, and the tokens that end
+an answer. No torch.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ Message = Mapping[str, str]
 class Text:
     """A model's tokenizer as generating needs it.
 
-    tokenizer: what --tokenizer named, else what came with the model, else what its run was trained with. stop: ids that end an answer.
+    tokenizer: what --tokenizer named, else what came with the model, else what its run was trained
+    with. stop: ids that end an answer.
     """
 
     def __init__(self, model: Model, *, tokenizer: str | None = None) -> None:
@@ -30,7 +33,9 @@ class Text:
         self.stop = frozenset(self._stop())
 
     def encode(self, text: str, *, name: str) -> list[int]:
-        """Ids of a prompt; DataError, naming it, where it is empty or has text that the model has no token for."""
+        """Ids of a prompt; DataError, naming it, where it is empty or has text that the model has
+        no token for.
+        """
         return self._checked(text, name=name, special=self.special)
 
     def encode_chat(self, messages: Sequence[Message], *, name: str) -> list[int]:
@@ -99,7 +104,9 @@ class Text:
     # -- ends ---------------------------------------------------------------------------------------------
 
     def _stop(self) -> list[int]:
-        """As transformers has it: what the generation settings name, else the config; else the end of a document."""
+        """As transformers has it: what the generation settings name, else the config; else the end
+        of a document.
+        """
         for name in ("generation_config.json", "config.json"):
             found = self._json(name).get("eos_token_id")
             ids = [found] if isinstance(found, int) else found if isinstance(found, list) else []
@@ -136,7 +143,9 @@ def _tokenizer(model: Model) -> TextTokenizer:
 
 
 def _of_training(model: Model) -> TextTokenizer:
-    """The tokenizer that a run's data was prepared with, from beside the data, or from where the config says."""
+    """The tokenizer that a run's data was prepared with, from beside the data, or from where the
+    config says.
+    """
     from toolkit.config.load import override_config
     from toolkit.data.dataset import resolve_data
     from toolkit.data.manifest import load_manifest, tokenizer_of
@@ -190,7 +199,9 @@ class TextStream:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file: a JSON text or {"prompt": …} a line in .jsonl, else one a line; DataError names the line that is wrong."""
+    """Prompts of a file: a JSON text or {"prompt": …} a line in .jsonl, else one a line; DataError
+    names the line that is wrong.
+    """
     try:
         raw = path.read_bytes()
     except OSError as e:

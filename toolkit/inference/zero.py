@@ -1,4 +1,6 @@
-"""DeepSpeed's ZeRO-Inference: the copies of a model share out its layers, whose parts may wait in the CPU's memory or on NVMe."""
+"""DeepSpeed's ZeRO-Inference: the copies of a model share out its layers, whose parts may wait in
+the CPU's memory or on NVMe.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ DEVICES = {"zero": "none", "zero-cpu": "cpu", "zero-nvme": "nvme"}
 
 
 class Sharding:
-    """Shares out weights over the data-parallel ranks. place: as --offload has it; nvme_path: the folder of zero-nvme.
+    """Shares out weights over the data-parallel ranks. place: as --offload has it; nvme_path: the
+    folder of zero-nvme.
 
     Two layers are whole at once: the one that is computed, and the next, which comes meanwhile.
     """

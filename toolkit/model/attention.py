@@ -40,7 +40,9 @@ class Span:
         return slice(None) if self.row is None else slice(self.row, self.row + 1)
 
     def blocks(self) -> Iterator[tuple[slice, bool]]:
-        """The keys in one or two runs: those before all queries, then as many as there are queries, causally."""
+        """The keys in one or two runs: those before all queries, then as many as there are queries,
+        causally.
+        """
         middle = self.keys.stop - len(self.queries)
         if middle > self.keys.start:
             yield slice(self.keys.start, middle), False
@@ -72,7 +74,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], *, 
 
 
 class _Spans(torch.autograd.Function):
-    """Spans on a CPU, block by block; the backward of a block needs only the merged result and its log-sum-exp."""
+    """Spans on a CPU, block by block; the backward of a block needs only the merged result and its
+    log-sum-exp.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: tuple[Span, ...], scale: float | None) -> Tensor:
@@ -115,7 +119,9 @@ class _Spans(torch.autograd.Function):
 
 
 def block_forward(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
-    """Attention to one run of keys: the result [b, heads, s, d] and the log-sum-exp of its scores [b, heads, s]."""
+    """Attention to one run of keys: the result [b, heads, s, d] and the log-sum-exp of its scores
+    [b, heads, s].
+    """
     if not query.is_cuda:
         found = ATEN._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
     else:
@@ -139,7 +145,9 @@ def block_backward(
 
 
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from the attention over each: results [b, heads, s, d] and log-sum-exp [b, heads, s]."""
+    """Attention over two sets of keys from the attention over each: results [b, heads, s, d] and
+    log-sum-exp [b, heads, s].
+    """
     total = torch.logaddexp(lse, other_lse)
     first, second = ((part - total).exp().unsqueeze(-1) for part in (lse, other_lse))
     return (out.float() * first + other.float() * second).to(out.dtype), total

@@ -124,8 +124,8 @@ class Rotary(RotaryEmbedding):
 class StageModel(GPTModel):
     """GPTModel whose tied copies are made equal by drawing both from the same name, not by a message.
 
-    Where documents are kept apart (an attention_mask is given, see SdpaAttention) or ranks share a sequence, rotary positions are
-    those that are given too.
+    Where documents are kept apart (an attention_mask is given, see SdpaAttention) or ranks share a
+    sequence, rotary positions are those that are given too.
     """
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
@@ -138,7 +138,9 @@ class StageModel(GPTModel):
         return super().forward(input_ids, position_ids, attention_mask, *args, **kwargs)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Per-token losses [b, s] in fp32. logits: [s, b, v/tp], or the losses [s, b] of a Head that computed them in chunks."""
+        """Per-token losses [b, s] in fp32. logits: [s, b, v/tp], or the losses [s, b] of a Head
+        that computed them in chunks.
+        """
         if logits.dim() == 2:
             return logits.t().contiguous()
         return super().compute_language_model_loss(labels, logits)  # type: ignore[no-any-return]
@@ -170,9 +172,9 @@ def build_chunks(
 ) -> list[GPTModel]:
     """The chunks of this rank's stage, initialised; process groups must be up.
 
-    partition: called on each parameter once it has its value (ZeRO-3 frees all but its part there). blank: weights are 0,
-    for a checkpoint's to be read into. read: gives this rank's part of a weight, instead of an initial value. leave: which weights
-    stay without memory.
+    partition: called on each parameter once it has its value (ZeRO-3 frees all but its part there).
+    blank: weights are 0, for a checkpoint's to be read into. read: gives this rank's part of a
+    weight, instead of an initial value. leave: which weights stay without memory.
     """
     m = config.model
     assert m.vocab_size is not None, "the vocabulary is known once the data is resolved"
@@ -231,7 +233,9 @@ def build_chunks(
 
 
 def softmax_scale(model: ModelSection) -> float | None:
-    """What attention multiplies scores by; None: the usual 1 / sqrt(head_dim). Yarn scales queries and keys, so scores twice."""
+    """What attention multiplies scores by; None: the usual 1 / sqrt(head_dim). Yarn scales queries
+    and keys, so scores twice.
+    """
     scaling = model.rope_scaling
     if scaling is None or scaling.type != "yarn":
         return None
@@ -241,9 +245,11 @@ def softmax_scale(model: ModelSection) -> float | None:
 
 
 def rope_frequencies(model: ModelSection, *, device: torch.device) -> Tensor:
-    """Inverse wavelengths of RoPE, [head_dim / 2] in fp32, scaled as Hugging Face's `linear`, `llama3` or `yarn`.
+    """Inverse wavelengths of RoPE, [head_dim / 2] in fp32, scaled as Hugging Face's `linear`,
+    `llama3` or `yarn`.
 
-    Sources: of llama3 the Llama 3.1 reference implementation's apply_scaling; of yarn arXiv 2309.00071, section 3.2.
+    Sources: of llama3 the Llama 3.1 reference implementation's apply_scaling; of yarn arXiv
+    2309.00071, section 3.2.
     """
     assert model.head_dim is not None
     exponent = torch.arange(0, model.head_dim, 2, dtype=torch.float32, device=device) / model.head_dim

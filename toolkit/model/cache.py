@@ -14,15 +14,19 @@ from torch import Tensor
 
 
 class KeyValueCache(StaticInferenceContext):
-    """megatron-core's inference context with keys kept as attention reads them: rotated, and one head's tokens in a row.
+    """megatron-core's inference context with keys kept as attention reads them: rotated, and one
+    head's tokens in a row.
 
-    megatron-core's own cache holds keys before rotation, [s, b, groups, d], and turns all of them again for every token.
-    Here key_value_memory_dict maps a layer's number to (keys, values), each [b, groups, length, d].
+    megatron-core's own cache holds keys before rotation, [s, b, groups, d], and turns all of them
+    again for every token. Here key_value_memory_dict maps a layer's number to (keys, values), each
+    [b, groups, length, d].
 
-    length: tokens of prompt and answer together; inverse: RoPE's inverse wavelengths, None where positions are learned; context:
-    places that the model knows; padding: how many columns each row is padded by on the left, [b], None for prompts of one length;
-    window: of sliding attention. int8: keep one byte a number, and one scale for each token of a head. grow: take memory for twice
-    as many columns whenever they are full, not for all of them at once.
+    length: tokens of prompt and answer together; inverse: RoPE's inverse wavelengths, None where
+    positions are learned; context: places that the model knows; padding: how many columns each row
+    is padded by on the left, [b], None for prompts of one length;
+    window: of sliding attention. int8: keep one byte a number, and one scale for each token of a
+    head. grow: take memory for twice as many columns whenever they are full, not for all of them at
+    once.
     """
 
     def __init__(
@@ -71,7 +75,8 @@ class KeyValueCache(StaticInferenceContext):
                 cos, sin = (t[None, start:end, None, None] for t in self.turns)  # [1, s, 1, 1, d]
                 self.here = cos, sin
             return columns.expand(self.max_batch_size, count)
-        # a row that has ended before others may be past the context: its tokens are computed, and nobody looks at them
+        # a row that has ended before others may be past the context: its tokens are computed, and
+        # nobody looks at them
         positions = (columns - self.padding[:, None]).clamp_(min=0, max=self.context - 1)
         if self.turns is not None:
             cos, sin = (t[positions][:, :, None, None] for t in self.turns)  # [b, s, 1, 1, d]
@@ -81,7 +86,8 @@ class KeyValueCache(StaticInferenceContext):
     def _mask(self, start: int, end: int) -> Tensor | None:
         """Which columns each new one attends to, [b or 1, 1, new, columns] (True: attends).
 
-        None where that needs no mask: a first prompt without padding is causal, and a single token sees all before it.
+        None where that needs no mask: a first prompt without padding is causal, and a single token
+        sees all before it.
         """
         if self.padding is None and (self.window is None or end <= self.window) and (end - start == 1 or start == 0):
             return None
@@ -105,7 +111,9 @@ class KeyValueCache(StaticInferenceContext):
         return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep a layer's new keys and values [b, s, groups, d]; all of its so far, [b, groups, columns, d]."""
+        """Keep a layer's new keys and values [b, s, groups, d]; all of its so far, [b, groups,
+        columns, d].
+        """
         start, end = self.used, self.used + key.shape[1]
         new = key.transpose(1, 2), value.transpose(1, 2)
         if layer not in self.key_value_memory_dict or self.key_value_memory_dict[layer][0].shape[2] < end:

@@ -1,4 +1,6 @@
-"""Keys and values in the CPU's memory: a device holds those of the layer that it computes, and of the one that comes next."""
+"""Keys and values in the CPU's memory: a device holds those of the layer that it computes, and of
+the one that comes next.
+"""
 
 from __future__ import annotations
 

@@ -79,7 +79,9 @@ class _Gathered(torch.autograd.Function):
 def attend_by_heads(
     query: Tensor, key: Tensor, value: Tensor, bounds: list[int] | None, *, group: dist.ProcessGroup, dropout: float, scale: float | None
 ) -> Tensor:
-    """Ulysses: each rank gets the whole sequence for its share of the heads, in one message there and one back."""
+    """Ulysses: each rank gets the whole sequence for its share of the heads, in one message there
+    and one back.
+    """
     cp, heads, d = group.size(), query.shape[2], query.shape[3]
     wanted = sent_heads(heads=heads, groups=key.shape[2], cp=cp)
     each, shared = heads // cp, len(wanted[0])
@@ -94,7 +96,9 @@ def attend_by_heads(
 
 
 def _heads(tensor: Tensor, wanted: list[list[int]]) -> Tensor:
-    """Heads [s, b, groups, d] in the order of the ranks that read them. No index on the device: copying it there would wait."""
+    """Heads [s, b, groups, d] in the order of the ranks that read them. No index on the device:
+    copying it there would wait.
+    """
     flat = [group for own in wanted for group in own]
     return tensor if flat == list(range(tensor.shape[2])) else torch.cat([tensor[:, :, g : g + 1] for g in flat], dim=2)
 

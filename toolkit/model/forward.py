@@ -1,7 +1,7 @@
 """A stage's forward pass with a key/value cache, over the weights of megatron-core's modules.
 
-It computes what the modules compute, without what they do for training: for one new token that would take as long as the
-arithmetic. Activations are [b, s, h].
+It computes what the modules compute, without what they do for training: for one new token that
+would take as long as the arithmetic. Activations are [b, s, h].
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ FEW_TOKENS = 16
 
 
 class Decoder:
-    """Embedding, layers and output of a stage chunk; `modules` is a megatron-core GPTModel, whose weights are used where they lie.
+    """Embedding, layers and output of a stage chunk; `modules` is a megatron-core GPTModel, whose
+    weights are used where they lie.
 
     vocab: ids that the model knows; logits of rows that only pad the vocabulary are left out.
     """
@@ -128,7 +129,8 @@ class Layer:
         keys, values = cache.append(self.number, turned[:, :, :, per_group], mixed[:, :, :, per_group + 1])
         query = turned[:, :, :, :per_group]
         if s == 1:
-            # query heads of a group are queries at the same place: as rows of one matrix they need no copies of keys
+            # query heads of a group are queries at the same place: as rows of one matrix they need
+            # no copies of keys
             out = F.scaled_dot_product_attention(query[:, 0], keys, values, attn_mask=cache.mask, scale=self.scale).view(b, 1, -1)
         else:
             query = query.reshape(b, s, self.heads, d).transpose(1, 2)
@@ -151,7 +153,8 @@ class Layer:
 def linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     """x [b, s, in] by a weight [out, in], which may be quantised.
 
-    For a few tokens on a CPU, int8 goes through PyTorch's own kernel: torchao would first make the whole weight larger again.
+    For a few tokens on a CPU, int8 goes through PyTorch's own kernel: torchao would first make the
+    whole weight larger again.
     """
     tokens = x.shape[0] * x.shape[1]
     if tokens <= FEW_TOKENS and hasattr(weight, "qdata") and weight.qdata.dtype == torch.int8 and x.device.type == "cpu":

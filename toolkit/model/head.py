@@ -1,4 +1,5 @@
-"""The output layer and cross entropy in one, a piece of the sequence at a time, over all tensor-parallel parts of the vocabulary.
+"""The output layer and cross entropy in one, a piece of the sequence at a time, over all
+tensor-parallel parts of the vocabulary.
 
 Only the log-sum-exp of each token is kept for the backward, which multiplies once more to get the
 logits of a piece back. What that saves is the logits in the model's precision and in fp32, which
@@ -19,7 +20,9 @@ from toolkit.parallel.loss_chunks import loss_chunk
 
 
 class Head(layers.ColumnParallelLinear):
-    """megatron-core's output layer; where it has labels, it returns the per-token losses [s, b] in fp32 in the place of logits."""
+    """megatron-core's output layer; where it has labels, it returns the per-token losses [s, b] in
+    fp32 in the place of logits.
+    """
 
     mode: str
     vocab_size: int  # ids beyond only pad the vocabulary

@@ -76,11 +76,13 @@ def materialise(
     read: Callable[[WeightSpec], Tensor] | None = None,
     leave: Callable[[WeightSpec], bool] | None = None,
 ) -> None:
-    """Give every parameter of a chunk built on the meta device its memory and its initial value, all in one dtype.
+    """Give every parameter of a chunk built on the meta device its memory and its initial value,
+    all in one dtype.
 
     megatron-core leaves learned positions in fp32; under ZeRO-3 DeepSpeed then takes all parameters for fp32.
 
-    blank: zeros instead, for weights that are read from a checkpoint later. read: its answer instead, this rank's part of a weight in
+    blank: zeros instead, for weights that are read from a checkpoint later. read: its answer
+    instead, this rank's part of a weight in
     memory of its own. leave: which weights stay on the meta device, for who reads them when they are needed.
     partition is called on each parameter as soon as it is filled, so that under ZeRO-3 no more
     than one whole parameter exists at a time.

@@ -27,21 +27,27 @@ SUM_OVER_TP = "sum_grad_over_tp"
 """Attribute of a parameter whose gradient every tensor-parallel rank holds a part of."""
 
 SHARED_OUT = "tensor_model_parallel"
-"""Attribute of a parameter of which each tensor-parallel rank holds its own part; megatron-core's and DeepSpeed's name for it."""
+"""Attribute of a parameter of which each tensor-parallel rank holds its own part; megatron-core's
+and DeepSpeed's name for it.
+"""
 
 TIED_COPY = "ds_pipe_replicated"
 """Attribute of the last stage's copy of a tied embedding; DeepSpeed's own name for it."""
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """LayerNorm as megatron-core makes one, which it refuses to do from PyTorch's own under sequence parallelism."""
+    """LayerNorm as megatron-core makes one, which it refuses to do from PyTorch's own under
+    sequence parallelism.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps, bias=getattr(config, "norm_bias", True), dtype=config.params_dtype)
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm as megatron-core makes one, which it refuses to do from PyTorch's own under sequence parallelism."""
+    """RMSNorm as megatron-core makes one, which it refuses to do from PyTorch's own under sequence
+    parallelism.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps, dtype=config.params_dtype)
@@ -59,7 +65,8 @@ class BiasedMLP(MLP):
 class SdpaAttention(torch.nn.Module):
     """Causal attention through PyTorch's scaled_dot_product_attention; memory does not grow with s².
 
-    query [s, b, heads, d]; key, value [s, b, groups, d]; result [s, b, heads * d]. With context parallelism s is this rank's part of
+    query [s, b, heads, d]; key, value [s, b, groups, d]; result [s, b, heads * d]. With context
+    parallelism s is this rank's part of
     the sequence. attention_mask is no mask: None, or
     toolkit.engine.batch's "bounds" of the documents, which attend to themselves alone.
     """
@@ -131,7 +138,9 @@ class SdpaAttention(torch.nn.Module):
 
 
 class _WithoutPadding(torch.autograd.Function):
-    """Logits with -inf in columns first.. in place; softmax gives them a gradient of exactly 0, so backward passes it on as it is."""
+    """Logits with -inf in columns first.. in place; softmax gives them a gradient of exactly 0, so
+    backward passes it on as it is.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, first: int) -> Tensor:
@@ -145,7 +154,9 @@ class _WithoutPadding(torch.autograd.Function):
 
 
 def mask_padding(output_layer: torch.nn.Module, *, vocab_size: int, rows: int) -> None:
-    """Let ids that only pad the vocabulary (vocab_size .. rows) have no probability, whatever their weights are."""
+    """Let ids that only pad the vocabulary (vocab_size .. rows) have no probability, whatever their
+    weights are.
+    """
     if rows == vocab_size:
         return
 
@@ -187,11 +198,13 @@ def te_spec(config: TransformerConfig) -> ModuleSpec:
 
 
 def mark_tensor_parallel(model: torch.nn.Module, spec: ModelSpec, *, sequence_parallel: bool) -> None:
-    """Mark the weights that tensor-parallel ranks share out, and those whose gradients every rank holds a part of.
+    """Mark the weights that tensor-parallel ranks share out, and those whose gradients every rank
+    holds a part of.
 
-    The first enter the gradient norm on every rank, the others on one. The second are norms and biases that see a part of the
-    sequence, and norms of heads, of which each rank sees its own. The modules' own marks are not to be had from every module:
-    Transformer Engine sets none on parameters that are made on the meta device.
+    The first enter the gradient norm on every rank, the others on one. The second are norms and
+    biases that see a part of the sequence, and norms of heads, of which each rank sees its own. The
+    modules' own marks are not to be had from every module: Transformer Engine sets none on
+    parameters that are made on the meta device.
     """
     tp = parallel_state.get_tensor_model_parallel_world_size()
     for weight, parameter in named_weights(model, spec):

@@ -10,15 +10,16 @@ from typing import Any, Literal
 import torch
 
 Kind = Literal["tensor", "pipeline", "waiting"]
-"""tensor: sums and gathers among tensor-parallel ranks; pipeline: activations sent on; waiting: for another stage's activations, or for
-the token that the last stage chooses.
+"""tensor: sums and gathers among tensor-parallel ranks; pipeline: activations sent on; waiting: for
+another stage's activations, or for the token that the last stage chooses.
 """
 
 
 class Messages:
     """Runs messages; seconds is None where nobody measures, which then costs nothing.
 
-    A measured message is waited for, and so is what was computed before it: on a GPU measuring takes longer than not to.
+    A measured message is waited for, and so is what was computed before it: on a GPU measuring
+    takes longer than not to.
     """
 
     def __init__(self, device: torch.device) -> None:

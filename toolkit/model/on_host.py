@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 class OnHost(torch.autograd.graph.save_on_cpu):
-    """Within this context what autograd keeps waits in page-locked host memory, but for tensors that share storage with `stay`.
+    """Within this context what autograd keeps waits in page-locked host memory, but for tensors
+    that share storage with `stay`.
 
     Neither way waits for the device.
     """
@@ -24,7 +25,9 @@ class OnHost(torch.autograd.graph.save_on_cpu):
 
 
 def keep_on_host(layers: Any) -> None:
-    """Let the inputs that the layers of a chunk are recomputed from wait in host memory; what all layers share stays."""
+    """Let the inputs that the layers of a chunk are recomputed from wait in host memory; what all
+    layers share stays.
+    """
     forward = layers.forward
 
     def offloaded(*, hidden_states: Tensor, **kwargs: Any) -> Any:

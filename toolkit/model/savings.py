@@ -1,4 +1,6 @@
-"""What a model that generates may be made smaller by: weights of 8 or 4 bits (torchao), weights that are 0, keys and values of 8 bits."""
+"""What a model that generates may be made smaller by: weights of 8 or 4 bits (torchao), weights
+that are 0, keys and values of 8 bits.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,10 @@ TABLES = ("word_embeddings", "output_layer")
 
 @dataclass(frozen=True, kw_only=True)
 class Savings:
-    """weights: int8, or int4 with embeddings in int8. kv: keys and values in int8, or in the CPU's memory. grow: a cache that takes
-    memory as it fills. prune: the share of each layer's weights that become 0, the smallest first, or "2:4", two of every four in a row.
+    """weights: int8, or int4 with embeddings in int8. kv: keys and values in int8, or in the CPU's
+    memory. grow: a cache that takes
+    memory as it fills. prune: the share of each layer's weights that become 0, the smallest first,
+    or "2:4", two of every four in a row.
     offload: where layers are that are not being computed.
     """
 
@@ -85,7 +89,9 @@ def largest(weight: Tensor, *, keep: float) -> Tensor:
 
 
 def two_of_four(weight: Tensor) -> Tensor:
-    """Where the two largest of every four elements in a row are, whose columns are a multiple of 4: what sparse tensor cores take."""
+    """Where the two largest of every four elements in a row are, whose columns are a multiple of 4:
+    what sparse tensor cores take.
+    """
     fours = weight.abs().view(-1, 4)
     mask = torch.zeros_like(fours, dtype=torch.bool)
     mask.scatter_(1, fours.topk(2, dim=1).indices, True)

@@ -1,4 +1,5 @@
-"""Layers whose weights the copies of a model share out: ZeRO-3 brings a whole layer as it is called, and frees it afterwards.
+"""Layers whose weights the copies of a model share out: ZeRO-3 brings a whole layer as it is
+called, and frees it afterwards.
 
 sharded = ShardedLayers(model.decoder.layers, decoder.layers)
 engage(sharded)                         # what brings weights hooks itself in at ShardedLayers.WHOLE
@@ -73,7 +74,9 @@ class ShardedLayers(torch.nn.Module):
         return bool(self.busy)
 
     def _counted(self, compute: Compute) -> Compute:
-        """A layer's computation that looks at the start what is in memory, until the order of layers is known to what brings them."""
+        """A layer's computation that looks at the start what is in memory, until the order of
+        layers is known to what brings them.
+        """
 
         def count(x: Tensor, cache: KeyValueCache) -> Tensor:
             if self.passes <= COUNTED:

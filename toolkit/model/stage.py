@@ -37,8 +37,8 @@ class Sharding(Protocol):
 class Stage:
     """The layers of this rank, for forward passes alone; process groups must be up.
 
-    read: gives this rank's part of a weight. savings: what to keep smaller than it is. sharding: what shares out the layers among the
-    copies of the model.
+    read: gives this rank's part of a weight. savings: what to keep smaller than it is. sharding:
+    what shares out the layers among the copies of the model.
     """
 
     def __init__(
@@ -84,7 +84,9 @@ class Stage:
         self.sending: deque[tuple[Any, Tensor]] = deque()
         """Activations on their way to the next stage; they must not be freed before they have left."""
         self.spans: dict[str, list[float]] | None = None
-        """Seconds of each pass over one new token a text, of layers and of ends (embedding, output); None where nobody measures."""
+        """Seconds of each pass over one new token a text, of layers and of ends (embedding,
+        output); None where nobody measures.
+        """
 
     def _weights_of(self, layer: Any) -> dict[str, WeightSpec]:
         """What each parameter of a layer is."""
@@ -92,7 +94,9 @@ class Stage:
         return {name: spec.weight(prefix + name) for name, _ in layer.named_parameters()}
 
     def _shared_out(self, layers: Any, *, read: Callable[[WeightSpec], Tensor], sharding: Sharding) -> ShardedLayers:
-        """Layers of which this copy of the model keeps its part; no more than one weight is whole while they are read."""
+        """Layers of which this copy of the model keeps its part; no more than one weight is whole
+        while they are read.
+        """
         parts, copies = 0, parallel_state.get_data_parallel_world_size()
         for layer in layers:
             for name, weight in self._weights_of(layer).items():
@@ -136,10 +140,11 @@ class Stage:
         )
 
     def forward(self, tokens: Tensor, cache: KeyValueCache, *, everywhere: bool = False, ahead: bool = False) -> Tensor | None:
-        """One pass over new tokens [b, s], through all stages. ahead: do not wait until the next stage takes the activations, which
-        settle() does.
+        """One pass over new tokens [b, s], through all stages. ahead: do not wait until the next
+        stage takes the activations, which settle() does.
 
-        Logits in fp32 on the last stage, None elsewhere: of the last place [b, vocab], or of every place [b, s, vocab].
+        Logits in fp32 on the last stage, None elsewhere: of the last place [b, vocab], or of every
+        place [b, s, vocab].
         """
         b, s = tokens.shape
         positions = cache.begin(s)
@@ -159,7 +164,9 @@ class Stage:
         return None
 
     def compute(self, given: Tensor, positions: Tensor, cache: KeyValueCache, *, everywhere: bool = False) -> Tensor:
-        """What this stage does between receiving and sending: of tokens [b, s] or activations [b, s, h], activations or logits."""
+        """What this stage does between receiving and sending: of tokens [b, s] or activations [b,
+        s, h], activations or logits.
+        """
         s = given.shape[1]
         hidden = self._timed("ends", lambda: self.decoder.embed(given, positions), new=s) if self.first else given
         hidden = self._timed("layers", lambda: self.decoder.hidden(hidden, cache), new=s)
@@ -186,13 +193,17 @@ class Stage:
             self.messages.run("pipeline", self.sending.popleft()[0].wait)
 
     def share(self, tokens: Tensor) -> None:
-        """Give the tokens that the last stage's first rank chose to every rank of this copy of the model, in place."""
+        """Give the tokens that the last stage's first rank chose to every rank of this copy of the
+        model, in place.
+        """
         if not self.alone:
             group = parallel_state.get_model_parallel_group()
             self.messages.run(self._kind, lambda: dist.broadcast(tokens, src=self.head, group=group))
 
     def share_later(self, tokens: Tensor) -> Callable[[], None]:
-        """The same in the background; call what it returns before the tokens are read. Every rank shares in the same order."""
+        """The same in the background; call what it returns before the tokens are read. Every rank
+        shares in the same order.
+        """
         work = dist.broadcast(tokens, src=self.head, group=parallel_state.get_model_parallel_group(), async_op=True)
         assert work is not None
         return lambda: self.messages.run(self._kind, work.wait)

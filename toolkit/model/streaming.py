@@ -1,4 +1,5 @@
-"""Layers whose weights come when they are needed: two at once are in a device's memory, whatever the model's size.
+"""Layers whose weights come when they are needed: two at once are in a device's memory, whatever
+the model's size.
 
 stream = LayerStream(model.decoder.layers, weights_of, read=read, device=device, dtype=dtype)
 for number, layer in enumerate(layers):
@@ -27,9 +28,10 @@ M_MMAP_THRESHOLD = -3  # malloc.h
 class LayerStream:
     """Weights of a stage's layers, read ahead by one layer in a thread of its own.
 
-    modules: the layers, with parameters on the meta device. weights: of each layer, what each of its parameters is. read: gives this
-    rank's part of a weight. place "disk" reads a layer from its file every time; "cpu" reads all once into the CPU's memory, from where
-    they are copied to the device beside its computation. After the last layer comes the first one of the next token.
+    modules: the layers, with parameters on the meta device. weights: of each layer, what each of
+    its parameters is. read: gives this rank's part of a weight. place "disk" reads a layer from its
+    file every time; "cpu" reads all once into the CPU's memory, from where they are copied to the
+    device beside its computation. After the last layer comes the first one of the next token.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class LayerStream:
         return sum(self.sizes)
 
     def enter(self, number: int) -> None:
-        """Wait for a layer's weights, let the last one's go, and send for the next one's. What reading them raised is raised here."""
+        """Wait for a layer's weights, let the last one's go, and send for the next one's. What
+        reading them raised is raised here.
+        """
         if self.here == number:
             return
         if self.coming is None or self.coming[0] != number:
@@ -119,8 +123,9 @@ class LayerStream:
 def _give_freed_memory_back() -> None:
     """Have glibc map each block of 128 KiB and more by itself, as it does at first.
 
-    Once it has freed such a block, it takes others of that size from its heaps, which weights that come and go leave full of holes:
-    a model of 95 MB, of which two layers have 8 MB, then took 70 MB.
+    Once it has freed such a block, it takes others of that size from its heaps, which weights that
+    come and go leave full of holes: a model of 95 MB, of which two layers have 8 MB, then took 70
+    MB.
     """
     with suppress(AttributeError, OSError):  # another C library has no such switch
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)

@@ -1,4 +1,6 @@
-"""What one rank finds out, all ranks know: actions whose errors are raised on every rank, so that none waits for ever."""
+"""What one rank finds out, all ranks know: actions whose errors are raised on every rank, so that
+none waits for ever.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ T = TypeVar("T")
 def everywhere(action: Callable[[], T]) -> list[T]:
     """Run an action on all ranks and return all results in rank order; all ranks call it.
 
-    If it fails on any rank, every rank raises the lowest failing rank's ToolkitError. An OSError becomes a MachineError
-    that names the file; any other exception is logged with its traceback on its rank, and becomes a ToolkitError.
-    Without process groups this process is the only rank.
+    If it fails on any rank, every rank raises the lowest failing rank's ToolkitError. An OSError
+    becomes a MachineError that names the file; any other exception is logged with its traceback on
+    its rank, and becomes a ToolkitError. Without process groups this process is the only rank.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine: tuple[T | None, ToolkitError | None]
@@ -43,7 +45,9 @@ def everywhere(action: Callable[[], T]) -> list[T]:
 
 
 def on_rank_0(action: Callable[[], T]) -> T | None:
-    """Run an action on rank 0 alone while the others wait; its result there, None elsewhere; its error on every rank."""
+    """Run an action on rank 0 alone while the others wait; its result there, None elsewhere; its
+    error on every rank.
+    """
     results: list[T] = []
     first = not dist.is_initialized() or dist.get_rank() == 0
     everywhere(lambda: results.append(action()) if first else None)

@@ -25,7 +25,9 @@ NO_GPU = Machine()
 
 @dataclass(slots=True, kw_only=True)
 class Case:
-    """One config on one number of processes. A search may change attributes in place and ask rules.legal() again."""
+    """One config on one number of processes. A search may change attributes in place and ask
+    rules.legal() again.
+    """
 
     world: int
     tp: int
@@ -161,7 +163,9 @@ class Case:
 
 
 def _elements(value: Any) -> int:
-    """A size of a DeepSpeed JSON, which may be written 1e8; 0 where it is left open or no number (DeepSpeed says so itself)."""
+    """A size of a DeepSpeed JSON, which may be written 1e8; 0 where it is left open or no number
+    (DeepSpeed says so itself).
+    """
     return int(value) if isinstance(value, (int, float)) and 0 < value < 1e18 else 0
 
 

@@ -16,8 +16,9 @@ NEVER = 10**9  # DeepSpeed prints a line once in so many steps: the loop prints 
 def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
     """The whole configuration DeepSpeed gets, with no "auto" left.
 
-    DeepSpeed sees one micro-batch per step: megatron-core's schedule accumulates, and divides by the number of micro-batches. So
-    train_batch_size is micro_batch_size x dp x cp. Raises ConfigError where the user's JSON asks for another accumulation.
+    DeepSpeed sees one micro-batch per step: megatron-core's schedule accumulates, and divides by
+    the number of micro-batches. So train_batch_size is micro_batch_size x dp x cp. Raises
+    ConfigError where the user's JSON asks for another accumulation.
     """
     config = merge_deepspeed_json(config)
     rest: dict[str, Any] = copied(config.zero.deepspeed or {}, source="zero.deepspeed")

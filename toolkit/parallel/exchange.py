@@ -38,7 +38,9 @@ def chunks_of(rank: int, cp: int) -> tuple[int, int]:
 
 
 def holders(cp: int) -> list[tuple[int, int]]:
-    """For each chunk in the sequence's order, the rank that holds it and whether it is that rank's first or second."""
+    """For each chunk in the sequence's order, the rank that holds it and whether it is that rank's
+    first or second.
+    """
     return [(rank, 0) for rank in range(cp)] + [(rank, 1) for rank in reversed(range(cp))]
 
 
@@ -60,8 +62,9 @@ def sent_heads(*, heads: int, groups: int, cp: int) -> list[list[int]]:
 
 
 def numbers_moved(name: str, *, heads: int, groups: int, cp: int, tokens: int) -> tuple[int, int]:
-    """Keys, values, queries and results that a rank receives from others in one layer's forward and backward, in elements of one
-    head's width. heads, groups: of a tensor-parallel rank; tokens: of a rank.
+    """Keys, values, queries and results that a rank receives from others in one layer's forward and
+    backward, in elements of one head's width. heads, groups: of a tensor-parallel rank; tokens: of
+    a rank.
     """
     others = cp - 1
     if name == "ulysses":
@@ -74,7 +77,8 @@ def numbers_moved(name: str, *, heads: int, groups: int, cp: int, tokens: int) -
 
 
 def choose(wanted: str, *, heads: int, groups: int, cp: int, tp: int, seq: int, dropout: bool, fp32: bool = False) -> Exchange:
-    """The exchange of a run. wanted: parallel.cp_exchange; heads, groups: of a tensor-parallel rank; seq: of the whole sequence.
+    """The exchange of a run. wanted: parallel.cp_exchange; heads, groups: of a tensor-parallel
+    rank; seq: of the whole sequence.
 
     dropout, fp32: what the kernels of a ring do not take.
     """

@@ -1,4 +1,6 @@
-"""Which savings of a generation go together: its own table of rules, beside the one that a training run is checked against."""
+"""Which savings of a generation go together: its own table of rules, beside the one that a training
+run is checked against.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,11 @@ PLACES = ("none", "cpu", "disk", "zero", "zero-cpu", "zero-nvme")
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationCase:
-    """One way to generate with a model. weights, kv, prune, offload: as the options of toolkit generate, "none" for none.
+    """One way to generate with a model. weights, kv, prune, offload: as the options of toolkit
+    generate, "none" for none.
 
-    columns: of a rank's part of each linear layer's weight. by_part: whether single weights can be read from the model's file.
+    columns: of a rank's part of each linear layer's weight. by_part: whether single weights can be
+    read from the model's file.
     copies: of the model, with prompts of their own. cuda: whether ranks have GPUs.
     """
 
@@ -58,7 +62,9 @@ class GenerationCase:
 
 
 def counts_of(layers_per_stage: str) -> tuple[int, ...]:
-    """Layers of each stage as --layers-per-stage has them, () where it names no numbers; ConfigError for what is none of its words."""
+    """Layers of each stage as --layers-per-stage has them, () where it names no numbers;
+    ConfigError for what is none of its words.
+    """
     if layers_per_stage in CUTS:
         return ()
     numbers = [part.strip() for part in layers_per_stage.split(",")]
@@ -83,6 +89,10 @@ def int4_group(columns: tuple[int, ...]) -> int | None:
 
 def _numbers(counts: Iterable[int]) -> str:
     return ",".join(map(str, counts))
+
+
+def _asked(c: GenerationCase) -> str:
+    return f"--layers-per-stage {_numbers(c.layers_per_stage)}"
 
 
 def _counts_near(c: GenerationCase) -> Iterator[dict[str, Any]]:
@@ -177,7 +187,7 @@ GENERATION_RULES: tuple[Rule[GenerationCase], ...] = (
         title="`--layers-per-stage` has as many numbers as `parallel.pp`",
         why="each pipeline stage has its own",
         broken=lambda c: bool(c.layers_per_stage) and len(c.layers_per_stage) != c.pp,
-        what=lambda c: f"--layers-per-stage {_numbers(c.layers_per_stage)} has {len(c.layers_per_stage)} stages, and parallel.pp={c.pp}",
+        what=lambda c: f"{_asked(c)} has {len(c.layers_per_stage)} stages, and parallel.pp={c.pp}",
         options=lambda c: choices({"--layers-per-stage": "even"}),
         hint="leave parallel.pp out",
     ),
@@ -189,9 +199,9 @@ GENERATION_RULES: tuple[Rule[GenerationCase], ...] = (
             bool(c.layers_per_stage) and c.pp <= c.layers and (min(c.layers_per_stage) < 1 or sum(c.layers_per_stage) != c.layers)
         ),
         what=lambda c: (
-            f"--layers-per-stage {_numbers(c.layers_per_stage)}: {sum(c.layers_per_stage)} layers, and model.num_layers={c.layers}"
+            f"{_asked(c)}: {sum(c.layers_per_stage)} layers, and model.num_layers={c.layers}"
             if min(c.layers_per_stage) > 0
-            else f"--layers-per-stage {_numbers(c.layers_per_stage)} leaves a stage without a layer"
+            else f"{_asked(c)} leaves a stage without a layer"
         ),
         options=lambda c: choices(*_counts_near(c)),
     ),

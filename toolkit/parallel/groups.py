@@ -13,7 +13,9 @@ from toolkit.parallel.layout import Coordinates, Layout
 
 
 def initialise(layout: Layout) -> None:
-    """Create megatron-core's process groups for a layout, in the place of an earlier run's; torch.distributed must be up."""
+    """Create megatron-core's process groups for a layout, in the place of an earlier run's;
+    torch.distributed must be up.
+    """
     if state.model_parallel_is_initialized():
         state.destroy_model_parallel()
     state.initialize_model_parallel(
@@ -26,14 +28,17 @@ def initialise(layout: Layout) -> None:
 
 
 def seed_generators(at: Coordinates, *, seed: int) -> None:
-    """Seed what dropout draws from: stages, data- and context-parallel ranks draw differently, and megatron-core separates TP ranks."""
+    """Seed what dropout draws from: stages, data- and context-parallel ranks draw differently, and
+    megatron-core separates TP ranks.
+    """
     rank_seed = seed + 1000 * at.pp + 100_003 * at.dp + 10_000_019 * at.cp
     tensor_parallel.model_parallel_cuda_manual_seed(rank_seed)
     torch.manual_seed(rank_seed)
 
 
 class Mpu:
-    """megatron-core's parallel_state, and the calls that DeepSpeed expects of an mpu and parallel_state lacks.
+    """megatron-core's parallel_state, and the calls that DeepSpeed expects of an mpu and
+    parallel_state lacks.
 
     It must not offer initialize_sequence_parallel: DeepSpeed takes that for Ulysses.
     alone: show DeepSpeed a data-parallel group of one, so that it cuts nothing (ZeRO-0).

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 def split_layers(num_layers: int, chunks: int) -> tuple[int, int] | None:
     """Return (layers_per_chunk, layers_saved_at_ends) of an even split, or None where there is none.
 
-    Where the layers alone do not divide by the chunks, the output layer counts as a layer, so the last chunk holds one
-    fewer. If that does not divide either, the embedding counts too, so the first chunk also holds one fewer. These are
-    megatron-core's account_for_loss_in_pipeline_split and account_for_embedding_in_pipeline_split. No chunk is left
-    without a layer.
+    Where the layers alone do not divide by the chunks, the output layer counts as a layer, so the
+    last chunk holds one fewer. If that does not divide either, the embedding counts too, so the
+    first chunk also holds one fewer. These are megatron-core's account_for_loss_in_pipeline_split
+    and account_for_embedding_in_pipeline_split. No chunk is left without a layer.
     """
     for saved_at_ends in (0, 1, 2):
         per_chunk, rest = divmod(num_layers + saved_at_ends, chunks)
@@ -73,7 +73,9 @@ class Layout:
 
     @property
     def copies(self) -> int:
-        """Ranks that hold the same weights, over which gradients are averaged and ZeRO cuts states: data x context parallel."""
+        """Ranks that hold the same weights, over which gradients are averaged and ZeRO cuts states:
+        data x context parallel.
+        """
         return self.dp * self.cp
 
     def copy_of(self, at: Coordinates) -> int:

@@ -1,4 +1,6 @@
-"""Into how many pieces the output layer and the loss are cut, so that a micro-batch's fp32 logits never exist at once."""
+"""Into how many pieces the output layer and the loss are cut, so that a micro-batch's fp32 logits
+never exist at once.
+"""
 
 from __future__ import annotations
 

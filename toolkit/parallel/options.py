@@ -55,7 +55,9 @@ def degrees(case: Case) -> Iterator[Option]:
 
 
 def layouts(case: Case) -> Iterator[Option]:
-    """Whole layouts for the same processes and model, with a global batch that fits: for when no single key mends a rule."""
+    """Whole layouts for the same processes and model, with a global batch that fits: for when no
+    single key mends a rule.
+    """
     ranked: list[tuple[float, int, Option]] = []
     for tp in divisors(math.gcd(case.world, case.heads, case.groups, case.ffn, case.vocab)):
         for pp in divisors(case.world // tp):
@@ -120,7 +122,9 @@ def micro_batches(case: Case) -> Iterator[Option]:
 
 
 def sequences(case: Case) -> Iterator[Option]:
-    """Sequence lengths that every rank can take an equal part of, within the positions; then more positions or fewer ranks."""
+    """Sequence lengths that every rank can take an equal part of, within the positions; then more
+    positions or fewer ranks.
+    """
     unit = math.lcm(case.tp * case.cp if case.sp else 1, 2 * case.cp if case.cp > 1 else 1)
     longest = min(case.seq + unit, case.positions) // unit * unit
     values = {case.seq // unit * unit, (case.seq // unit + 1) * unit, longest}

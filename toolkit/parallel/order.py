@@ -1,4 +1,6 @@
-"""The order in which a pipeline stage runs its forwards and backwards, and when: 1F1B and its interleaved form, as integers."""
+"""The order in which a pipeline stage runs its forwards and backwards, and when: 1F1B and its
+interleaved form, as integers.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +31,20 @@ class Timed:
 
 
 def warmup(*, stage: int, pp: int, vpp: int, microbatches: int) -> int:
-    """Warm-up forwards of a stage: those before forwards and backwards alternate (arXiv 2104.04473, section 2.2)."""
+    """Warm-up forwards of a stage: those before forwards and backwards alternate (arXiv 2104.04473,
+    section 2.2).
+    """
     if vpp == 1:
         return min(pp - stage - 1, microbatches)
     return min(2 * (pp - stage - 1) + (vpp - 1) * pp, microbatches * vpp)
 
 
 def order(*, stage: int, pp: int, vpp: int = 1, microbatches: int) -> list[ScheduledPass]:
-    """A stage's passes in one optimizer step: warm-up forwards, then forward and backward in turn, then the remaining backwards.
+    """A stage's passes in one optimizer step: warm-up forwards, then forward and backward in turn,
+    then the remaining backwards.
 
-    Interleaved chunks take turns every pp micro-batches, backward from the last chunk; microbatches is then a multiple of pp.
+    Interleaved chunks take turns every pp micro-batches, backward from the last chunk; microbatches
+    is then a multiple of pp.
     """
     count = microbatches * vpp
 
@@ -59,9 +65,11 @@ def order(*, stage: int, pp: int, vpp: int = 1, microbatches: int) -> list[Sched
 def timeline(
     *, pp: int, vpp: int = 1, microbatches: int, forward: Mapping[int, float], backward: Mapping[int, float], send: float = 0.0
 ) -> list[Timed]:
-    """When every pass of every stage starts and ends, each as soon as its stage is free and its input has arrived.
+    """When every pass of every stage starts and ends, each as soon as its stage is free and its
+    input has arrived.
 
-    forward, backward: seconds of one micro-batch through all of a stage's chunks; send: seconds from stage to stage.
+    forward, backward: seconds of one micro-batch through all of a stage's chunks; send: seconds
+    from stage to stage.
     """
     orders = [order(stage=s, pp=pp, vpp=vpp, microbatches=microbatches) for s in range(pp)]
     done: dict[tuple[int, ScheduledPass], float] = {}

@@ -13,7 +13,8 @@ C = TypeVar("C")
 
 @dataclass(frozen=True, kw_only=True)
 class Rule(Generic[C]):
-    """One thing every legal run satisfies: when it is broken, how to say so, and settings that may mend it, nearest first.
+    """One thing every legal run satisfies: when it is broken, how to say so, and settings that may
+    mend it, nearest first.
 
     C is what it looks at: a Case of training, or a GenerationCase.
     """

@@ -59,7 +59,9 @@ def legal(case: Case) -> bool:
 
 
 def violations(config: RunConfig, world_size: int, *, machine: Machine = NO_GPU) -> list[Violation]:
-    """Every broken rule of a config on so many processes, in the table's order, each with the nearest setting that mends it."""
+    """Every broken rule of a config on so many processes, in the table's order, each with the
+    nearest setting that mends it.
+    """
     case = Case.of(config, world_size, machine=machine)
     return [_violation(rule, case) for rule in RULES if rule.broken(case)]
 
@@ -81,7 +83,9 @@ def refuse(broken: list[Violation]) -> None:
 
 
 def fitting_micro_batch(config: RunConfig, world_size: int, *, machine: Machine = NO_GPU) -> int | None:
-    """The largest micro-batch up to the configured one with which a config is legal; None where no smaller one makes it so."""
+    """The largest micro-batch up to the configured one with which a config is legal; None where no
+    smaller one makes it so.
+    """
     case = Case.of(config, max(1, world_size), machine=machine)
     sizes = range(min(case.micro, case.batch), 0, -1)
     return next((micro for micro in sizes if legal(case.changed({"train.micro_batch_size": micro}))), None)
@@ -135,7 +139,9 @@ def _violation(rule: Rule[Case], case: Case) -> Violation:
 
 
 def _mending(rule: Rule[Case], case: Case) -> list[Option]:
-    """Up to two options that mend the rule and break no other; failing those, one that mends at least this rule."""
+    """Up to two options that mend the rule and break no other; failing those, one that mends at
+    least this rule.
+    """
     already = [broken for broken in _BROKEN if not broken(case)]
     rest: list[Option] = []
     for source in (rule.options, layouts):

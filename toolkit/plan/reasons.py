@@ -31,7 +31,7 @@ _MORE: Mapping[str, str] = {
 }
 # what a large part of the step says of the hardware or the layout
 _LIMIT: Mapping[str, str] = {
-    "matmul": "the GPUs' matrix units",
+    "matmul": "how fast matrices are multiplied",
     "attention": "the attention kernel (long sequences)",
     "memory-bound kernels": "device memory bandwidth",
     "recompute": "device memory: recomputation stands in for it",
@@ -87,14 +87,15 @@ def differences(before: Workload, after: Workload) -> str:
     return ", ".join(changes)
 
 
-def why_not(plan: Plan, best: Plan, *, objective: Objective) -> str:
-    """Why a plan is listed below the best one: which parts of its step are longer, in percent of the best one's step."""
+def why_not(plan: Plan, best: Plan, *, objective: Objective, units: str = "GPUs") -> str:
+    """Why a plan is listed below the best one: which parts of its step are longer, in percent of the best one's step. units: what ranks
+    run on."""
     reasons, work = [], 1.0
     if plan.gpus < best.gpus:
         work = best.gpus / plan.gpus  # with fewer GPUs each does more work: only what goes beyond that is a reason
-        reasons.append(f"uses {plan.gpus} of {best.gpus} GPUs")
+        reasons.append(f"uses {plan.gpus} of {best.gpus} {units}")
     elif plan.gpus > best.gpus and objective != "tokens/s":
-        reasons.append(f"needs {plan.gpus - best.gpus} GPUs more")
+        reasons.append(f"needs {plan.gpus - best.gpus} {units} more")
     step = best.time.step
     change = {name: (plan.time.parts[name] - best.time.parts[name] * work) / step for name in best.time.parts}
     longer = sorted((name for name in change if change[name] >= SMALL), key=lambda name: -change[name])[:3]

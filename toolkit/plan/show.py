@@ -81,7 +81,7 @@ def estimate_text(config: RunConfig, hardware: Hardware, *, calibrated: Path | N
     out = Console(file=io.StringIO(), width=width, force_terminal=False)
     w = workload
     out.print(
-        f"{count(w.model.parameters)} parameters on {hardware} ({w.world} GPUs): tp {w.tp} · pp {w.pp} · vpp {w.vpp} · cp {w.cp} · dp {w.dp}"
+        f"{count(w.model.parameters)} parameters on {hardware} ({w.world} {hardware.units}): tp {w.tp} · pp {w.pp} · vpp {w.vpp} · cp {w.cp} · dp {w.dp}"
         f" · ZeRO-{w.zero} · {w.microbatches} micro-batches of {w.micro} × {w.seq} · {w.precision}, recompute {w.recompute}",
         highlight=False,
     )
@@ -97,7 +97,7 @@ def estimate_text(config: RunConfig, hardware: Hardware, *, calibrated: Path | N
     out.print(_time_table(time))
     low, high = time.step_range
     out.print(
-        f"step {duration(time.step)} ({duration(low)} to {duration(high)}) · {time.tokens / time.step:,.0f} tokens/s · {time.tokens_per_s_per_gpu:,.0f} tokens/s per GPU · MFU {mfu(w, time, hardware):.1%}",
+        f"step {duration(time.step)} ({duration(low)} to {duration(high)}) · {time.tokens / time.step:,.0f} tokens/s · {time.tokens_per_s_per_gpu:,.0f} tokens/s per {'GPU' if hardware.gpu.accelerator else 'process'} · MFU {mfu(w, time, hardware):.1%}",
         highlight=False,
     )
     steps = config.train.steps

@@ -210,14 +210,14 @@ def _nothing_meets(question: Question) -> LayoutError:
     if limits.max_step_s is not None:
         fastest = replace(question, limits=free, objective="tokens/s").ask(top=1).plans[0]
         texts.append(
-            f"--max-step {limits.max_step_s:g} s: the fastest plan ({layout_words(fastest.workload)}, {fastest.gpus} GPUs) takes {duration(fastest.time.step)}"
+            f"--max-step {limits.max_step_s:g} s: the fastest plan ({layout_words(fastest.workload)}, {fastest.gpus} {question.hardware.units}) takes {duration(fastest.time.step)}"
         )
         fixes.append(f"--max-step {fastest.time.step:.3g}")
     if limits.max_cost is not None:
         cheapest = replace(question, limits=free, objective="cost").ask(top=1).plans[0]
         cost = limits.cost(cheapest.time.step, cheapest.gpus)
         texts.append(
-            f"--max-cost {limits.max_cost:g}: the cheapest plan ({layout_words(cheapest.workload)}, {cheapest.gpus} GPUs) costs {cost:,.0f}"
+            f"--max-cost {limits.max_cost:g}: the cheapest plan ({layout_words(cheapest.workload)}, {cheapest.gpus} {question.hardware.units}) costs {cost:,.0f}"
         )
         fixes.append(f"--max-cost {cost:.0f}")
     both = " Each alone can be met, both together cannot." if len(texts) == 2 and _each_alone(question) else ""
@@ -254,7 +254,8 @@ def _nothing_fits(question: Question) -> LayoutError:
 
 def _gpus(question: Question) -> str:
     most = question.space().max_gpus
-    return f"{'up to ' if most > 1 else ''}{most} GPU{'s' if most > 1 else ''} of {question.hardware}"
+    units = question.hardware.units if most > 1 else "GPU" if question.hardware.gpu.accelerator else "process"
+    return f"{'up to ' if most > 1 else ''}{most} {units} of {question.hardware}"
 
 
 def _all_sized(question: Question) -> list[tuple[MemoryEstimate, Workload]]:
@@ -359,6 +360,8 @@ def _what_if(answer: Answer, change: str, question: Question) -> WhatIf:
         return WhatIf(change=change, plan=None, text="nothing fits or meets the target")
     text = f"{share(plan.tokens_per_s, best.tokens_per_s)} tokens/s"
     if answer.question.objective != "tokens/s":
-        text += f", {share(plan.gpus * plan.time.step, best.gpus * best.time.step)} GPU time a step on {plan.gpus} GPUs"
+        text += (
+            f", {share(plan.gpus * plan.time.step, best.gpus * best.time.step)} GPU time a step on {plan.gpus} {question.hardware.units}"
+        )
     changed = differences(best.workload, plan.workload)
     return WhatIf(change=change, plan=plan, text=f"{text}, with {changed}" if changed else f"{text}, same layout")

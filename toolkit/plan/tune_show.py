@@ -161,7 +161,7 @@ def _table(answer: Answer, rehearsed: list[Rehearsed] | None) -> Any:
     table.add_column("layout")
     table.add_column("sharding")
     table.add_column("recompute")
-    for name in ("micro", "GPUs", "step", "80 %", "tokens/s", "MFU", "GiB", "fits"):
+    for name in ("micro", question.hardware.units, "step", "80 %", "tokens/s", "MFU", "GiB", "fits"):
         table.add_column(name, justify="right")
     if question.limits.price is not None or question.objective == "cost":
         table.add_column("GPU hours" if question.limits.price is None else "cost", justify="right")
@@ -184,7 +184,9 @@ def _table(answer: Answer, rehearsed: list[Rehearsed] | None) -> Any:
 
 
 def _why(answer: Answer, plan: Plan) -> str:
-    return "" if plan is answer.best else why_not(plan, answer.best, objective=answer.question.objective)
+    return (
+        "" if plan is answer.best else why_not(plan, answer.best, objective=answer.question.objective, units=answer.question.hardware.units)
+    )
 
 
 def _plain(console: Any) -> str:

@@ -1,4 +1,6 @@
-"""`python -m toolkit.profile CONFIG [key=value…] [--steps K] [--memory-limit GIB]`: one rank, as the deepspeed launcher starts it."""
+"""`python -m toolkit.profile CONFIG [key=value…] [--steps K] [--memory-limit GIB]`: one rank, as
+the deepspeed launcher starts it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from toolkit.train.program import alone, mute_if_already_reported, quiet, say, s
 
 
 def main(arguments: list[str]) -> int:
-    """Profile; returns the exit code. A user error is one message from each host; where memory ends, the rank itself says so."""
+    """Profile; returns the exit code. A user error is one message from each host; where memory
+    ends, the rank itself says so.
+    """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stdout)
     quiet()

@@ -18,7 +18,8 @@ from toolkit.parallel.group_names import group_names
 from toolkit.parallel.layout import Layout
 
 PARTS = ("data wait", "forward", "backward", "optimizer", "communication", "other")
-# methods of torch's ProcessGroup, where every library's collectives end, and the index of the argument whose bytes count
+# methods of torch's ProcessGroup, where every library's collectives end, and the index of the
+# argument whose bytes count
 COLLECTIVES = {
     "allreduce": 0,
     "allreduce_coalesced": 0,
@@ -44,10 +45,11 @@ COLLECTIVES = {
 
 
 class Moments:
-    """Moments of a step, and the seconds between two of them: on a CPU by the host's clock, on CUDA by events.
+    """Moments of a step, and the seconds between two of them: on a CPU by the host's clock, on CUDA
+    by events.
 
-    An event is queued behind the kernels of a stream and waits for none of them, so kernels and messages overlap as they do without
-    a profiler. Its time is known once settle() has returned.
+    An event is queued behind the kernels of a stream and waits for none of them, so kernels and
+    messages overlap as they do without a profiler. Its time is known once settle() has returned.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -56,7 +58,9 @@ class Moments:
         self.compute = torch.cuda.current_stream(device) if self.cuda else None
 
     def mark(self, *, here: bool = False) -> Any:
-        """This moment on the stream that computes; here: on the stream that is current, which may be another."""
+        """This moment on the stream that computes; here: on the stream that is current, which may
+        be another.
+        """
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -121,8 +125,9 @@ class Clock:
 
 @dataclass
 class Traffic:
-    """One operation on one process group. nbytes: of what this rank put in; seconds: it spent in the calls and waiting for them,
-    known once Wire.settle() has returned."""
+    """One operation on one process group. nbytes: of what this rank put in; seconds: it spent in
+    the calls and waiting for them, known once Wire.settle() has returned.
+    """
 
     group: str
     size: int
@@ -135,8 +140,9 @@ class Traffic:
 class Wire:
     """Counts what a rank puts on every process group, at the class all of torch.distributed's calls end in.
 
-    Groups of one rank count nothing. With gloo a call or its wait lasts as long as the message. NCCL returns at once, and the
-    seconds are those in which the stream that asked stood still for the message: what overlaps with kernels takes none.
+    Groups of one rank count nothing. With gloo a call or its wait lasts as long as the message.
+    NCCL returns at once, and the seconds are those in which the stream that asked stood still for
+    the message: what overlaps with kernels takes none.
     """
 
     def __init__(self, layout: Layout, rank: int, clock: Clock | None = None) -> None:
@@ -221,7 +227,9 @@ class Wire:
 
 
 def plain_name(operation: str) -> str:
-    """One name for an operation whose method in torch's ProcessGroup is called differently by its versions and forms."""
+    """One name for an operation whose method in torch's ProcessGroup is called differently by its
+    versions and forms.
+    """
     return (
         operation.strip("_")
         .replace("_base", "")

@@ -1,4 +1,6 @@
-"""Bytes a rank really holds: an engine's tensors by part, what autograd keeps for the backward, every live storage over time."""
+"""Bytes a rank really holds: an engine's tensors by part, what autograd keeps for the backward,
+every live storage over time.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ RECOMPUTED = "recomputed"
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes of the distinct storages behind tensors, by the storage's address: views of one buffer count once."""
+    """Bytes of the distinct storages behind tensors, by the storage's address: views of one buffer
+    count once.
+    """
     sizes: dict[int, int] = {}
     for tensor in tensors:
         if tensor.is_meta or tensor.layout != torch.strided:
@@ -33,9 +37,11 @@ def storage_bytes(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def inventory(engine: Any) -> dict[str, dict[str, int]]:
-    """Bytes of each static part of an engine (toolkit.engine.zero.Engine), by device type: {"parameters": {"cpu": n}, …}.
+    """Bytes of each static part of an engine (toolkit.engine.zero.Engine), by device type:
+    {"parameters": {"cpu": n}, …}.
 
-    A storage that several parts share (fp32 weights that are their own master copy) counts for the first of them.
+    A storage that several parts share (fp32 weights that are their own master copy) counts for the
+    first of them.
     zero buffers: whatever else DeepSpeed's optimizer holds.
     """
     claimed: set[int] = set()
@@ -61,9 +67,11 @@ class _SavedTensor:
 
 
 class Saved:
-    """Counts what forward keeps for backward, by part; storages of `apart` (weights and their buffers) do not count.
+    """Counts what forward keeps for backward, by part; storages of `apart` (weights and their
+    buffers) do not count.
 
-    now: bytes by part; at_peak: bytes by part at the moment their sum was largest, without RECOMPUTED, which a backward makes and
+    now: bytes by part; at_peak: bytes by part at the moment their sum was largest, without
+    RECOMPUTED, which a backward makes and
     frees again. part: what is being computed now.
     """
 
@@ -109,9 +117,11 @@ class Saved:
 
 
 class Live(TorchDispatchMode):
-    """Follows every storage on one type of device from its first appearance to its end while active, those that exist already included.
+    """Follows every storage on one type of device from its first appearance to its end while
+    active, those that exist already included.
 
-    now, peak: bytes; samples: (seconds since the start, bytes) at each change, thinned to at most `most` points that keep the peaks.
+    now, peak: bytes; samples: (seconds since the start, bytes) at each change, thinned to at most
+    `most` points that keep the peaks.
     """
 
     def __init__(self, kind: str = "cpu", *, most: int = 2000) -> None:
@@ -182,7 +192,8 @@ def thinned(samples: list[tuple[float, int]], *, most: int) -> list[tuple[float,
 class StepMemory:
     """One optimizer step's bytes on this rank.
 
-    parts: the largest of each; host: of each static part in host memory, beside a GPU; samples: (seconds, live bytes) over time.
+    parts: the largest of each; host: of each static part in host memory, beside a GPU; samples:
+    (seconds, live bytes) over time.
     """
 
     parts: dict[str, int] = field(default_factory=dict)
@@ -194,8 +205,9 @@ class StepMemory:
 class StepMeter:
     """Measures the step run while it is entered; its around() must enclose every forward and every backward.
 
-    follow: also follow every storage, which costs each operation some microseconds (off: peak and samples stay empty).
-    "working set" in parts is what the peak holds beside all other parts: gradients on their way, results of single operations.
+    follow: also follow every storage, which costs each operation some microseconds (off: peak and
+    samples stay empty). "working set" in parts is what the peak holds beside all other parts:
+    gradients on their way, results of single operations.
     """
 
     def __init__(self, engine: Any, *, follow: bool = True) -> None:

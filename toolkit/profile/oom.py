@@ -1,4 +1,6 @@
-"""When memory ends, in a profile or in a run: what asked for it, on which rank, and the nearest change that fits."""
+"""When memory ends, in a profile or in a run: what asked for it, on which rank, and the nearest
+change that fits.
+"""
 
 from __future__ import annotations
 

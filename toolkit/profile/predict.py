@@ -1,4 +1,6 @@
-"""What the estimate says of a run that is about to be profiled, in the parts that a rank can measure: no torch."""
+"""What the estimate says of a run that is about to be profiled, in the parts that a rank can
+measure: no torch.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ TIME_OF = {
 
 
 def memory(w: Workload, hardware: Hardware, stage: int, *, dp_rank: int = 0) -> dict[str, float]:
-    """Bytes of one rank by part, each at its largest, and the peak; offloaded states count only where they share the rank's memory."""
+    """Bytes of one rank by part, each at its largest, and the peak; offloaded states count only
+    where they share the rank's memory.
+    """
     cpu = not hardware.gpu.accelerator
     parts = own_engine.on_device(w, stage, cpu=cpu, dp_rank=dp_rank)
     parts |= own_engine.stage_saved(w, stage, cpu=cpu)
@@ -47,7 +51,9 @@ def memory(w: Workload, hardware: Hardware, stage: int, *, dp_rank: int = 0) -> 
 
 
 def seconds(w: Workload, hardware: Hardware) -> dict[str, float]:
-    """Seconds of a step as the planner's cost model gives them, in the parts of TIME_OF, and the step; empty for an unknown GPU."""
+    """Seconds of a step as the planner's cost model gives them, in the parts of TIME_OF, and the
+    step; empty for an unknown GPU.
+    """
     if hardware.gpu.name == UNKNOWN:
         return {}
     estimated = step_time(w, hardware)
@@ -60,7 +66,8 @@ def seconds(w: Workload, hardware: Hardware) -> dict[str, float]:
 def hardware_here(*, gpu: str | None, ranks: int, memory_gib: float | None = None) -> Hardware:
     """This machine as the planner sees it. gpu: the device's own name, None on a CPU.
 
-    A GPU that the catalogue lacks stands in under UNKNOWN: memory needs none of its figures, and seconds() says nothing of it.
+    A GPU that the catalogue lacks stands in under UNKNOWN: memory needs none of its figures, and
+    seconds() says nothing of it.
     """
     try:
         hardware = parse_hardware(f"{'cpu' if gpu is None else find_gpu(gpu).name}:{ranks}")
@@ -71,7 +78,9 @@ def hardware_here(*, gpu: str | None, ranks: int, memory_gib: float | None = Non
 
 
 def as_json(w: Workload, hardware: Hardware) -> dict[str, Any]:
-    """The part "predicted" of profile.json; its range holds 80 % intervals: bytes of each stage's peak, seconds a step, tokens a second."""
+    """The part "predicted" of profile.json; its range holds 80 % intervals: bytes of each stage's
+    peak, seconds a step, tokens a second.
+    """
     by_stage = {str(s): {k: round(v) for k, v in memory(w, hardware, s).items()} for s in range(w.pp)}
     ends = ranges(estimate(w, hardware), step_time(w, hardware))
     told = seconds(w, hardware)

@@ -42,14 +42,18 @@ WARM_UP = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """steps: how many are timed; memory_limit: GiB a rank may take beyond what it holds before the model, None: all there is."""
+    """steps: how many are timed; memory_limit: GiB a rank may take beyond what it holds before the
+    model, None: all there is.
+    """
 
     steps: int = 3
     memory_limit: float | None = None
 
 
 def profile(resolved: ResolvedRun, options: Options) -> None:
-    """Run and measure on this rank; rank 0 writes RUN/profile.json. Raises OutOfMemory with the place where memory ended."""
+    """Run and measure on this rank; rank 0 writes RUN/profile.json. Raises OutOfMemory with the
+    place where memory ended.
+    """
     world = World.from_environment()
     run_dir = resolved.config.run.dir
     resolved = own_folder(resolved, steps=WARM_UP + options.steps + 2)
@@ -82,7 +86,9 @@ def profile(resolved: ResolvedRun, options: Options) -> None:
 
 
 def own_folder(resolved: ResolvedRun, *, steps: int) -> ResolvedRun:
-    """The run as it is profiled: it writes below RUN/profile alone, saves and resumes nothing, and computes uncompiled."""
+    """The run as it is profiled: it writes below RUN/profile alone, saves and resumes nothing, and
+    computes uncompiled.
+    """
     config, changed = resolved.config, resolved.config.model_copy(deep=True)
     changed.data.cache_dir = cache_dir_of(config)
     changed.run.dir = config.run.dir / "profile"
@@ -194,7 +200,9 @@ class Session:
         return name
 
     def _target(self, name: str) -> Path:
-        """A file of the run folder, in a folder made on this host too: only rank 0's has one yet where hosts share no disk."""
+        """A file of the run folder, in a folder made on this host too: only rank 0's has one yet
+        where hosts share no disk.
+        """
         target = self.run_dir / name
         target.parent.mkdir(parents=True, exist_ok=True)
         return target

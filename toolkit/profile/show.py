@@ -1,4 +1,6 @@
-"""`toolkit profile`'s tables: predicted against measured, with the 80 % intervals, where the step's time goes, what goes over the wire. No torch."""
+"""`toolkit profile`'s tables: predicted against measured, with the 80 % intervals, where the step's
+time goes, what goes over the wire. No torch.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def percent(predicted: float, measured: float) -> str:
 
 
 def time_rows(profile: Mapping[str, Any]) -> list[tuple[str, float | None, float]]:
-    """(part, predicted, measured) seconds of one step of the slowest rank; forward and backward are predicted together, as compute."""
+    """(part, predicted, measured) seconds of one step of the slowest rank; forward and backward are
+    predicted together, as compute.
+    """
     slowest = max(profile["ranks"], key=lambda r: r["seconds"]["step"])["seconds"]
     told = profile["predicted"]["seconds"]
     compute = slowest["forward"] + slowest["backward"]

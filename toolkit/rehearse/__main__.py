@@ -1,9 +1,11 @@
-"""The interpreter of a rehearsal: puts the stand-ins in place before torch is imported, then forks one process for each rank.
+"""The interpreter of a rehearsal: puts the stand-ins in place before torch is imported, then forks
+one process for each rank.
 
     python -m toolkit.rehearse FOLDER
 
-FOLDER/jobs.json: {"device", "processes", "jobs": [{"config", "world", "rank", "steps", "hardware", "hardware_file"}, …]}.
-Each job's answer is written to FOLDER/<number>.json; standard output carries one line of JSON for each change of state.
+FOLDER/jobs.json: {"device", "processes", "jobs": [{"config", "world", "rank", "steps", "hardware",
+"hardware_file"}, …]}. Each job's answer is written to FOLDER/<number>.json; standard output carries
+one line of JSON for each change of state.
 """
 
 from __future__ import annotations

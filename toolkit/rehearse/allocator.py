@@ -1,8 +1,10 @@
-"""What PyTorch's caching allocator reserves for a sequence of allocations and frees: its rules, in integers, without a GPU.
+"""What PyTorch's caching allocator reserves for a sequence of allocations and frees: its rules, in
+integers, without a GPU.
 
-Rules as in c10/cuda/CUDACachingAllocator.cpp with default settings: sizes are multiples of 512 bytes; up to 1 MiB they come from
-segments of 2 MiB, up to 10 MiB from segments of 20 MiB, and above from a segment of their own; the smallest free block of the same
-stream that fits is taken, and split where enough of it would be left.
+Rules as in c10/cuda/CUDACachingAllocator.cpp with default settings: sizes are multiples of 512
+bytes; up to 1 MiB they come from segments of 2 MiB, up to 10 MiB from segments of 20 MiB, and above
+from a segment of their own; the smallest free block of the same stream that fits is taken, and
+split where enough of it would be left.
 """
 
 from __future__ import annotations
@@ -31,9 +33,11 @@ class Block:
 
 
 class CachingAllocator:
-    """allocated, reserved and their peaks, in bytes. capacity: what the driver gives at most; None: without end.
+    """allocated, reserved and their peaks, in bytes. capacity: what the driver gives at most; None:
+    without end.
 
-    retries: how often a new segment did not fit and cached ones had to be given back, which waits for the device.
+    retries: how often a new segment did not fit and cached ones had to be given back, which waits
+    for the device.
     """
 
     def __init__(self, *, capacity: int | None = None) -> None:

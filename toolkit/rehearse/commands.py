@@ -21,7 +21,9 @@ def rehearse(
     hardware_file: Annotated[Path | None, typer.Option(help="YAML with more GPUs")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables")] = False,
 ) -> None:
-    """Run the real program for any rank of any layout without a GPU: its memory, its messages, its waits, its time."""
+    """Run the real program for any rank of any layout without a GPU: its memory, its messages, its
+    waits, its time.
+    """
     import json
     import shutil
 

@@ -102,7 +102,8 @@ def install(kind: str, listener: Listener, *, gpu: str = "NVIDIA H100 80GB HBM3"
     _values(device)
     _objects()
     _operators(device)
-    # .to(device) and .half() of a module whose tensors are as asked for already: FakeTensors cannot be swapped in place
+    # .to(device) and .half() of a module whose tensors are as asked for already: FakeTensors cannot
+    # be swapped in place
     apply = torch.nn.Module._apply
 
     def unchanged(self: Any, function: Any, recurse: bool = True) -> Any:
@@ -124,7 +125,7 @@ def open_world(rank: int, size: int) -> None:
 
 
 def _values(device: Device) -> None:
-    """What needs the values of tensors: random generators, pinned memory, DeepSpeed's optimizer on the CPU."""
+    """What needs values of tensors: random generators, pinned memory, DeepSpeed's CPU optimizer."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
 
@@ -145,7 +146,7 @@ def _values(device: Device) -> None:
         return copy
 
     def values(self: Any) -> Any:
-        """One copy to the host, however many values there are; of what lies there already, what the rehearsal knows."""
+        """One copy to the host, however many values; of what lies there, what the rehearsal knows."""
         known = device.known.get((self.dtype, tuple(self.shape))) if self.device.type == "cpu" else None
         if known is not None:
             return list(known)
@@ -161,7 +162,7 @@ def _values(device: Device) -> None:
 
 
 def _objects() -> None:
-    """What ranks tell each other as Python objects: nobody answers, and every other rank is taken to say what this one says."""
+    """What ranks tell each other as objects: every other rank is taken to say what this one says."""
     import torch.distributed as dist
 
     def gathered(everyone: list[Any], mine: Any, *_: Any, **__: Any) -> None:
@@ -179,7 +180,9 @@ class CpuAdam:
 
 
 def install_optimizer(deepspeed: Any) -> None:
-    """In the place of what DeepSpeed compiles for optimizer states on the CPU; call it once deepspeed is imported."""
+    """In the place of what DeepSpeed compiles for optimizer states on the CPU; call it once
+    deepspeed is imported.
+    """
     deepspeed.ops.op_builder.CPUAdamBuilder.load = lambda self, *_, **__: CpuAdam()
 
 
@@ -228,7 +231,9 @@ def _operators(device: Device) -> None:
 
 
 def _fused_rms_norm() -> None:
-    """A GPU's RMSNorm is one kernel that keeps its input and one fp32 number a row; the CPU build knows only the chain of operators."""
+    """A GPU's RMSNorm is one kernel that keeps its input and one fp32 number a row; the CPU build
+    knows only the chain of operators.
+    """
     import torch
     import torch.nn.functional as F
 

@@ -1,4 +1,5 @@
-"""The disk of a rehearsal: what DeepSpeed's compiled reader and writer of files offers, with tensors that hold nothing.
+"""The disk of a rehearsal: what DeepSpeed's compiled reader and writer of files offers, with
+tensors that hold nothing.
 
 Files are neither made nor read; bytes and page-locked buffers are reported.
 """
@@ -25,7 +26,9 @@ class Reports(Protocol):
 
 
 class Handle:
-    """DeepSpeed's handle of asynchronous reads and writes: it takes requests, and wait() says how many have ended."""
+    """DeepSpeed's handle of asynchronous reads and writes: it takes requests, and wait() says how
+    many have ended.
+    """
 
     def __init__(self, reports: Reports) -> None:
         self.reports, self.pending = reports, 0
@@ -62,6 +65,8 @@ class Handle:
 
 
 def install(deepspeed: Any, reports: Callable[[], Reports]) -> None:
-    """In the place of what DeepSpeed compiles for offload to files; reports: asked for whenever a handle is made."""
+    """In the place of what DeepSpeed compiles for offload to files; reports: asked for whenever a
+    handle is made.
+    """
     operators = SimpleNamespace(aio_handle=lambda *_, **__: Handle(reports()))
     deepspeed.ops.op_builder.AsyncIOBuilder.load = lambda self, *_, **__: operators

@@ -1,4 +1,5 @@
-"""The small C++ library without which a CPU build of torch refuses tensors of device cuda: compiled once, found without torch.
+"""The small C++ library without which a CPU build of torch refuses tensors of device cuda: compiled
+once, found without torch.
 
 python -m toolkit.rehearse.guard        compiles it and prints where it lies
 """
@@ -21,7 +22,9 @@ SOURCE = Path(__file__).with_name("cuda_guard.cpp")
 
 
 def name() -> str:
-    """The library's name, which changes with what it is built from: its source, this file and torch's headers."""
+    """The library's name, which changes with what it is built from: its source, this file and
+    torch's headers.
+    """
     digest = hashlib.sha256(SOURCE.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:8]
     return f"toolkit_guard_{re.sub(r'[^0-9a-zA-Z]', '_', version('torch'))}_{digest}"
 

@@ -1,4 +1,6 @@
-"""The host memory of a played device: tensors of the CPU that a rank holds while it rehearses a GPU, and what pinning them adds."""
+"""The host memory of a played device: tensors of the CPU that a rank holds while it rehearses a
+GPU, and what pinning them adds.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,12 @@ from toolkit.rehearse.place import device_of
 
 
 class HostMemory:
-    """Bytes of one rank's tensors in host memory. now: alive; peak: the most so far; pinned: page-locked blocks, used or kept.
+    """Bytes of one rank's tensors in host memory. now: alive; peak: the most so far; pinned:
+    page-locked blocks, used or kept.
 
-    PyTorch's allocator of page-locked memory rounds each block up to a power of two and never gives one back to the system, only to
-    another tensor of the same size (ATen/core/CachingHostAllocator.h).
+    PyTorch's allocator of page-locked memory rounds each block up to a power of two and never gives
+    one back to the system, only to another tensor of the same size
+    (ATen/core/CachingHostAllocator.h).
     """
 
     def __init__(self) -> None:

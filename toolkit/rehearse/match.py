@@ -1,7 +1,8 @@
-"""Ranks' messages laid side by side: every member of a group must send the same, in the same order, or a cluster waits for ever.
+"""Ranks' messages laid side by side: every member of a group must send the same, in the same order,
+or a cluster waits for ever.
 
-Only some ranks are rehearsed. Another rank of the same stage does the same in its own groups, so its messages are those of a
-rehearsed one with the groups moved to its place.
+Only some ranks are rehearsed. Another rank of the same stage does the same in its own groups, so
+its messages are those of a rehearsed one with the groups moved to its place.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ AXES = ("tp", "cp", "dp", "pp")
 
 @dataclass(frozen=True)
 class Sent:
-    """One message as a rank issues it. group, peer: global ranks; number: its place among the rank's messages."""
+    """One message as a rank issues it. group, peer: global ranks; number: its place among the
+    rank's messages.
+    """
 
     number: int
     operation: str
@@ -65,7 +68,8 @@ def expand(ranks: Any) -> tuple[int, ...]:
 
 
 def cast(layout: Layout, answers: Sequence[dict[str, Any]], *, part: str = "step") -> dict[int, tuple[dict[str, Any], list[Sent]]]:
-    """The ranks that are matched, with the answer each plays and its messages: all rehearsed places, on every rehearsed stage.
+    """The ranks that are matched, with the answer each plays and its messages: all rehearsed
+    places, on every rehearsed stage.
 
     part: whose messages, a step's or an evaluation's.
     """

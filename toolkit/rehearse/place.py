@@ -38,7 +38,9 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def here() -> str:
-    """The innermost line of the program itself: file, line and function, past torch's own and the recorder's."""
+    """The innermost line of the program itself: file, line and function, past torch's own and the
+    recorder's.
+    """
     frame: Any = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename

@@ -1,7 +1,9 @@
-"""The matched ranks played against each other in time: streams, messages that wait for their partners, the pipeline's idle time.
+"""The matched ranks played against each other in time: streams, messages that wait for their
+partners, the pipeline's idle time.
 
-A message runs on a stream of its own, as NCCL's do: one for each group, one for each pair of ranks where sends are not batched. It
-starts when every partner that is played has reached it. Partners that are not played are there at once.
+A message runs on a stream of its own, as NCCL's do: one for each group, one for each pair of ranks
+where sends are not batched. It starts when every partner that is played has reached it. Partners
+that are not played are there at once.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ Span = tuple[str, str, float, float]
 
 @dataclass
 class Played:
-    """step_s: the longest rank's step. spans and idle_s: by rank; idle: its compute stream has nothing to run."""
+    """step_s: the longest rank's step. spans and idle_s: by rank; idle: its compute stream has
+    nothing to run.
+    """
 
     step_s: float = 0.0
     spans: dict[int, list[Span]] = field(default_factory=dict)

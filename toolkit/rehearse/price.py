@@ -14,7 +14,9 @@ Shape = Sequence[int]
 
 
 class Price:
-    """The times of one rank's kernels on a cluster. scale: the calibrated share of the GPU's matmul ceiling."""
+    """The times of one rank's kernels on a cluster. scale: the calibrated share of the GPU's matmul
+    ceiling.
+    """
 
     def __init__(self, hardware: Hardware, *, scale: float = 1.0) -> None:
         self.hardware, self.gpu, self.scale = hardware, hardware.gpu, scale
@@ -43,7 +45,9 @@ class Price:
         return VALUES.kernel_launch + nbytes / (self.gpu.host_gb_s * GB)
 
     def message(self, operation: str, ranks: Sequence[int], nbytes: float, *, peer: int | None, rank: int) -> float:
-        """A collective over ranks, or a send or receive. nbytes: of what this rank puts in (a gather) or of the whole (else)."""
+        """A collective over ranks, or a send or receive. nbytes: of what this rank puts in (a
+        gather) or of the whole (else).
+        """
         if peer is not None:
             return network.send_time(nbytes, hardware=self.hardware, distance=abs(peer - rank))
         if len(ranks) < 2:

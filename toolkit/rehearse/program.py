@@ -1,4 +1,5 @@
-"""The training loop itself for one rank, a step at a time under a recorder: its steps, one evaluation, and what a save does to the device.
+"""The training loop itself for one rank, a step at a time under a recorder: its steps, one
+evaluation, and what a save does to the device.
 
 Also what a real run on CPU is measured with, so that a rehearsal is held to the same program.
 """
@@ -46,7 +47,9 @@ class Zeros:
 
 
 def known_values(config: RunConfig) -> dict[tuple[Any, tuple[int, ...]], list[int]]:
-    """Values in host memory that the program reads, by dtype and shape: where the documents of a micro-batch of Zeros begin."""
+    """Values in host memory that the program reads, by dtype and shape: where the documents of a
+    micro-batch of Zeros begin.
+    """
     t = config.train
     bounds = list(range(0, (t.micro_batch_size + 1) * t.seq_length, t.seq_length))
     return {(torch.int32, (len(bounds),)): bounds} if config.data.document_mask else {}
@@ -85,7 +88,9 @@ class SavedByPart(Saved):
 
 
 class Play:
-    """One rank's run. folder: stands for the run's own, which is left alone; steps: the most that step() is called."""
+    """One rank's run. folder: stands for the run's own, which is left alone; steps: the most that
+    step() is called.
+    """
 
     def __init__(self, config: RunConfig, layout: Layout, rank: int, recorder: Recorder, *, folder: Path, steps: int = 2) -> None:
         self.config, self.layout, self.rank, self.recorder = config.model_copy(deep=True), layout, rank, recorder
@@ -144,7 +149,9 @@ class Play:
         return self.recorder.step
 
     def save(self) -> Step:
-        """What a save asks of the device: everything a rank holds copied into host memory. Nothing is written."""
+        """What a save asks of the device: everything a rank holds copied into host memory. Nothing
+        is written.
+        """
         self._fresh("save")
         settings = SaveSettings(folder=self.config.run.dir, token="", keep=1, distrusted=frozenset(), facts={})
         Saver(self.config, self.layout, EngineState(self.engine), settings).copied()

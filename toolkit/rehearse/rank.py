@@ -1,4 +1,5 @@
-"""One rank of a rehearsal: the program's own connect, model, engine, schedule and step, on tensors without data.
+"""One rank of a rehearsal: the program's own connect, model, engine, schedule and step, on tensors
+without data.
 
 Imported only where toolkit.rehearse.device has put its stand-ins in place.
 """

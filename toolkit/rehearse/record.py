@@ -1,7 +1,9 @@
-"""What a rank does, written down as it does it: operators, kernels, waits and host synchronisations, with their places.
+"""What a rank does, written down as it does it: operators, kernels, waits and host
+synchronisations, with their places.
 
-A TorchDispatchMode sees every operator; storages.py counts their memory and wire.py the messages. It works on tensors without data
-(a rehearsal) and on real ones (the run that a rehearsal is held to).
+A TorchDispatchMode sees every operator; storages.py counts their memory and wire.py the messages.
+It works on tensors without data (a rehearsal) and on real ones (the run that a rehearsal is held
+to).
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ _NO_KERNEL = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_st
 
 
 class Recorder(TorchDispatchMode):
-    """Active from before the model is built, so that the allocator sees all. kind: the device type that counts."""
+    """Active from before the model is built, so that the allocator sees all. kind: the device type
+    that counts.
+    """
 
     def __init__(self, kind: str, *, price: Price | None = None, capacity: int | None = None, rank: int = 0) -> None:
         super().__init__()
@@ -113,7 +117,8 @@ class Recorder(TorchDispatchMode):
             return
         if kind == "copy" and len(places) > 1:
             big = max((t.numel() * t.element_size() for t in (*inputs, *outputs)), default=0)
-            # a copy out of the device always waits unless it is told not to; one into it waits for memory that is not pinned
+            # a copy out of the device always waits unless it is told not to; one into it waits for
+            # memory that is not pinned
             if not (kwargs.get("non_blocking") or (len(args) > 2 and args[2] is True)) and big > 8:
                 self.sync("a copy between host and device")
             self._run("copy " + name, self.price.host_copy(big) if self.price else 0.0)
@@ -173,7 +178,9 @@ class Recorder(TorchDispatchMode):
         self.host.pin(tensor)
 
     def locked(self, tensor: Any) -> None:
-        """A buffer of the swapping to files: page-locked by the system itself, without the allocator's rounding."""
+        """A buffer of the swapping to files: page-locked by the system itself, without the
+        allocator's rounding.
+        """
         self.host.lock(tensor)
 
     def disk(self, way: str, nbytes: int) -> None:

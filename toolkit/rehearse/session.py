@@ -1,4 +1,6 @@
-"""Start a rehearsal and collect its ranks' answers: pure, since the interpreter that rehearses is a process of its own."""
+"""Start a rehearsal and collect its ranks' answers: pure, since the interpreter that rehearses is a
+process of its own.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ Progress = Callable[[str, float], None]
 
 
 class RehearsalError(ToolkitError):
-    """The program failed in a rehearsal as it would on the cluster, or the rehearsal cannot play what it asks for."""
+    """The program failed in a rehearsal as it would on the cluster, or the rehearsal cannot play
+    what it asks for.
+    """
 
     exit_code = 3
 
@@ -54,7 +58,9 @@ class Job:
 
 
 def prepare(config: RunConfig, hardware: Hardware) -> tuple[RunConfig, Layout]:
-    """The config as it is rehearsed: nothing is read, saved, logged or compiled; LayoutError where the rules or a rehearsal refuse it."""
+    """The config as it is rehearsed: nothing is read, saved, logged or compiled; LayoutError where
+    the rules or a rehearsal refuse it.
+    """
     changed = config.model_copy(deep=True)
     layout = check(changed, hardware.count, machine=hardware.machine)
     if changed.model.impl == "te":
@@ -70,7 +76,9 @@ def prepare(config: RunConfig, hardware: Hardware) -> tuple[RunConfig, Layout]:
 
 
 def choose_ranks(text: str, layout: Layout, *, worst: Callable[[], int]) -> list[int]:
-    """Ranks that `--ranks` names: stages (one of each stage), worst (of the stage that needs most memory), all, or their numbers."""
+    """Ranks that `--ranks` names: stages (one of each stage), worst (of the stage that needs most
+    memory), all, or their numbers.
+    """
     if text == "stages":
         return [layout.rank(Coordinates(tp=0, cp=0, dp=0, pp=stage)) for stage in range(layout.pp)]
     if text == "worst":
@@ -97,7 +105,8 @@ def run(
     progress: Progress = lambda phase, share: None,
     answered: Callable[[int, dict[str, Any]], None] = lambda number, answer: None,
 ) -> list[dict[str, Any]]:
-    """The answers of all jobs in their order, each as toolkit.rehearse.rank.rehearse gives it, or with "error" and "trace".
+    """The answers of all jobs in their order, each as toolkit.rehearse.rank.rehearse gives it, or
+    with "error" and "trace".
 
     answered: called with a job's number and its answer as soon as it is there.
     """

@@ -1,7 +1,9 @@
-"""A FakeTensorMode that answers again quickly: a rehearsal asks for the same operators on the same shapes thousands of times.
+"""A FakeTensorMode that answers again quickly: a rehearsal asks for the same operators on the same
+shapes thousands of times.
 
-A view is made on the meta device at once. Any other operator goes through PyTorch's own rules the first time; its outputs' shapes are
-remembered by everything that they can depend on. Imported only where torch is.
+A view is made on the meta device at once. Any other operator goes through PyTorch's own rules the
+first time; its outputs' shapes are remembered by everything that they can depend on. Imported only
+where torch is.
 """
 
 from __future__ import annotations
@@ -83,7 +85,9 @@ class ShapeMode(FakeTensorMode):
 
 
 def _kind(func: Any) -> Any:
-    """view: an alias of the first argument; plain: outputs depend on shapes and plain values alone; _SLOW: neither is certain."""
+    """view: an alias of the first argument; plain: outputs depend on shapes and plain values alone;
+    _SLOW: neither is certain.
+    """
     if func.namespace != "aten" or not isinstance(func, torch._ops.OpOverload):
         return _SLOW
     tags = func.tags
@@ -129,7 +133,9 @@ def _describe(values: Any, found: list[Any]) -> bool:
 
 
 def _description(result: Any, args: Any) -> Any:
-    """How to make a result again: for each tensor the argument that it is, or shape, stride, type and device; else _SLOW."""
+    """How to make a result again: for each tensor the argument that it is, or shape, stride, type
+    and device; else _SLOW.
+    """
     own = {id(a): i for i, a in enumerate(args) if isinstance(a, FakeTensor)}
     inside = {t.untyped_storage()._cdata for t in _fakes(args)}
     results = result if isinstance(result, (list, tuple)) else [result]

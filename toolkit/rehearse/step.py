@@ -1,4 +1,6 @@
-"""What one step of a rank was: its messages, kernels, waits, host synchronisations and peak, as plain values."""
+"""What one step of a rank was: its messages, kernels, waits, host synchronisations and peak, as
+plain values.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,11 @@ from typing import Any
 
 @dataclass
 class Message:
-    """One collective, send or receive as a rank issues it. group: its number in the record; nbytes: of what COLLECTIVES names.
+    """One collective, send or receive as a rank issues it. group: its number in the record; nbytes:
+    of what COLLECTIVES names.
 
-    batch: number of the batch_isend_irecv it belongs to, None outside of one. peer: a send's or receive's other rank, a broadcast's root.
+    batch: number of the batch_isend_irecv it belongs to, None outside of one. peer: a send's or
+    receive's other rank, a broadcast's root.
     """
 
     operation: str
@@ -39,7 +43,8 @@ class Peak:
 
 @dataclass
 class Step:
-    """What one optimizer step did. program: kernels by stream, messages, waits and synchronisations in the order issued.
+    """What one optimizer step did. program: kernels by stream, messages, waits and synchronisations
+    in the order issued.
 
     disk: bytes read from and written to files that states are offloaded to.
     """

@@ -1,4 +1,6 @@
-"""The memory of a played device: which storages live, what part each counts for, and what the caching allocator reserves for them."""
+"""The memory of a played device: which storages live, what part each counts for, and what the
+caching allocator reserves for them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from toolkit.rehearse.place import device_of
 
 
 class Storages:
-    """Bytes alive by part. kind: the device type that counts; capacity: of the device in bytes, None without a limit."""
+    """Bytes alive by part. kind: the device type that counts; capacity: of the device in bytes,
+    None without a limit.
+    """
 
     def __init__(self, kind: str, *, capacity: int | None = None) -> None:
         self.kind = kind
@@ -62,7 +66,9 @@ class Storages:
             self.part[address] = part
 
     def answer(self, what: str) -> int:
-        """What torch.cuda would answer: allocated, reserved, peak allocated, peak reserved; or do empty_cache, reset…."""
+        """What torch.cuda would answer: allocated, reserved, peak allocated, peak reserved; or do
+        empty_cache, reset….
+        """
         a = self.allocator
         if what == "empty_cache":
             a.empty_cache()

@@ -1,4 +1,6 @@
-"""Every message that a rank puts on a process group, written down at the class all of torch.distributed's calls end in."""
+"""Every message that a rank puts on a process group, written down at the class all of
+torch.distributed's calls end in.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from toolkit.rehearse.step import Message, Step
 
 
 class Wire:
-    """Writes a rank's messages into a step. step, stream: give the step and the stream of this moment; groups: number by ranks."""
+    """Writes a rank's messages into a step. step, stream: give the step and the stream of this
+    moment; groups: number by ranks.
+    """
 
     def __init__(self, rank: int, *, price: Price | None, step: Callable[[], Step], stream: Callable[[], int]) -> None:
         self.rank, self.price, self.step, self.stream = rank, price, step, stream

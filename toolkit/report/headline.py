@@ -1,4 +1,6 @@
-"""What a reader of a report wants to know first: how each run ended, what holds it up, and its figures as tiles."""
+"""What a reader of a report wants to know first: how each run ended, what holds it up, and its
+figures as tiles.
+"""
 
 from __future__ import annotations
 
@@ -122,6 +124,8 @@ def numbers(metrics: Sequence[Mapping[str, Any]], key: str) -> list[float]:
 
 
 def _checkpoints(run: RunFolder) -> Path:
-    """checkpoint.dir of the config, which is relative to where the run was started, or checkpoints/ in the run's folder."""
+    """checkpoint.dir of the config, which is relative to where the run was started, or checkpoints/
+    in the run's folder.
+    """
     named = ((run.config or {}).get("checkpoint") or {}).get("dir")
     return Path(named).expanduser() if named else run.path / "checkpoints"

@@ -1,4 +1,6 @@
-"""The report's tables of hosts: how evenly the ranks worked, and how often a supervisor had to start them again."""
+"""The report's tables of hosts: how evenly the ranks worked, and how often a supervisor had to
+start them again.
+"""
 
 from __future__ import annotations
 

@@ -87,7 +87,9 @@ def against(profile: Mapping[str, Any]) -> str:
 
 
 def over_time(profile: Mapping[str, Any]) -> str:
-    """Live bytes of the fullest rank of every stage during one optimizer step, and the predicted peaks as broken lines."""
+    """Live bytes of the fullest rank of every stage during one optimizer step, and the predicted
+    peaks as broken lines.
+    """
     ranks = [rank for rank in worst_of_stage(profile) if rank["memory_over_time"]]
     if not ranks:
         return tag("p", "Memory over time was not followed.", class_="note")

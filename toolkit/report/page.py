@@ -1,4 +1,6 @@
-"""One self-contained HTML page from runs: opens offline, asks for nothing, follows the reader's light or dark scheme."""
+"""One self-contained HTML page from runs: opens offline, asks for nothing, follows the reader's
+light or dark scheme.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The report's pictures of whole runs: loss and throughput curves, the runs side by side, the ranking of tune."""
+"""The report's pictures of whole runs: loss and throughput curves, the runs side by side, the
+ranking of tune.
+"""
 
 from __future__ import annotations
 
@@ -147,7 +149,9 @@ def _plan_name(plan: Mapping[str, Any]) -> str:
 
 
 def ranking(tune: Mapping[str, Any]) -> str:
-    """Every plan of a ranking as a dot, memory against speed, and as a row; a click on one marks the other."""
+    """Every plan of a ranking as a dot, memory against speed, and as a row; a click on one marks
+    the other.
+    """
     plans: list[Mapping[str, Any]] = tune["plans"]
     if not plans:
         return tag("p", "No plan fits.", class_="note")

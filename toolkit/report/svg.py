@@ -1,4 +1,6 @@
-"""SVG marks and axes as text: enough for the charts of a report, escaped, coloured by the page's style sheet."""
+"""SVG marks and axes as text: enough for the charts of a report, escaped, coloured by the page's
+style sheet.
+"""
 
 from __future__ import annotations
 

@@ -23,10 +23,13 @@ log = logging.getLogger("toolkit.train")
 class StepRecord:
     """What is known of one optimizer step. tokens: consumed since the start of the run;
     memory_gib: peak device memory of the worst rank (resident memory on a CPU); mfu: null where the
-    device's peak is not known; a skipped step has a null grad_norm. data_wait_s: seconds the worst rank's host waited for micro-batches
-    within the step, mostly the next one's: on a GPU this step's kernels hide them as long as they last. save_pause_s: seconds this step's checkpoint
-    held up training; save_write_s: seconds from its start until a checkpoint counted, at the step where that was seen; own: numbers that hooks add,
-    null for one that is not finite, beside the others in metrics.jsonl."""
+    device's peak is not known; a skipped step has a null grad_norm. data_wait_s: seconds the worst
+    rank's host waited for micro-batches within the step, mostly the next one's: on a GPU this
+    step's kernels hide them as long as they last. save_pause_s: seconds this step's checkpoint held
+    up training; save_write_s: seconds from its start until a checkpoint counted, at the step where
+    that was seen; own: numbers that hooks add, null for one that is not finite, beside the others
+    in metrics.jsonl.
+    """
 
     step: int
     loss: float | None
@@ -53,7 +56,8 @@ _ALWAYS = frozenset(list(StepRecord.__dataclass_fields__)[:11])
 class Metrics:
     """Writes records on the rank that has a folder; does nothing on the others.
 
-    resumed: the step a run goes on from; records up to it are kept, later ones (of a run that was cut off) go.
+    resumed: the step a run goes on from; records up to it are kept, later ones (of a run that was
+    cut off) go.
     """
 
     def __init__(
@@ -75,7 +79,9 @@ class Metrics:
             self.file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, record: StepRecord, *, durable: bool = False) -> None:
-        """Add one step; a null is left out unless every record has the key. durable: return once it is on disk."""
+        """Add one step; a null is left out unless every record has the key. durable: return once it
+        is on disk.
+        """
         if self.file is None:
             return
         self.pace.add(step_s=record.step_s, tokens_per_s=record.tokens_per_s)
@@ -103,7 +109,9 @@ class Metrics:
             )
 
     def left_s(self, record: StepRecord) -> float | None:
-        """Seconds from this step, which has been written, to the end of the run; None where that is not known, or it is the last."""
+        """Seconds from this step, which has been written, to the end of the run; None where that is
+        not known, or it is the last.
+        """
         return self.pace.left_s(self.steps - record.step) if record.step < self.steps else None
 
     def close(self) -> None:
@@ -138,7 +146,9 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def after_warm_up(records: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-    """Records that count for speed: without the first fifth (kernels load and compile, allocators fill), one at least."""
+    """Records that count for speed: without the first fifth (kernels load and compile, allocators
+    fill), one at least.
+    """
     return records[min(len(records) - 1, max(1, len(records) // 5)) :]
 
 

@@ -1,4 +1,6 @@
-"""RUN/profile.json: written whole or not at all, and read back with a message for whatever is wrong with it. No torch."""
+"""RUN/profile.json: written whole or not at all, and read back with a message for whatever is wrong
+with it. No torch.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def write_profile(run_dir: Path, profile: Mapping[str, Any]) -> Path:
 
 
 def read_profile(run_dir: Path) -> dict[str, Any] | None:
-    """What `toolkit profile` wrote, None where it has not run; raises DataError for a file that is damaged or of another version."""
+    """What `toolkit profile` wrote, None where it has not run; raises DataError for a file that is
+    damaged or of another version.
+    """
     path = run_dir / PROFILE
     try:
         text = path.read_text(encoding="utf-8")

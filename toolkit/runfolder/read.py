@@ -1,4 +1,6 @@
-"""What a report shows of a run folder: metrics.jsonl, profile.json, config.yaml, tune.json; whatever is damaged is named."""
+"""What a report shows of a run folder: metrics.jsonl, profile.json, config.yaml, tune.json;
+whatever is damaged is named.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ TUNE_FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """One run as found on disk; a part that is not there is empty, and notes say what a reader should know of it."""
+    """One run as found on disk; a part that is not there is empty, and notes say what a reader
+    should know of it.
+    """
 
     name: str
     path: Path
@@ -35,7 +39,9 @@ class RunFolder:
 
 
 def read_runs(paths: list[Path]) -> list[RunFolder]:
-    """All runs of a report, under the shortest names that tell them apart; raises DataError naming the folder, file and line."""
+    """All runs of a report, under the shortest names that tell them apart; raises DataError naming
+    the folder, file and line.
+    """
     resolved = [Path(path).resolve() for path in dict.fromkeys(paths)]
     names = [path.name for path in resolved]
     return [
@@ -73,7 +79,9 @@ def _read(path: Path, given: Path, name: str) -> RunFolder:
 
 
 def _metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Records by line. A last line without its end is what a killed run leaves and is passed over; any other damage is an error."""
+    """Records by line. A last line without its end is what a killed run leaves and is passed over;
+    any other damage is an error.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError:

@@ -14,11 +14,12 @@ PHASES = ("detect", "tear down", "plan", "start", "load", "first step")
 
 @dataclass
 class Recovery:
-    """One start of the ranks after the first. reason: in a few words; lost: hosts that left; joined: hosts that came.
+    """One start of the ranks after the first. reason: in a few words; lost: hosts that left;
+    joined: hosts that came.
 
     last_step: the last one taken before; resumed_step: that of the checkpoint gone on from. seconds,
-    by phase: detect (from the last step, or sign of life, to knowing), tear down, plan, start (processes start and
-    import), load (the model is built and the checkpoint read), first step.
+    by phase: detect (from the last step, or sign of life, to knowing), tear down, plan, start
+    (processes start and import), load (the model is built and the checkpoint read), first step.
     """
 
     at: str

@@ -27,7 +27,8 @@ from toolkit.parallel.rules import Machine, check
 LOST_AFTER_S = 10.0
 RUNNERS = ("pdsh", "openmpi")
 KINDS = ("trainjob", "mpijob")
-# options that mean something for some ways of starting only; elsewhere they are refused, since nothing is ignored in silence
+# options that mean something for some ways of starting only; elsewhere they are refused, since
+# nothing is ignored in silence
 BELONGS = {
     "--runner": ("--hostfile",),
     "--node-rank": ("--hostfile",),
@@ -202,7 +203,9 @@ def _one_of(option: str, value: str, values: Sequence[str]) -> str:
 
 
 def _job(path: Path, overrides: Sequence[str], *, nodes: int, ranks_per_node: int, gpus: bool) -> Job:
-    """The job of a config that the rules accept for that many ranks; its data and this machine are the nodes' own affair."""
+    """The job of a config that the rules accept for that many ranks; its data and this machine are
+    the nodes' own affair.
+    """
     config = load_config(path, overrides)
     check(config, nodes * ranks_per_node, machine=Machine(cuda=gpus, transformer_engine=gpus))
     return Job(

@@ -1,4 +1,5 @@
-"""`python -m toolkit.supervise.host`: what the supervisor starts on each host, once for every start of the run's ranks.
+"""`python -m toolkit.supervise.host`: what the supervisor starts on each host, once for every start
+of the run's ranks.
 
 It runs torch's elastic agent, which meets those of the other hosts, starts this host's ranks and ends
 them at the first failure. The supervisor writes lines of JSON to its standard input and reads others
@@ -109,9 +110,11 @@ def main() -> int:
 
 
 def run_ranks(spec: dict[str, Any]) -> tuple[int, dict[str, int], str]:
-    """Start this host's ranks through torch's elastic agent; the exit code, those of ranks that failed, and what else went wrong.
+    """Start this host's ranks through torch's elastic agent; the exit code, those of ranks that
+    failed, and what else went wrong.
 
-    That is for the supervisor to say: agents of other hosts fail as well when the one is gone where they meet.
+    That is for the supervisor to say: agents of other hosts fail as well when the one is gone where
+    they meet.
     """
     quiet = "TORCH_CPP_LOG_LEVEL" not in os.environ
     if quiet:  # the agent's own connections, whose warnings no user can act on; the ranks keep theirs

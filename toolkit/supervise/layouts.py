@@ -1,4 +1,6 @@
-"""The layout of a run on the hosts that are there: the config's own where it fits, else the planner's best."""
+"""The layout of a run on the hosts that are there: the config's own where it fits, else the
+planner's best.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from toolkit.plan.tune import Question, planned, tune
 
 @dataclass(frozen=True)
 class Start:
-    """nodes: hosts that take part; words: overrides that change the config's layout; described: the layout for a person."""
+    """nodes: hosts that take part; words: overrides that change the config's layout; described: the
+    layout for a person.
+    """
 
     nodes: int
     words: tuple[str, ...]
@@ -45,7 +49,8 @@ class Layouts:
         self.known: dict[int, Start] = {}
 
     def on(self, nodes: int) -> Start:
-        """The layout for at most so many hosts; fewer take part where the batch does not divide by all of them.
+        """The layout for at most so many hosts; fewer take part where the batch does not divide by
+        all of them.
 
         Raises LayoutError where none is legal and fits.
         """

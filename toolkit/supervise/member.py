@@ -21,7 +21,9 @@ Event = tuple["Member", dict[str, Any]]
 
 
 class Member:
-    """One host of one start. Events of all members come together in one queue. timeout_s: for ssh to connect."""
+    """One host of one start. Events of all members come together in one queue. timeout_s: for ssh
+    to connect.
+    """
 
     def __init__(self, host: str, events: queue.Queue[Event], *, python_path: str, timeout_s: int) -> None:
         self.host, self.events = host, events

@@ -1,4 +1,6 @@
-"""`python -m toolkit.supervise.rank CONFIG [key=value…]`: one rank of an elastic run, which ends with the agent that started it."""
+"""`python -m toolkit.supervise.rank CONFIG [key=value…]`: one rank of an elastic run, which ends
+with the agent that started it.
+"""
 
 from __future__ import annotations
 

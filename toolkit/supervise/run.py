@@ -1,4 +1,5 @@
-"""Keeps a run alive over hosts that die and come back: start the ranks, see what fails, plan again, go on from the checkpoint.
+"""Keeps a run alive over hosts that die and come back: start the ranks, see what fails, plan again,
+go on from the checkpoint.
 
 The supervisor holds the locks of the run's folders, starts one agent a host over ssh (host.py) and
 does nothing but listen. What it must know lies in the run folder, so it may be killed and started
@@ -49,7 +50,9 @@ FINAL_CODES = (2, 3, 4)  # a rank's own refusal: another start would say the sam
 
 @dataclass
 class Ended:
-    """How a start ended. code: 0 when the run is done; final: another start would not help; lost: hosts that are gone."""
+    """How a start ended. code: 0 when the run is done; final: another start would not help; lost:
+    hosts that are gone.
+    """
 
     code: int
     reason: str
@@ -60,9 +63,11 @@ class Ended:
 
 
 class Supervisor:
-    """hosts: of the hostfile, in order; slots: ranks of each; config: resolved for the layout that all of them have.
+    """hosts: of the hostfile, in order; slots: ranks of each; config: resolved for the layout that
+    all of them have.
 
-    The first hosts take part, and the last `spares` wait. Raises MachineError when fewer than min_nodes are left.
+    The first hosts take part, and the last `spares` wait. Raises MachineError when fewer than
+    min_nodes are left.
     """
 
     def __init__(
@@ -321,7 +326,9 @@ class Supervisor:
         return [host for host in hosts if host in failed]
 
     def _other_version(self, member: Member) -> Ended | None:
-        """A host with other packages is left out for good: its ranks would compute something else, or not meet the others."""
+        """A host with other packages is left out for good: its ranks would compute something else,
+        or not meet the others.
+        """
         mine = facts()
         other = {name: (theirs, mine[name]) for name, theirs in (member.facts or {}).items() if mine.get(name) != theirs}
         if not other:
@@ -355,7 +362,9 @@ class Supervisor:
         return found[-1].read_text(encoding="utf-8").splitlines()[0]
 
     def _returned(self, newest: int) -> bool:
-        """Whether the run should start again with hosts that are back: at the first checkpoint after they have answered."""
+        """Whether the run should start again with hosts that are back: at the first checkpoint
+        after they have answered.
+        """
         self.prober.asked = self.down - self.refused
         for host in self.prober.back & self.down:
             log.info("host %s answers again", host)

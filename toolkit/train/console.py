@@ -43,7 +43,9 @@ def rank_name(rank: int) -> str:
 
 
 def was_told(error: BaseException) -> bool:
-    """Whether an error need not be shown again: another rank has said the cause, and this rank's own file has its traceback."""
+    """Whether an error need not be shown again: another rank has said the cause, and this rank's
+    own file has its traceback.
+    """
     return bool(getattr(error, "toolkit_was_told", False))
 
 
@@ -66,7 +68,8 @@ class ConsoleLog(logging.Handler):
         self.setFormatter(_in_utc(f"%(asctime)s {prefix}%(message)s"))
 
     def __enter__(self) -> ConsoleLog:
-        # a handler of the root logger would turn a later logging.basicConfig() of the user's script into nothing
+        # a handler of the root logger would turn a later logging.basicConfig() of the user's script
+        # into nothing
         self.logger = logging.getLogger() if logging.getLogger().handlers else logging.getLogger("toolkit")
         self.logger.addHandler(self)
         return self
@@ -75,7 +78,8 @@ class ConsoleLog(logging.Handler):
         if isinstance(error, ToolkitError):
             if isinstance(error, OutOfMemory):
                 note(self.folder, error, rank=self.rank)  # before this rank leaves, so that the others know why
-            # raised on all ranks alike, but for the end of one's memory; that the run was stopped has been said
+            # raised on all ranks alike, but for the end of one's memory; that the run was stopped
+            # has been said
             if isinstance(error, OutOfMemory) or (self.rank == 0 and not isinstance(error, Stopped)):
                 self._say(f"error: {error}")
         elif isinstance(error, Exception):
@@ -158,8 +162,8 @@ class ConsoleLog(logging.Handler):
 
 
 def watched(run: Callable[[], int], *, folder: Path, doctor: Sequence[str]) -> int:
-    """Start ranks by `run` and return their exit code, with last words for a run that failed: who failed first and, where no step
-    was taken, the command that looks at the hosts.
+    """Start ranks by `run` and return their exit code, with last words for a run that failed: who
+    failed first and, where no step was taken, the command that looks at the hosts.
     """
     with launcher_log(folder):
         started = time.time()

@@ -1,4 +1,6 @@
-"""`toolkit train --dry-run`: what a run would do, checked as at its start and said in words, without starting anything."""
+"""`toolkit train --dry-run`: what a run would do, checked as at its start and said in words,
+without starting anything.
+"""
 
 from __future__ import annotations
 

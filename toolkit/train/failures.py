@@ -1,7 +1,8 @@
-"""Which rank failed first: each failing rank notes it in the run folder, so that one cause is shown and not its 63 echoes.
+"""Which rank failed first: each failing rank notes it in the run folder, so that one cause is shown
+and not its 63 echoes.
 
-When one rank fails, the others lose their connection to it and fail too. Such an echo says nothing that the user can act on. All
-tracebacks are in the ranks' own files (RUN/logs).
+When one rank fails, the others lose their connection to it and fail too. Such an echo says nothing
+that the user can act on. All tracebacks are in the ranks' own files (RUN/logs).
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ NAMED = 8  # ranks named in one line
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """A rank's end by an error. echo: it only says that another rank has gone; time: seconds since the epoch, on its own clock."""
+    """A rank's end by an error. echo: it only says that another rank has gone; time: seconds since
+    the epoch, on its own clock.
+    """
 
     time: float
     rank: int
@@ -49,7 +52,8 @@ def is_echo(error: BaseException) -> bool:
 
 
 def note(folder: Path | None, error: BaseException, *, rank: int) -> bool:
-    """Note this rank's error in the run folder; returns whether the user must see it, since no other rank has said the cause.
+    """Note this rank's error in the run folder; returns whether the user must see it, since no
+    other rank has said the cause.
 
     Without a folder, or where this host does not see it, every cause is to be seen.
     """
@@ -85,7 +89,9 @@ def failures(folder: Path, *, since: float) -> list[Failure]:
 
 
 def failure_lines(folder: Path, *, since: float) -> list[str]:
-    """For the process that started the ranks: who failed first, in one line, and how many others after it; nothing where nobody did."""
+    """For the process that started the ranks: who failed first, in one line, and how many others
+    after it; nothing where nobody did.
+    """
     told = failures(folder, since=since)
     if not told:
         return []

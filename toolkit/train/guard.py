@@ -25,7 +25,9 @@ os.kill(rank, signal.SIGKILL)
 
 
 def start(*, limit_s: float) -> subprocess.Popen[bytes] | None:
-    """Guard this process: it is killed once touch() has not been called for limit_s seconds. None where no process can be started."""
+    """Guard this process: it is killed once touch() has not been called for limit_s seconds. None
+    where no process can be started.
+    """
     import os
 
     with suppress(OSError):

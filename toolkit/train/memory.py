@@ -20,7 +20,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def limit_memory(gib: float | None, device: torch.device) -> None:
-    """Let this process take only so many GiB more: on a GPU by the allocator's share, on a CPU by the kernel's limit on data."""
+    """Let this process take only so many GiB more: on a GPU by the allocator's share, on a CPU by
+    the kernel's limit on data.
+    """
     if gib is None:
         return
     if gib <= 0:

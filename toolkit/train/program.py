@@ -38,8 +38,9 @@ def say(error: ToolkitError, *, rank: int, local_rank: int) -> None:
 
 
 def say_failure(error: BaseException, *, rank: int) -> None:
-    """Write the traceback of an error that is no user's, after a line that names the rank; nothing where another rank has said the
-    cause. A rank that only lost another one says so in a line: whoever has gone may have had no time to say why.
+    """Write the traceback of an error that is no user's, after a line that names the rank; nothing
+    where another rank has said the cause. A rank that only lost another one says so in a line:
+    whoever has gone may have had no time to say why.
     """
     if was_told(error):
         return
@@ -93,7 +94,9 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def set_cuda_defaults(config: RunConfig) -> None:
-    """Set the variables that CUDA and PyTorch's allocator read when they start; call it before torch is imported."""
+    """Set the variables that CUDA and PyTorch's allocator read when they start; call it before
+    torch is imported.
+    """
     if gpu_count() > 0:
         os.environ.update(cuda_defaults(tp=config.parallel.tp, zero_stage=config.zero.stage))
 

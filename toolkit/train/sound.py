@@ -31,7 +31,9 @@ def digest(chunks: Sequence[torch.nn.Module]) -> Tensor:
 
 
 def check_replicas(chunks: Sequence[torch.nn.Module], layout: Layout, hosts: Sequence[str], *, step: int) -> None:
-    """Raise TrainingError on all ranks where data-parallel replicas no longer hold the same bits; all ranks call it."""
+    """Raise TrainingError on all ranks where data-parallel replicas no longer hold the same bits;
+    all ranks call it.
+    """
     everyone = _gathered(digest(chunks))
     replicas: dict[tuple[int, int], list[int]] = defaultdict(list)
     for rank in range(layout.world_size):
@@ -51,7 +53,8 @@ def check_replicas(chunks: Sequence[torch.nn.Module], layout: Layout, hosts: Seq
 
 
 def check_repeat(forward: Callable[[], Tensor | None], layout: Layout, hosts: Sequence[str], *, rank: int, step: int) -> None:
-    """Raise TrainingError on all ranks where the same micro-batches give another loss a second time; all ranks call it.
+    """Raise TrainingError on all ranks where the same micro-batches give another loss a second
+    time; all ranks call it.
 
     forward: the mean loss on the last stage, None on the others. The replica is named, with all its hosts.
     """
@@ -73,7 +76,9 @@ def check_repeat(forward: Callable[[], Tensor | None], layout: Layout, hosts: Se
 
 
 def slowest(own_s: Sequence[float], hosts: Sequence[str]) -> str:
-    """A line that names the rank with the most work of its own a step; empty where all are within a quarter of the median."""
+    """A line that names the rank with the most work of its own a step; empty where all are within a
+    quarter of the median.
+    """
     middle = median(own_s)
     worst = max(range(len(own_s)), key=lambda rank: own_s[rank])
     if len(own_s) < 2 or own_s[worst] <= 1.25 * middle or own_s[worst] - middle < 0.005:

@@ -45,7 +45,9 @@ ROOM = f"{os.sep}toolkit{os.sep}"
 
 @dataclass
 class Progress:
-    """What the training loop tells of itself. step: the one it is in; beats: grows whenever something has been done."""
+    """What the training loop tells of itself. step: the one it is in; beats: grows whenever
+    something has been done.
+    """
 
     step: int = 0
     beats: int = 0
@@ -53,7 +55,9 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Party:
-    """The ranks of one start of a run. hosts: of each rank; folder: where their reports meet; shared: whether all see it."""
+    """The ranks of one start of a run. hosts: of each rank; folder: where their reports meet;
+    shared: whether all see it.
+    """
 
     hosts: tuple[str, ...]
     folder: Path
@@ -197,7 +201,9 @@ def wait_of(frame: FrameType | None, collectives: Sequence[dict[str, Any]], *, r
 
 
 def open_collectives() -> list[dict[str, Any]]:
-    """What torch's flight recorder holds of collectives that have been issued and not ended, oldest first; empty where it has none."""
+    """What torch's flight recorder holds of collectives that have been issued and not ended, oldest
+    first; empty where it has none.
+    """
     import torch._C._distributed_c10d as c10d
 
     names = ("_dump_nccl_trace_json", "_dump_fr_trace_json")

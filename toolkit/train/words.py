@@ -1,4 +1,6 @@
-"""The first and last words of a run: what it is; what it did, where its weights are, and the commands that go on from there."""
+"""The first and last words of a run: what it is; what it did, where its weights are, and the
+commands that go on from there.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def _did(config: RunConfig, outcome: Outcome, record: StepRecord, *, finished: b
 
 
 def _expected(config: RunConfig, outcome: Outcome, record: StepRecord) -> list[str]:
-    """What the estimate had said of a run on GPUs that the catalogue knows, with the 80 % interval; on a CPU it says little."""
+    """What the estimate had said of a run on GPUs that the catalogue knows, with the 80 % interval;
+    on a CPU it says little.
+    """
     gpu = gpu_of_device(outcome.device)
     if outcome.tokens_per_s is None or gpu is None or not gpu.accelerator:
         return []
@@ -118,7 +122,9 @@ def _seconds(seconds: float) -> str:
 
 
 def opening_lines(resolved: ResolvedRun, *, device: str, seconds: float) -> list[str]:
-    """What a run is and how it is laid out, and its data. seconds: from the start of its build until it is ready."""
+    """What a run is and how it is laid out, and its data. seconds: from the start of its build
+    until it is ready.
+    """
     config, layout = resolved.config, resolved.layout
     m, z, t = config.model, config.zero, config.train
     places = (("optimizer", z.offload_optimizer), ("parameters", z.offload_param))

@@ -60,9 +60,11 @@ def device_index(local_rank: int, *, visible: int, restricted: bool) -> int:
 def connect(world: World, layout: Layout, *, seed: int, timeout_s: float = 1800.0, meeting: str | None = None) -> None:
     """Open the process groups and seed the generators; every rank must call it.
 
-    meeting: a new file by which ranks of one host find each other, instead of a port that another program may have taken.
+    meeting: a new file by which ranks of one host find each other, instead of a port that another
+    program may have taken.
 
-    The world of all ranks is opened once in a process and stays for the runs that follow; the groups of a layout are each run's own.
+    The world of all ranks is opened once in a process and stays for the runs that follow; the
+    groups of a layout are each run's own.
     """
     from toolkit.model import cpu
     from toolkit.parallel import groups
@@ -90,7 +92,8 @@ def connect(world: World, layout: Layout, *, seed: int, timeout_s: float = 1800.
 
 
 def _store(world: World, timeout: timedelta) -> dist.Store | None:
-    """Where the ranks meet, listening on one address alone where it is known which; None: torchrun's own, which torch finds.
+    """Where the ranks meet, listening on one address alone where it is known which; None:
+    torchrun's own, which torch finds.
 
     Left to itself, torch's store listens on every interface of the first host. A world of one needs no port.
     """
@@ -107,9 +110,11 @@ def _store(world: World, timeout: timedelta) -> dist.Store | None:
 
 
 def listen(host: str, port: int, *, interface: str | None) -> socket.socket | None:
-    """A socket that listens for the ranks on the address `host`; None where it is not certain that all ranks come to that address.
+    """A socket that listens for the ranks on the address `host`; None where it is not certain that
+    all ranks come to that address.
 
-    An address is what it says. A name may mean another address on other hosts, so it counts only where it means one of `interface`.
+    An address is what it says. A name may mean another address on other hosts, so it counts only
+    where it means one of `interface`.
     """
     try:
         address = str(ipaddress.ip_address(host))
@@ -128,11 +133,14 @@ def listen(host: str, port: int, *, interface: str | None) -> socket.socket | No
 
 
 def disconnect() -> None:
-    """Close the world of all ranks, if it is still open; after an error of this rank alone, without waiting for the others."""
+    """Close the world of all ranks, if it is still open; after an error of this rank alone, without
+    waiting for the others.
+    """
     if not dist.is_initialized():
         return
     if getattr(sys, "last_value", None) is not None and dist.get_backend() == "nccl":
-        # the traceback is out; others may be in a collective that this rank never joins, and destroying the groups waits for it
+        # the traceback is out; others may be in a collective that this rank never joins, and
+        # destroying the groups waits for it
         dist.distributed_c10d._abort_process_group()
     else:
         dist.destroy_process_group()

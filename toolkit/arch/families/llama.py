@@ -27,7 +27,9 @@ SILU = Fixed("hidden_act", ("silu",), "its MLP has another activation than SwiGL
 
 
 def sizes(*, ffn: int, vocab: int, positions: int) -> tuple[Key, ...]:
-    """The keys that such models share; ffn, vocab, positions: what transformers takes where a config leaves them out."""
+    """The keys that such models share; ffn, vocab, positions: what transformers takes where a
+    config leaves them out.
+    """
     return (
         Key("num_hidden_layers", "num_layers", 32),
         Key("hidden_size", "hidden_size", 4096),

@@ -1,4 +1,6 @@
-"""Mistral (dense): Llama's layers, heads of any width, and in its first release attention within a sliding window."""
+"""Mistral (dense): Llama's layers, heads of any width, and in its first release attention within a
+sliding window.
+"""
 
 from __future__ import annotations
 

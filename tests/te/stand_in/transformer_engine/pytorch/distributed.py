@@ -6,7 +6,9 @@ from typing import Any
 
 
 class CudaRNGStatesTracker:
-    """megatron-core makes one only where a config asks for Transformer Engine's own generators, and none here does."""
+    """megatron-core makes one only where a config asks for Transformer Engine's own generators, and
+    none here does.
+    """
 
     def __init__(self) -> None:
         raise NotImplementedError("the stand-in of Transformer Engine has no generators of its own")

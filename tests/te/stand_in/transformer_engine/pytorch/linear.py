@@ -13,7 +13,8 @@ from transformer_engine.pytorch.module import Module
 
 
 class Linear(Module):
-    """y = x W^T + b. Columns: x is whole, or cut along the sequence and gathered; rows: y is summed, or summed and cut.
+    """y = x W^T + b. Columns: x is whole, or cut along the sequence and gathered; rows: y is
+    summed, or summed and cut.
 
     x [s, b, in]; y [s, b, out]. The bias is returned beside y, not added, where return_bias is set.
     """

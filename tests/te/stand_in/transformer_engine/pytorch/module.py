@@ -8,16 +8,20 @@ import torch
 
 
 class Module(torch.nn.Module):
-    """Parameters get their initial values and attributes when they are made, or not at all on the meta device.
+    """Parameters get their initial values and attributes when they are made, or not at all on the
+    meta device.
 
-    Transformer Engine leaves both to a reset_parameters() that whoever gives such parameters memory may call. Who never does, as
-    this project, must know by itself which gradients sequence parallelism makes partial.
+    Transformer Engine leaves both to a reset_parameters() that whoever gives such parameters memory
+    may call. Who never does, as this project, must know by itself which gradients sequence
+    parallelism makes partial.
     """
 
     sequence_parallel: bool | None
 
     def own(self, name: str, shape: tuple[int, ...], *, value: Any, device: Any, dtype: torch.dtype | None, whole: bool) -> None:
-        """Register a parameter. value: a number or a function that fills it; whole: every tensor-parallel rank has all of it."""
+        """Register a parameter. value: a number or a function that fills it; whole: every
+        tensor-parallel rank has all of it.
+        """
         tensor = torch.empty(shape, device=device, dtype=dtype)
         deferred = device == "meta"
         if tensor.device.type == "meta" and not deferred:
