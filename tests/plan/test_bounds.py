@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from tests.plan.questions import candidates, identity, question, smaller_memory
-from toolkit.cost.memory import at_least, estimate
+from toolkit.cost.memory import estimate
 from toolkit.cost.step import step_time
 from toolkit.cost.workload import Workload
 from toolkit.hardware import calibration
 from toolkit.parallel import rules
 from toolkit.plan.bounds import Bounds
-from toolkit.plan.space import Structure, structure_of
+from toolkit.plan.space import Structure, sharding_of, structure_of
 
 
 def _candidates(count: int) -> list[Workload]:
@@ -65,11 +65,12 @@ def test_the_rules_that_a_space_asks_are_the_whole_table() -> None:
 
 
 def test_the_quick_bound_of_memory_never_exceeds_the_estimate() -> None:
-    hardware = question(batch=8).hardware
-    bounds = []
+    space = question(batch=8, fixed={"cp": (1, 2)}).space()
+    hardware, quick, bounds = space.hardware, Bounds(space, scale=1.0), []
     for w in _candidates(400):
         first = estimate(w, hardware).stages[0]
-        bounds.append((at_least(w, hardware), first.allocated - first.parts["workspace"]))
+        least = quick.nbytes(structure_of(w), w.dp, w.micro, w.recompute, sharding_of(w))
+        bounds.append((least, first.allocated - first.parts["workspace"]))
     assert all(bound <= tensors * (1 + 1e-9) for bound, tensors in bounds)
     assert sum(bound > 0.5 * tensors for bound, tensors in bounds) > len(bounds) / 2, "a bound far below the truth rules nothing out"
 

@@ -105,14 +105,8 @@ def estimate(
     return MemoryEstimate(stages=stages, host=host, nvme=nvme, capacity=capacity, room=room, spread=memory_spread(w, unknown=unknown))
 
 
-def at_least(w: Workload, hardware: Hardware) -> float:
-    """A lower bound of the bytes that the first stage's ranks need, much quicker than estimate(); 0 where none is known."""
-    state_bytes = states_at_least(w, hardware)
-    return state_bytes + kept_at_least(w, hardware) if state_bytes else 0.0
-
-
 def states_at_least(w: Workload, hardware: Hardware) -> float:
-    """The states' part of at_least(), which neither the micro-batch nor the recomputation changes.
+    """A lower bound of the bytes of the first stage's states, which neither the micro-batch nor the recomputation changes.
 
     0 where no bound is known: for software that is not our own, and where gradients come late (ZeRO-1 with its optimizer offloaded).
     """
@@ -122,7 +116,7 @@ def states_at_least(w: Workload, hardware: Hardware) -> float:
 
 
 def kept_at_least(w: Workload, hardware: Hardware) -> float:
-    """The activations' part of at_least(), which the sharding doesn't change."""
+    """A lower bound of what the first stage keeps beside its states, where that one is known; the sharding doesn't change it."""
     return own.kept_by_first(w, cpu=not hardware.gpu.accelerator)
 
 
