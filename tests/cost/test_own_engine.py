@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from tests.cost.strategies import workloads
 from toolkit.config.load import parse_config
 from toolkit.config.presets import PRESETS
-from toolkit.cost import own_engine as own
+from toolkit.cost import own_saved, own_states
 from toolkit.cost.gathers import foreseen
 from toolkit.cost.rank_weights import edge_weights, layer_weights
 from toolkit.cost.stack import TOOLKIT
@@ -43,10 +43,10 @@ def test_stages_hold_the_whole_model_between_them(w: Workload) -> None:
 @given(w=workloads(stack=TOOLKIT))
 def test_recompute_keeps_less_and_every_part_is_counted(w: Workload) -> None:
     for cpu in (False, True):
-        kept = [sum(own.stage_saved(replace(w, recompute=mode), 0, cpu=cpu).values()) for mode in ("none", "selective", "full")]
+        kept = [sum(own_saved.stage_saved(replace(w, recompute=mode), 0, cpu=cpu).values()) for mode in ("none", "selective", "full")]
         assert kept == sorted(kept, reverse=True)
-    assert set(own.states(w, 0)) == {"parameters", "gradients", "optimizer", "zero buffers"}
-    assert all(value >= 0 for value in own.states(w, w.pp - 1).values())
+    assert set(own_states.states(w, 0)) == {"parameters", "gradients", "optimizer", "zero buffers"}
+    assert all(value >= 0 for value in own_states.states(w, w.pp - 1).values())
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
@@ -62,7 +62,7 @@ def test_groups_are_padded_as_deepspeed_pads_them(world: int, zero: int) -> None
     cuts = [partitions(groups, shapes, layout, rank=rank, zero_stage=zero, sub_group_size=10**9) for rank in range(world)]
     each = 8 if zero < 2 else 12  # bytes a weight: two moments, and from ZeRO-2 on a copy of the weights
     for rank in range(world):
-        counted = own.states(Workload.of(config, world), 0, dp_rank=rank)["optimizer"]
+        counted = own_states.states(Workload.of(config, world), 0, dp_rank=rank)["optimizer"]
         assert counted == each * sum(cut.numel for cut in cuts[rank]) + 4 * len(cuts[rank])
     if world > 1 and zero:
         assert sum(cut.numel for rank in cuts for cut in rank) > spec.parameters, "something must be padded"
@@ -72,10 +72,10 @@ def test_groups_are_padded_as_deepspeed_pads_them(world: int, zero: int) -> None
 @given(w=workloads(stack=TOOLKIT))
 def test_what_is_offloaded_lies_in_host_memory_or_on_the_device(w: Workload) -> None:
     for stage in {0, w.pp - 1}:
-        whole, host, device = own.states(w, stage), own.on_host(w, stage), own.on_device(w, stage, cpu=False)
+        whole, host, device = own_states.states(w, stage), own_states.on_host(w, stage), own_states.on_device(w, stage, cpu=False)
         assert all(host[part] >= 0 and device[part] >= 0 for part in whole)
         assert {part: host[part] + device[part] for part in whole} == pytest.approx(whole)
-        assert own.on_device(w, stage, cpu=True) == whole
+        assert own_states.on_device(w, stage, cpu=True) == whole
         if w.offload_optimizer == "none" and w.offload_param == "none":
             assert not any(host.values())
         else:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.rehearse.grid import Point, grid
-from toolkit.cost import memory, own_engine
+from toolkit.cost import memory, own_states
 from toolkit.cost.workload import Workload
 from toolkit.hardware.catalogue import parse_hardware
 from toolkit.parallel.layout import Coordinates, Layout
@@ -37,7 +37,7 @@ def estimated(p: Point) -> dict[str, float]:
     w = Workload.of(p.config, p.world)
     stage = memory.estimate(w, parse_hardware(HARDWARE), only=p.stage).stages[0]
     peak = stage.allocated - stage.parts["communication"] - stage.parts["workspace"]
-    return {**stage.parts, **own_engine.on_device(w, p.stage, cpu=False), "peak": peak, "moment": stage.moment}  # type: ignore[dict-item]
+    return {**stage.parts, **own_states.on_device(w, p.stage, cpu=False), "peak": peak, "moment": stage.moment}  # type: ignore[dict-item]
 
 
 def kept(p: Point, answer: dict[str, Any]) -> dict[str, Any]:

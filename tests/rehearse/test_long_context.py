@@ -11,7 +11,7 @@ import pytest
 from tests.parity.cells import ON_HOST, Cell
 from tests.rehearse.many import Task, rehearse_many
 from toolkit.config.load import parse_config
-from toolkit.cost import own_engine
+from toolkit.cost import own_saved
 from toolkit.cost.workload import Workload
 from toolkit.hardware.catalogue import parse_hardware
 from toolkit.rehearse.session import Job, prepare, run
@@ -26,8 +26,8 @@ def test_inputs_of_recomputed_layers_wait_on_the_host() -> None:
     for cell, answer in zip(cells, (kept, moved), strict=True):
         w = Workload.of(parse_config(cell.raw()), 1)
         angles = 4 * w.seq * w.model.head_dim if w.offload_activations else 0  # they stay, and PyTorch's hook hides them from the meter
-        assert answer["parts"]["activations"] == own_engine.stage_saved(w, 0, cpu=False)["activations"] - angles
-    assert moved["host"]["peak"] - kept["host"]["peak"] >= 0.9 * own_engine.host_saved(w, 0) > 0
+        assert answer["parts"]["activations"] == own_saved.stage_saved(w, 0, cpu=False)["activations"] - angles
+    assert moved["host"]["peak"] - kept["host"]["peak"] >= 0.9 * own_saved.host_saved(w, 0) > 0
     streams = w.model.layers * w.tokens * w.width * w.model.hidden
     assert kept["parts"]["activations"] - moved["parts"]["activations"] >= streams
     assert moved["step"]["syncs"] == kept["step"]["syncs"], "the host does not wait for the copies"

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from math import ceil
 
-from toolkit.cost import own_engine as own
+from toolkit.cost import own_states
 from toolkit.cost.rank_weights import RankWeight, edge_weights, layer_weights
 from toolkit.cost.workload import Workload
 
@@ -59,7 +59,7 @@ def _rank_bytes(w: Workload, stage: int) -> float:
 def _flat(w: Workload, stage: int) -> float:
     """ZeRO-1 and 2: of each optimizer group master weights, gradients and the weights that come back; a buffer of the largest gradient."""
     every, b = _weights(w, stage), w.width
-    shares = own.shares(w, stage)
+    shares = own_states.shares(w, stage)
     largest = float(b * max(x.count for x, _ in every))
     locked = Locked()
     lock = w.lock_optimizer
@@ -67,10 +67,10 @@ def _flat(w: Workload, stage: int) -> float:
     # while it is page-locked it is there twice; gradients and moments come later
     first = locked.nbytes + largest * lock
     locked.add((4.0 * n for n in shares), lock=lock)
-    moments = own.kept(w, shares, master=0)
+    moments = own_states.kept(w, shares, master=0)
     if w.zero == 2 and b == 4:
         # gradients of the first backward, which are copied to page-locked memory one by one; the moments come later
-        touched = [4.0 * n for n in own.touched(w, stage, shares, 0)]
+        touched = [4.0 * n for n in own_states.touched(w, stage, shares, 0)]
         locked.add(touched, lock=lock)
         moments = max(moments, max(touched, default=0.0) * lock)
     return max(first, locked.nbytes + moments)
@@ -112,7 +112,7 @@ def _sharded(w: Workload, stage: int) -> float:
 
 def _states(w: Workload, group: int, elements: int) -> float:
     """Bytes of an fp32 master and the moments of so many elements of an optimizer group."""
-    return own.kept(w, [elements if g == group else 0 for g in range(len(w.optimizer.groups))], master=4)
+    return own_states.kept(w, [elements if g == group else 0 for g in range(len(w.optimizer.groups))], master=4)
 
 
 def _sub_groups(w: Workload, stage: int, group: int, share: int) -> list[int]:

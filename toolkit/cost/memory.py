@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from toolkit.cost import activations
+from toolkit.cost import activations, own_engine, own_saved, own_states
 from toolkit.cost import host as own_host
-from toolkit.cost import own_engine as own
 from toolkit.cost.constants import VALUES
 from toolkit.cost.gathers import MAX_LIVE, gathered
 from toolkit.cost.spread import RISK, Spread, memory_spread
@@ -110,14 +109,14 @@ def states_at_least(w: Workload, hardware: Hardware) -> float:
 
     0 where no bound is known: for software that is not our own, and where gradients come late (ZeRO-1 with its optimizer offloaded).
     """
-    if w.stack.sharding != "toolkit" or not own.known(w) or (w.zero < 2 and w.offload_optimizer != "none"):
+    if w.stack.sharding != "toolkit" or not own_engine.known(w) or (w.zero < 2 and w.offload_optimizer != "none"):
         return 0.0
-    return sum(own.on_device(w, 0, cpu=not hardware.gpu.accelerator).values())
+    return sum(own_states.on_device(w, 0, cpu=not hardware.gpu.accelerator).values())
 
 
 def kept_at_least(w: Workload, hardware: Hardware) -> float:
     """A lower bound of what the first stage keeps beside its states, where that one is known; the sharding doesn't change it."""
-    return own.kept_by_first(w, cpu=not hardware.gpu.accelerator)
+    return own_saved.kept_by_first(w, cpu=not hardware.gpu.accelerator)
 
 
 def states(w: Workload, params: float) -> dict[str, float]:
@@ -196,13 +195,13 @@ def host_bytes(w: Workload, hardware: Hardware) -> tuple[float, float]:
         nvme += nbytes if place == "nvme" else 0.0
     if w.stack.sharding == "toolkit" and hardware.gpu.accelerator:
         host = ranks * max(own_host.rank_bytes(w, stage) for stage in {0, w.pp // 2, w.pp - 1})
-    return host + own.host_saved(w, 0) * ranks, nvme
+    return host + own_saved.host_saved(w, 0) * ranks, nvme
 
 
 def _stage(w: Workload, stage: int, hardware: Hardware) -> StageMemory:
     params = w.parameters_on(stage)
     if w.stack.sharding == "toolkit":  # our own engine's weights are counted, not approximated
-        base = dict.fromkeys(PARTS, 0.0) | own.on_device(w, stage, cpu=not hardware.gpu.accelerator)
+        base = dict.fromkeys(PARTS, 0.0) | own_states.on_device(w, stage, cpu=not hardware.gpu.accelerator)
         base["working set"] = gathered(w, stage)
     else:
         base = dict.fromkeys(PARTS, 0.0) | states(w, params)
@@ -215,8 +214,8 @@ def _stage(w: Workload, stage: int, hardware: Hardware) -> StageMemory:
     moments = {"backward": _backward(w, stage), "optimizer step": _step(w, params)}
     if stage == w.pp - 1:
         moments["loss"] = _loss(w, stage)
-    if own.known(w):
-        moments = own.moments(w, stage, cpu=not hardware.gpu.accelerator)
+    if own_engine.known(w):
+        moments = own_engine.moments(w, stage, cpu=not hardware.gpu.accelerator)
     moment, extra = max(moments.items(), key=lambda item: sum(item[1].values()))
     parts = {name: value + extra.get(name, 0.0) for name, value in base.items()}
     dynamic = sum(extra.values()) + base["zero buffers"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from toolkit.cost import own_engine
+from toolkit.cost import own_saved, own_states
 from toolkit.cost.memory import estimate
 from toolkit.cost.ranges import ranges
 from toolkit.cost.spread import memory_spread
@@ -43,8 +43,8 @@ def memory(w: Workload, hardware: Hardware, stage: int, *, dp_rank: int = 0) -> 
     where they share the rank's memory.
     """
     cpu = not hardware.gpu.accelerator
-    parts = own_engine.on_device(w, stage, cpu=cpu, dp_rank=dp_rank)
-    parts |= own_engine.stage_saved(w, stage, cpu=cpu)
+    parts = own_states.on_device(w, stage, cpu=cpu, dp_rank=dp_rank)
+    parts |= own_saved.stage_saved(w, stage, cpu=cpu)
     peak = next((s.allocated for s in estimate(w, hardware).stages if s.stage == stage), 0.0)
     parts["working set"] = max(0.0, peak - sum(parts.values()))
     return parts | {"peak": peak}
