@@ -36,9 +36,8 @@ def main(arguments: list[str]) -> int:
     except RuntimeError as error:
         if not _lost_a_rank(error):
             raise
-        time.sleep(
-            COMMAND_S
-        )  # the command names the rank and the signal that ended it; where another program started the ranks, it is said here
+        # the command names the rank and the signal that ended it; where another program started the ranks, it is said here
+        time.sleep(COMMAND_S)
         lost = MachineError("another rank has ended", why="its messages stopped coming", fix="Look for its own message above.")
         say(lost, rank=rank, local_rank=local_rank)
         return lost.exit_code

@@ -33,9 +33,8 @@ AXES: Mapping[str, tuple[str | None, tuple[Any, ...] | None]] = {
 }
 _BY_KEY = {key: axis for axis, (key, _) in AXES.items() if key} | {axis: axis for axis in AXES}
 
-LEAST_TOKENS = (
-    4096  # of a context-parallel rank: with fewer, copies or tensor parallel ranks are the better use of GPUs, and the search takes longer
-)
+# of a context-parallel rank: with fewer, copies or tensor parallel ranks are the better use of GPUs, and the search takes longer
+LEAST_TOKENS = 4096
 Sharding = tuple[int, str, str]  # ZeRO stage, optimizer offload, parameter offload
 # what a search changes of a Case, by what it changes together
 _CHANGED = {
