@@ -123,6 +123,14 @@ def test_a_step_on_a_gpu_does_not_look_at_the_hosts_processor() -> None:
     assert step_time(w, cpu).step == cpu_step_time(w, cpu).step != step_time(w, parse_hardware("cpu:1")).step
 
 
+def test_the_step_of_a_cpu_that_nobody_measured_may_be_three_times_as_long_or_short() -> None:
+    """And that of one which was measured may not."""
+    w = _workload()
+    unknown, known = (step_time(w, replace(parse_hardware("cpu:1"), cpu=machine)) for machine in (None, MACHINE))
+    assert unknown.step_range[0] * 3 < unknown.step < unknown.step_range[1] / 3
+    assert known.step_range[1] / known.step_range[0] < 1.5
+
+
 def test_a_precision_that_was_not_measured_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"no figures in bf16.*measured in fp32.*--precision bf16"):
         _time(_workload(precision="bf16"))

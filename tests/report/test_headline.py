@@ -69,9 +69,9 @@ def test_a_profiled_step_says_where_it_goes(profiled: Profiled) -> None:
     assert seen.profile is not None
     slow = json.loads(json.dumps(seen.profile))
     for rank in slow["ranks"]:
-        rank["seconds"]["step"] = 3 * slow["predicted"]["seconds"]["step"]
+        rank["seconds"]["step"] = 5 * slow["predicted"]["seconds"]["step"]
     said = verdict(RunFolder(name="slow", path=seen.path, profile=slow))
-    assert said[-1].startswith("Most of a profiled step goes to ") and said[-1].endswith("It took 3.0 times as long as predicted.")
+    assert said[-1].startswith("Most of a profiled step goes to ") and said[-1].endswith("It took 5.0 times as long as predicted.")
     assert "tile" in headline(seen) and "verdict" in headline(seen)
 
 

@@ -8,7 +8,7 @@ from math import log, sqrt
 from toolkit.cost import kernels, network
 from toolkit.cost.constants import VALUES, cached
 from toolkit.cost.layer import Pass, embedding_passes, head_passes, host_time, layer_passes
-from toolkit.cost.spread import Spread, rate_spread
+from toolkit.cost.spread import UNMEASURED_CPU, Spread, rate_spread
 from toolkit.cost.workload import Workload
 from toolkit.hardware import calibration
 from toolkit.hardware.catalogue import GB, Hardware
@@ -91,7 +91,8 @@ def step_time(w: Workload, hardware: Hardware, *, scale: float | None = None, un
     parts["data parallel"] = _data_parallel(w, hardware, f, b + r)
     parts["optimizer"], parts["offload"] = _optimizer(w, hardware, micro[slowest] * m)
     parts["stragglers"] = straggling(w.world, hardware) * sum(parts.values())
-    return TimeEstimate(parts=parts, tokens=float(w.batch * w.seq), world=w.world, spread=rate_spread(w, unknown=unknown))
+    spread = rate_spread(w, unknown=unknown) if hardware.gpu.accelerator else UNMEASURED_CPU
+    return TimeEstimate(parts=parts, tokens=float(w.batch * w.seq), world=w.world, spread=spread)
 
 
 Stages = dict[int, tuple[Pass, Pass, Pass]]

@@ -105,8 +105,13 @@ def estimate_text(config: RunConfig, hardware: Hardware, *, calibrated: Path | N
         f"the whole run of {steps:,} steps: {duration(time.step * steps)} ({duration(low * steps)} to {duration(high * steps)})",
         highlight=False,
     )
-    pages = "docs/planner.md" + (", of the step by those of docs/cpu-time.md" if hardware.cpu is not None else "")
-    out.print(f"in brackets: what holds in four of five cases, by the errors of {pages}", highlight=False, style="italic")
+    if hardware.gpu.accelerator:
+        source = "by the errors of docs/planner.md"
+    elif hardware.cpu is not None:
+        source = "by the errors of docs/planner.md, of the step by those of docs/cpu-time.md"
+    else:
+        source = "of the step for any CPU: toolkit calibrate --out FILE measures this one, for --calibration FILE"
+    out.print(f"in brackets: what holds in four of five cases, {source}", highlight=False, style="italic")
     text = out.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 

@@ -319,7 +319,7 @@ def _changes(question: Question) -> Iterator[tuple[str, Question]]:
         yield f"{larger.name.upper()} instead", replace(question, hardware=swapped, scale=_scale_of(larger, question))
     if hardware.nodes > 1:
         yield "a network twice as fast", replace(question, hardware=replace(hardware, nic_gb_s=2 * hardware.nic_gb_s))
-    elif hardware.count > 1:
+    elif hardware.count > 1 and gpu.accelerator:
         faster = replace(gpu, link_gb_s=2 * gpu.link_gb_s) if gpu.link_gb_s else replace(gpu, pcie_gb_s=2 * gpu.pcie_gb_s)
         yield "links between GPUs twice as fast", replace(question, hardware=replace(hardware, gpu=faster))
     if question.max_gpus is None:
