@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.cost.machines import made_up
+from toolkit.calibrate.session import write
 from toolkit.runfolder.metrics import Metrics, StepRecord
 
 TINY: dict[str, Any] = {
@@ -70,6 +72,7 @@ def _profiled(text: Path, folder: Path) -> Profiled:
         records.write(StepRecord(step, 5.0 / step, norm, 1e-3, 256 * step, rate, 0.01, None, 256 / rate, 0.001, 0.4))
     records.close()
     metrics = (run / "metrics.jsonl").read_text()
-    done = toolkit("profile", str(config), "--num-procs", "2", "--steps", "2")
+    write(made_up(), folder / "cpu.yaml")
+    done = toolkit("profile", str(config), "--num-procs", "2", "--steps", "2", "--calibration", str(folder / "cpu.yaml"))
     assert done.returncode == 0, done.stdout
     return Profiled(folder=run, config=config, said=done.stdout, metrics=metrics)

@@ -7,12 +7,19 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
+from tests.cost.machines import made_up
 from tests.profile.conftest import Profiled, toolkit
+from toolkit.config.load import parse_config
+from toolkit.cost.cpu_step import cpu_step_time
+from toolkit.cost.step import step_time
+from toolkit.cost.workload import Workload
 from toolkit.errors import DataError
 from toolkit.evidence.runs import calibrate, read_run
+from toolkit.hardware.catalogue import parse_hardware
 from toolkit.profile.show import difference
 from toolkit.runfolder.profile import read_profile, write_profile
 
@@ -80,7 +87,14 @@ def test_the_end_of_memory_is_named_and_the_advice_fits(profiled: Profiled) -> N
     assert again.returncode == 0, again.stdout
 
 
-@pytest.mark.parametrize(("option", "words"), [(("--steps", "0"), "--steps 0"), (("--memory-limit", "-1"), "--memory-limit -1")])
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (("--steps", "0"), "--steps 0"),
+        (("--memory-limit", "-1"), "--memory-limit -1"),
+        (("--calibration", "nowhere.yaml"), "calibration file 'nowhere.yaml' cannot be read"),
+    ],
+)
 def test_wrong_options_are_refused(profiled: Profiled, option: tuple[str, str], words: str) -> None:
     done = toolkit("profile", str(profiled.config), *option)
     assert done.returncode == 2 and words in done.stdout and "Traceback" not in done.stdout
@@ -102,6 +116,15 @@ def test_a_damaged_profile_is_named(tmp_path: object, profiled: Profiled) -> Non
         path.write_text(text)
         with pytest.raises(DataError, match=words):
             read_profile(folder)
+
+
+def test_the_estimate_is_of_the_calibration_that_was_given(profiled: Profiled) -> None:
+    """A made-up machine's, whose steps nobody else would expect; the file holds four digits."""
+    found = read_profile(profiled.folder)
+    assert found is not None
+    w = Workload.of(parse_config(found["config"]), 2)
+    expected = cpu_step_time(w, replace(parse_hardware("cpu:2"), cpu=made_up())).step
+    assert found["predicted"]["seconds"]["step"] == pytest.approx(expected, rel=1e-3) != step_time(w, parse_hardware("cpu:2")).step
 
 
 def test_the_planner_can_be_calibrated_to_a_profile(profiled: Profiled) -> None:

@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--memory-limit", type=float)
+    parser.add_argument("--calibration", type=Path)
     options = parser.parse_intermixed_args(arguments)
     try:
         from toolkit.config.load import load_config
@@ -39,7 +40,7 @@ def main(arguments: list[str]) -> int:
         from toolkit.profile.session import Options, profile
 
         with alone(rank=rank):
-            profile(run, Options(steps=options.steps, memory_limit=options.memory_limit))
+            profile(run, Options(steps=options.steps, memory_limit=options.memory_limit, calibration=options.calibration))
     except ToolkitError as error:
         say(error, rank=rank, local_rank=local_rank)
         return error.exit_code

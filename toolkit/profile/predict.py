@@ -5,15 +5,17 @@ measure: no torch.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from toolkit.cost import own_saved, own_states
 from toolkit.cost.memory import estimate
 from toolkit.cost.ranges import ranges
 from toolkit.cost.spread import memory_spread
-from toolkit.cost.step import step_time
+from toolkit.cost.step import TimeEstimate, step_time
 from toolkit.cost.workload import Workload
 from toolkit.errors import ConfigError
+from toolkit.hardware.calibration import measured, scale_for
 from toolkit.hardware.catalogue import Hardware, find_gpu, parse_hardware
 
 MEMORY_PARTS = ("parameters", "gradients", "optimizer", "zero buffers", "activations", "logits", "working set")
@@ -50,13 +52,12 @@ def memory(w: Workload, hardware: Hardware, stage: int, *, dp_rank: int = 0) -> 
     return parts | {"peak": peak}
 
 
-def seconds(w: Workload, hardware: Hardware) -> dict[str, float]:
+def seconds(hardware: Hardware, estimated: TimeEstimate) -> dict[str, float]:
     """Seconds of a step as the planner's cost model gives them, in the parts of TIME_OF, and the
     step; empty for an unknown GPU.
     """
     if hardware.gpu.name == UNKNOWN:
         return {}
-    estimated = step_time(w, hardware)
     parts: dict[str, float] = {"compute": 0.0, "optimizer": 0.0, "communication": 0.0}
     for name, value in estimated.parts.items():
         parts[TIME_OF[name]] += value
@@ -77,13 +78,15 @@ def hardware_here(*, gpu: str | None, ranks: int, memory_gib: float | None = Non
     return hardware if memory_gib is None else replace(hardware, gpu=replace(hardware.gpu, memory_gib=memory_gib))
 
 
-def as_json(w: Workload, hardware: Hardware) -> dict[str, Any]:
+def as_json(w: Workload, hardware: Hardware, *, users_file: Path | None = None) -> dict[str, Any]:
     """The part "predicted" of profile.json; its range holds 80 % intervals: bytes of each stage's
-    peak, seconds a step, tokens a second.
+    peak, seconds a step, tokens a second. users_file: of toolkit calibrate.
     """
+    hardware = measured(hardware, users_file)
+    time = step_time(w, hardware, scale=scale_for(hardware.gpu, w.precision, users_file=users_file))
     by_stage = {str(s): {k: round(v) for k, v in memory(w, hardware, s).items()} for s in range(w.pp)}
-    ends = ranges(estimate(w, hardware), step_time(w, hardware))
-    told = seconds(w, hardware)
+    ends = ranges(estimate(w, hardware), time)
+    told = seconds(hardware, time)
     found: dict[str, Any] = {"peak": {s: [round(end) for end in memory_spread(w).interval(parts["peak"])] for s, parts in by_stage.items()}}
     if told:
         found |= {name: ends[name] for name in ("step_s", "tokens_per_s")}

@@ -43,11 +43,12 @@ WARM_UP = 1
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """steps: how many are timed; memory_limit: GiB a rank may take beyond what it holds before the
-    model, None: all there is.
+    model, None: all there is; calibration: a file of toolkit calibrate, None: what is shipped.
     """
 
     steps: int = 3
     memory_limit: float | None = None
+    calibration: Path | None = None
 
 
 def profile(resolved: ResolvedRun, options: Options) -> None:
@@ -71,7 +72,7 @@ def profile(resolved: ResolvedRun, options: Options) -> None:
         everyone: list[Any] = [None] * world.size
         dist.all_gather_object(everyone, mine)
         if world.rank == 0:
-            profile = {**header(config, layout, world, steps=options.steps), "ranks": everyone}
+            profile = {**header(config, layout, world, options), "ranks": everyone}
             path = write_profile(run_dir, profile)
             from toolkit.profile.show import profile_text
 
@@ -208,7 +209,7 @@ class Session:
         return target
 
 
-def header(config: RunConfig, layout: Layout, world: World, *, steps: int) -> dict[str, Any]:
+def header(config: RunConfig, layout: Layout, world: World, options: Options) -> dict[str, Any]:
     """profile.json without its ranks: what ran, where, and what the planner says of it."""
     w = Workload.of(config, world.size)
     gpu = gpu_name(world.device)
@@ -220,8 +221,8 @@ def header(config: RunConfig, layout: Layout, world: World, *, steps: int) -> di
         "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "megatron-core", "deepspeed")},
         "config": json.loads(config.model_dump_json()),
         "layout": asdict(layout),
-        "steps": steps,
-        "predicted": predict.as_json(w, hardware),
+        "steps": options.steps,
+        "predicted": predict.as_json(w, hardware, users_file=options.calibration),
     }
 
 
