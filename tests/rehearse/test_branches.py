@@ -136,7 +136,7 @@ def profiled(play: Any) -> bool:
     import torch
 
     from toolkit.profile.oom import Place
-    from toolkit.profile.session import Session, header
+    from toolkit.profile.session import Options, Session, header
     from toolkit.train.memory import limit_memory
 
     run, folder = play.run, play.config.run.dir.parent / "another host"
@@ -147,7 +147,7 @@ def profiled(play: Any) -> bool:
     session = Session(run, run.world, play.layout, folder, place)
     session._timed(1)
     found = session._memory()
-    assert header(play.config, play.layout, run.world, steps=1)["device"].startswith("NVIDIA")
+    assert header(play.config, play.layout, run.world, Options(steps=1))["device"].startswith("NVIDIA")
     return bool((folder / found["snapshot"]).is_file())
 
 
