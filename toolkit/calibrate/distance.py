@@ -88,4 +88,4 @@ class Distances:
             if done:
                 return done
             again()
-        raise TimeoutError("the cores were moved during every measurement")
+        raise TimeoutError("the host moved the cores during every measurement: measure again when it is quieter")

@@ -117,10 +117,6 @@ class CpuRates:
     collectives: Mapping[str, Curve]
     collective_ranks: int = 2
 
-    def setting(self, *, threads: int, ranks: int, precision: str) -> Setting:
-        """The first of what settings_for() finds."""
-        return self.settings_for(threads=threads, ranks=ranks, precision=precision)[0]
-
     def settings_for(self, *, threads: int, ranks: int, precision: str) -> tuple[Setting, ...]:
         """The measured settings nearest to so many threads of so many ranks, one for each distance of the cores that was met.
 
